@@ -1,0 +1,92 @@
+"""Activity penalties: on the size of the outputs, and on how they change in time."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from regkit import Activity, ActivityPenalty, hookimpl
+from regkit.fields import NonNegative
+
+
+@final
+class ActivityL1(ActivityPenalty):
+    """|h|, reduced over the valid outputs  (Keras activity_regularizer L1, at `reduction` batch)."""
+
+    kind: Literal["activity_l1"] = "activity_l1"
+
+    def value(self, activity: Activity) -> Tensor:
+        return activity.reduce(torch.abs, self.reduction)
+
+
+@final
+class ActivityL2(ActivityPenalty):
+    """h², reduced over the valid outputs: AR  (Merity et al. 2017, §4.2, there on dropped-out h; Keras L2 at `batch`)."""
+
+    kind: Literal["activity_l2"] = "activity_l2"
+
+    def value(self, activity: Activity) -> Tensor:
+        return activity.reduce(torch.square, self.reduction)
+
+
+@final
+class ActivityL1L2(ActivityPenalty):
+    """l1·|h| + l2·h², reduced over the valid outputs  (Keras ActivityRegularization, at `reduction` batch)."""
+
+    kind: Literal["activity_l1_l2"] = "activity_l1_l2"
+
+    shorthand: ClassVar[tuple[str, ...]] = ("l1", "l2")
+
+    l1: NonNegative = 0.0
+    """The coefficient of |h|. Range: ≥ 0."""
+
+    l2: NonNegative = 0.0
+    """The coefficient of h². Range: ≥ 0."""
+
+    strength: NonNegative = 1.0
+    """What both coefficients are multiplied by. Range: > 0."""
+
+    def inert(self) -> str | None:
+        return "neither l1 nor l2 is positive" if self.l1 == self.l2 == 0 else super().inert()
+
+    def value(self, activity: Activity) -> Tensor:
+        return activity.reduce(lambda h: self.l1 * h.abs() + self.l2 * h.square(), self.reduction)
+
+
+@final
+class Temporal(ActivityPenalty):
+    """(h_t − h_{t−1})², reduced over valid neighbours: TAR  (Merity et al. 2017, §4.2, as released: the mean square)."""
+
+    kind: Literal["temporal"] = "temporal"
+
+    sequence: ClassVar[bool] = True
+
+    def value(self, activity: Activity) -> Tensor:
+        return activity.reduce_pairs(lambda h, previous: (h - previous).square(), self.reduction)
+
+
+@final
+class NormStabilizer(ActivityPenalty):
+    """(‖h_t‖ − ‖h_{t−1}‖)², reduced over valid neighbours  (Krueger & Memisevic 2016, eq. 2).
+
+    Each direction of a bidirectional module is a state of its own. The norm of a zero state has a zero gradient.
+    """
+
+    kind: Literal["norm_stabilizer"] = "norm_stabilizer"
+
+    sequence: ClassVar[bool] = True
+
+    def value(self, activity: Activity) -> Tensor:
+        return activity.reduce_pairs(lambda h, previous: (_norm(h) - _norm(previous)).square(), self.reduction)
+
+
+def _norm(h: Tensor) -> Tensor:
+    """(..., features) -> (..., 1); torch defines the derivative of the 2-norm as 0 at 0."""
+    return torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+
+
+@hookimpl
+def regkit_activity_penalties() -> list[type[ActivityPenalty]]:
+    return [ActivityL1, ActivityL2, ActivityL1L2, Temporal, NormStabilizer]

@@ -1,0 +1,93 @@
+"""Penalties that keep the rows or columns of a matrix orthogonal."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from regkit import Penalty, hookimpl
+from regkit.kinds import Layout
+
+
+def _wide(w: Tensor) -> Tensor:
+    return w.to(torch.promote_types(w.dtype, torch.float32))
+
+
+def _off_identity(w: Tensor) -> Tensor:
+    """WWᵀ − I for a wide or square W, WᵀW − I for a tall one: the smaller Gram matrix, which alone can reach I."""
+    gram = w @ w.T if w.size(0) <= w.size(1) else w.T @ w
+    return gram - torch.eye(gram.size(0), dtype=gram.dtype, device=gram.device)
+
+
+@final
+class Orthogonal(Penalty):
+    """Soft orthogonality: ‖WWᵀ − I‖_F², or ‖WᵀW − I‖_F² where W is tall  (Brock et al. 2017; Bansal et al. 2018, eq. 3).
+
+    w: (rows, columns) -> ().  Gradient: 4(WWᵀ − I)W, or 4W(WᵀW − I).
+    """
+
+    kind: Literal["orthogonal"] = "orthogonal"
+
+    ranks: ClassVar[tuple[int, ...]] = (2,)
+
+    per: Literal["gate", "matrix"] = "gate"
+    """Each gate's block on its own, so that a square recurrent block can be orthogonal, or the stacked matrix."""
+
+    @property
+    def layout(self) -> Layout:
+        return self.per
+
+    def value(self, w: Tensor) -> Tensor:
+        return _off_identity(_wide(w)).square().sum()
+
+    def gradient(self, w: Tensor) -> Tensor:
+        wide = _wide(w)
+        off = _off_identity(wide)
+        product = off @ wide if w.size(0) <= w.size(1) else wide @ off
+        return (4 * product).to(w.dtype)
+
+
+@final
+class CosineOrthogonal(Penalty):
+    """Mean |cosine| over unordered pairs of rows or columns: Σ_{i<j} |cos(w_i, w_j)| / (n(n−1)/2).
+
+    Keras' OrthogonalRegularizer; its `rows` are the columns of a torch weight, which is Keras' kernel transposed.
+    w: (rows, columns) -> ().  A zero vector has cosine 0 with all; a single vector has no pair and the value 0.
+    """
+
+    kind: Literal["cosine_orthogonal"] = "cosine_orthogonal"
+
+    ranks: ClassVar[tuple[int, ...]] = (2,)
+
+    mode: Literal["rows", "columns"] = "rows"
+    """The vectors: rows of the torch weight (a gate unit's incoming weights) or columns (an input's outgoing ones)."""
+
+    per: Literal["gate", "matrix"] = "matrix"
+    """The stacked matrix, as Keras, or each gate's block on its own."""
+
+    @property
+    def layout(self) -> Layout:
+        return self.per
+
+    def value(self, w: Tensor) -> Tensor:
+        vectors = _wide(w) if self.mode == "rows" else _wide(w).T
+        n = vectors.size(0)
+        if n < 2:
+            return vectors.sum() * 0.0  # a zero that autograd can differentiate
+        cosines = _unit(vectors) @ _unit(vectors).T
+        return torch.triu(cosines.abs(), diagonal=1).sum() / (n * (n - 1) / 2)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Rows divided by their norms; a zero row stays zero, with a zero gradient."""
+    squares = vectors.square().sum(dim=1, keepdim=True)
+    # sqrt has an infinite slope at 0, which autograd would multiply by 0: it must not see the 0 at all.
+    norms = torch.where(squares > 0, squares, 1.0).sqrt()
+    return torch.where(squares > 0, vectors / norms, 0.0)
+
+
+@hookimpl
+def regkit_penalties() -> list[type[Penalty]]:
+    return [Orthogonal, CosineOrthogonal]

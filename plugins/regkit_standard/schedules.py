@@ -1,0 +1,140 @@
+"""Schedules: factors over the optimizer-step count, which starts at 0."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from typing import ClassVar, Literal, final
+
+from pydantic import model_validator
+
+from regkit import Schedule, hookimpl
+from regkit.fields import Count, NonNegative, Positive
+
+
+@final
+class Constant(Schedule):
+    """The same factor at every step."""
+
+    kind: Literal["constant"] = "constant"
+
+    shorthand: ClassVar[tuple[str, ...]] = ("value",)
+
+    value: NonNegative
+    """The factor. Range: > 0."""
+
+    def inert(self) -> str | None:
+        return "its value is 0" if self.value == 0 else None
+
+    def factor(self, step: int) -> float:
+        return self.value
+
+
+class _Ramp(Schedule):
+    shorthand: ClassVar[tuple[str, ...]] = ("start", "end", "steps")
+
+    start: NonNegative
+    """The factor at step 0. Range: ≥ 0."""
+
+    end: NonNegative
+    """The factor from step `steps` on. Range: ≥ 0."""
+
+    steps: Count
+    """The number of optimizer steps from start to end. Range: ≥ 1."""
+
+    def inert(self) -> str | None:
+        return "start and end are both 0" if self.start == self.end == 0 else None
+
+    def _between(self, share: float) -> float:
+        # This form gives `end` exactly at share 1, where start + share·(end − start) may miss by a rounding.
+        return (1 - share) * self.start + share * self.end
+
+
+@final
+class Linear(_Ramp):
+    """From start to end in a straight line: start + (end − start)·t/steps, then end."""
+
+    kind: Literal["linear"] = "linear"
+
+    def factor(self, step: int) -> float:
+        return self._between(min(step / self.steps, 1.0))
+
+
+@final
+class Cosine(_Ramp):
+    """From start to end along half a cosine: end + (start − end)·(1 + cos(π·t/steps))/2  (Loshchilov & Hutter 2017, eq. 5)."""
+
+    kind: Literal["cosine"] = "cosine"
+
+    def factor(self, step: int) -> float:
+        return self._between((1 - math.cos(math.pi * min(step / self.steps, 1.0))) / 2)
+
+
+@final
+class Exponential(Schedule):
+    """Multiplied by `decay` every `steps` steps, smoothly: start·decay^(t/steps)  (Keras ExponentialDecay)."""
+
+    kind: Literal["exponential"] = "exponential"
+
+    shorthand: ClassVar[tuple[str, ...]] = ("start", "decay", "steps")
+
+    start: Positive = 1.0
+    """The factor at step 0. Range: > 0."""
+
+    decay: Positive
+    """What the factor is multiplied by in `steps` steps; above 1 it grows, up to `limit`. Range: > 0."""
+
+    steps: Count
+    """The number of optimizer steps for one multiplication. Range: ≥ 1."""
+
+    limit: Positive | None = None
+    """The factor never passes this, in the direction it moves. A growing schedule needs one."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Exponential:
+        if self.decay > 1 and self.limit is None:
+            raise ValueError("a decay above 1 grows without bound; give a limit")
+        if self.limit is not None and (self.limit < self.start if self.decay > 1 else self.limit > self.start):
+            raise ValueError(f"limit {self.limit} lies on the wrong side of start {self.start}")
+        return self
+
+    def factor(self, step: int) -> float:
+        exponent = math.log(self.start) + math.log(self.decay) * (step / self.steps)
+        if self.limit is None:
+            return math.exp(exponent)
+        bound = math.log(self.limit)  # compared as logarithms: a growing power would overflow first
+        return self.limit if (exponent > bound if self.decay > 1 else exponent < bound) else math.exp(exponent)
+
+
+@final
+class Piecewise(Schedule):
+    """Constant between boundaries: values[i] from boundaries[i−1] on, until boundaries[i]."""
+
+    kind: Literal["piecewise"] = "piecewise"
+
+    boundaries: tuple[Count, ...]
+    """The steps at which the next value begins, increasing. Range: ≥ 1."""
+
+    values: tuple[NonNegative, ...]
+    """The factors: one more than there are boundaries. Range: ≥ 0."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Piecewise:
+        if len(self.values) != len(self.boundaries) + 1:
+            raise ValueError(
+                f"{len(self.boundaries)} boundaries need {len(self.boundaries) + 1} values, got {len(self.values)}"
+            )
+        if any(a >= b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
+            raise ValueError(f"boundaries must increase, got {list(self.boundaries)}")
+        return self
+
+    def inert(self) -> str | None:
+        return "all its values are 0" if not any(self.values) else None
+
+    def factor(self, step: int) -> float:
+        return self.values[bisect_right(self.boundaries, step)]
+
+
+@hookimpl
+def regkit_schedules() -> list[type[Schedule]]:
+    return [Constant, Linear, Cosine, Exponential, Piecewise]

@@ -1,0 +1,125 @@
+"""Adapters for torch's own recurrent modules, and subclasses of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+from torch import nn
+
+from regkit import Adapter, Output, OutputSite, Weight, hookimpl
+from regkit.activity import Segment, Stepped, Validity, of_output, of_step
+
+# The order in which torch stacks the gates in the rows of weight_ih and weight_hh.
+_LSTM_GATES: Final = ("input", "forget", "cell", "output")
+_GRU_GATES: Final = ("reset", "update", "new")
+
+# n_t = tanh(W_in x + b_in + r_t ⊙ (W_hn h + b_hn)): in GRU's new gate the two biases do not act as a sum.
+_GRU_SEPARATE: Final = ("new",)
+
+
+def _gates(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The module's gates, and those in which its two biases act apart."""
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+        return _LSTM_GATES, ()
+    if isinstance(module, (nn.GRU, nn.GRUCell)):
+        return _GRU_GATES, _GRU_SEPARATE
+    return (), ()
+
+
+def _block(module: nn.Module, suffix: str, layer: int, direction: str, bias: bool) -> Iterator[Weight]:
+    """The weights of one layer in one direction."""
+    gates, separate = _gates(module)
+    yield Weight((f"weight_ih{suffix}",), "kernel", layer, direction, gates)
+    yield Weight((f"weight_hh{suffix}",), "recurrent", layer, direction, gates)
+    if bias:
+        pair = (f"bias_ih{suffix}", f"bias_hh{suffix}")
+        for name in pair:
+            yield Weight((name,), "bias", layer, direction, gates)
+        yield Weight(pair, "bias", layer, direction, gates, separate)
+
+
+class SequenceAdapter(Adapter):
+    """nn.RNN, nn.LSTM and nn.GRU: stacked, bidirectional, with or without biases, LSTM with a projection."""
+
+    modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.RNN, nn.LSTM, nn.GRU)
+    gates: ClassVar[tuple[str, ...]] = (*_LSTM_GATES, *_GRU_GATES)
+
+    @staticmethod
+    def _directions(module: nn.RNNBase) -> tuple[str, ...]:
+        return ("forward", "backward") if module.bidirectional else ("forward",)
+
+    def weights(self, module: nn.Module) -> Iterator[Weight]:
+        assert isinstance(module, nn.RNNBase)
+        for layer in range(module.num_layers):
+            for direction in self._directions(module):
+                suffix = f"_l{layer}{'_reverse' if direction == 'backward' else ''}"
+                yield from _block(module, suffix, layer, direction, bool(module.bias))
+                if module.proj_size:
+                    yield Weight((f"weight_hr{suffix}",), "projection", layer, direction)
+
+    def outputs(self, module: nn.Module) -> Sequence[Output]:
+        assert isinstance(module, nn.RNNBase)
+        directions, layers = self._directions(module), tuple(range(module.num_layers))
+        outputs = [
+            Output("output", layers[-1:], directions, sequence=True),  # the layers below stay inside the kernel
+            Output("state", layers, directions),
+        ]
+        return [*outputs, Output("cell", layers, directions)] if isinstance(module, nn.LSTM) else outputs
+
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Mapping[str, Any]:
+        sequence, state = result
+        if isinstance(module, nn.LSTM):
+            return {"output": sequence, "state": state[0], "cell": state[1]}
+        return {"output": sequence, "state": state}
+
+    def segments(
+        self, module: nn.Module, site: OutputSite, observed: Mapping[str, Any], valid: Validity | None, step: int
+    ) -> Sequence[Segment]:
+        assert isinstance(module, nn.RNNBase)
+        directions = self._directions(module)
+        h = observed[site.role]
+        if site.role == "output":
+            return of_output(
+                h, batch_first=module.batch_first, directions=directions, wanted=site.direction, valid=valid
+            )
+        h = h.unsqueeze(1) if h.dim() == 2 else h  # unbatched: (layers · directions, features)
+        places = [(layer, direction) for layer in range(module.num_layers) for direction in directions]
+        kept = [
+            index
+            for index, (layer, direction) in enumerate(places)
+            if site.layer in (None, layer) and site.direction in (None, direction)
+        ]
+        return [Stepped(h if len(kept) == len(places) else h[kept])]
+
+
+class CellAdapter(Adapter):
+    """nn.RNNCell, nn.LSTMCell and nn.GRUCell, called in a loop: each call is one step of time."""
+
+    modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+    gates: ClassVar[tuple[str, ...]] = (*_LSTM_GATES, *_GRU_GATES)
+
+    def weights(self, module: nn.Module) -> Iterator[Weight]:
+        yield from _block(module, "", 0, "forward", bool(module.bias))
+
+    def outputs(self, module: nn.Module) -> Sequence[Output]:
+        outputs = [Output("output", sequence=True)]
+        return [*outputs, Output("cell", sequence=True)] if isinstance(module, nn.LSTMCell) else outputs
+
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Mapping[str, Any]:
+        hx = kwargs.get("hx", args[1] if len(args) > 1 else None)
+        if isinstance(module, nn.LSTMCell):
+            h, c = result
+            previous, previous_cell = (None, None) if hx is None else hx
+            return {"output": h, "cell": c, "output before": previous, "cell before": previous_cell}
+        return {"output": result, "output before": hx}
+
+    def segments(
+        self, module: nn.Module, site: OutputSite, observed: Mapping[str, Any], valid: Validity | None, step: int
+    ) -> Sequence[Segment]:
+        return [of_step(observed[site.role], observed[f"{site.role} before"], valid, step)]
+
+
+@hookimpl
+def regkit_adapters() -> list[Adapter]:
+    return [SequenceAdapter(), CellAdapter()]

@@ -1,0 +1,98 @@
+"""Every error that regkit raises, and the sentences they are made of.
+
+An error says what was given, what exists, and the nearest name. Where several things are wrong at once, all of
+them are told: such an error carries one `Problem` for each.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_MOST_NAMES = 24  # an error that lists hundreds of names hides the one that matters
+
+
+class RegkitError(Exception):
+    """The root of regkit's errors: `except RegkitError` catches every one."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and where: a JSON Pointer (RFC 6901), with line and column where there is a text."""
+
+    where: str
+    message: str
+    line: int | None = None
+    column: int | None = None
+
+    def __str__(self) -> str:
+        place = "" if self.line is None else f"line {self.line}, column {self.column}: "
+        return f"{place}{self.where or '(document)'}: {self.message}"
+
+
+class _ProblemsError(RegkitError):
+    """Several problems of one origin, told at once."""
+
+    verb = "wrong"
+
+    def __init__(self, origin: str, problems: Sequence[Problem]) -> None:
+        self.origin = origin
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n  ".join([f"{origin} {self.verb}: {count}", *map(str, self.problems)]))
+
+
+class SpecError(_ProblemsError, ValueError):
+    """A document that does not say anything regkit can do."""
+
+    verb = "is not a valid spec"
+
+
+class ResolveError(_ProblemsError, LookupError):
+    """A valid document that does not fit the model: a rule that binds nothing, a gate of another cell."""
+
+    verb = "does not fit the model"
+
+
+class PluginError(RegkitError):
+    """A plugin that cannot be used: it does not import, offers something that is no kind, or clashes."""
+
+
+class AttachError(RegkitError, ValueError):
+    """A plan that cannot be put on this model."""
+
+
+class StepError(RegkitError, RuntimeError):
+    """A training step in which something the document demands would not have been optimized."""
+
+
+def nearest(given: str, known: Iterable[str]) -> str | None:
+    """The known name most like the given one, where one is alike at all.
+
+    >>> nearest("l2_norm", ["l1", "max_norm", "unit_norm"])
+    'unit_norm'
+    """
+    names = sorted(known)
+    by_fold = {name.casefold(): name for name in names}
+    close = difflib.get_close_matches(given.casefold(), list(by_fold), n=1, cutoff=0.5)
+    return by_fold[close[0]] if close else None
+
+
+def listing(names: Iterable[str]) -> str:
+    """Names in order, for a sentence: at most a few dozen, then how many more."""
+    ordered = list(dict.fromkeys(names))
+    shown = ", ".join(ordered[:_MOST_NAMES]) or "none"
+    return shown if len(ordered) <= _MOST_NAMES else f"{shown} and {len(ordered) - _MOST_NAMES} more"
+
+
+def unknown(what: str, given: str, known: Iterable[str]) -> str:
+    """The sentence for a name that does not exist.
+
+    >>> unknown("role", "kernal", ["kernel", "bias"])
+    "unknown role 'kernal'; did you mean 'kernel'? There are: kernel, bias"
+    """
+    names = list(known)
+    near = nearest(given, names)
+    hint = f"; did you mean {near!r}?" if near is not None else "."
+    return f"unknown {what} {given!r}{hint} There are: {listing(names)}"

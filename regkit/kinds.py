@@ -1,0 +1,147 @@
+"""What a kind is: the contracts of penalties, activity penalties, constraints and schedules.
+
+A kind is mathematics. It is a final, frozen pydantic class: its fields are its options in the document, its methods are
+functions of tensors. It holds no step counter, registers no hook and writes nothing in place; when and where it acts is
+decided elsewhere. It names itself with a `Literal` field `kind`, and the docstrings under its fields are its manual.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor
+
+from regkit.activity import Activity
+from regkit.errors import PluginError
+from regkit.fields import NonNegative
+
+Layout = Literal["matrix", "gate", "cell"]
+"""How a stacked weight is shown to a kind: whole, one gate at a time, or as (gates, hidden, columns)."""
+
+
+class Kind(BaseModel):
+    """What all kinds share: frozen options, a name, a manual."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    kind: str
+
+    shorthand: ClassVar[tuple[str, ...]] = ()
+    """The options that `"name(1, 2)"` fills, in order."""
+
+
+    @classmethod
+    def kind_name(cls) -> str:
+        """The name that the class' `kind: Literal[...]` gives it. Raises PluginError where there is none."""
+        names = get_args(cls.model_fields["kind"].annotation)
+        if len(names) != 1 or not isinstance(names[0], str):
+            raise PluginError(f"{cls.__module__}.{cls.__qualname__} needs a field `kind: Literal['its_name']`")
+        return names[0]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_itself(cls, options: Any) -> Any:
+        """Let Python code leave out the name that the class already says: `L2(strength=1e-4)`."""
+        return {"kind": cls.kind_name(), **options} if isinstance(options, dict) else options
+
+    def inert(self) -> str | None:
+        """Why these options have no effect at all, or None where they have one. A rule with none is refused."""
+        return None
+
+    def describe(self) -> str:
+        """The kind and its options on one line: `l2(strength=0.0001)`."""
+        options = self.model_dump(exclude={"kind"}, exclude_none=True)
+        return f"{self.kind}({', '.join(f'{key}={value}' for key, value in options.items())})"
+
+
+class _Strong(Kind):
+    """A kind with a strength."""
+
+    shorthand: ClassVar[tuple[str, ...]] = ("strength",)
+
+    strength: NonNegative
+    """What the unit value is multiplied by, times the schedule's factor. Range: > 0."""
+
+    def inert(self) -> str | None:
+        """A strength of zero optimizes nothing."""
+        return "its strength is 0" if self.strength == 0 else None
+
+
+class _OnWeights(Kind):
+    """A kind that acts on weights."""
+
+    ranks: ClassVar[tuple[int, ...]] = (1, 2)
+    """The numbers of dimensions it is defined for: 1 for biases, 2 for matrices."""
+
+    @property
+    def layout(self) -> Layout:
+        """How it wants a stacked weight: `matrix` (rows, columns), `gate` (hidden, columns) for each gate, or `cell`
+        (gates, hidden, columns). A bias comes without the columns.
+        """
+        return "matrix"
+
+
+class Penalty(_Strong, _OnWeights):
+    """A scalar function Ω of a weight; strength × factor × Ω(w) is what is optimized."""
+
+    @abstractmethod
+    def value(self, w: Tensor) -> Tensor:
+        """Ω(w) at unit strength, in float32 or better.  w: (rows, columns) or (rows,) -> ()."""
+
+    def gradient(self, w: Tensor) -> Tensor:
+        """∇Ω(w) at unit strength, of w's shape and dtype; by autograd unless a kind knows a closed form."""
+        with torch.enable_grad():
+            leaf = w.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.value(leaf), leaf)
+        return gradient
+
+    def prox(self, w: Tensor, step: float | Tensor) -> Tensor:
+        """argmin_x ½‖x − w‖² + step·Ω(x), where the kind knows it; `"via": "proximal"` needs it.
+
+        step: the learning rate times strength times the schedule's factor, ≥ 0.
+        """
+        raise PluginError(f"{self.kind} offers no prox")
+
+
+class ActivityPenalty(_Strong):
+    """A scalar function of what a module put out; strength × factor × value is added to the loss."""
+
+    sequence: ClassVar[bool] = False
+    """Whether it compares neighbours in time, and so needs a role that has them."""
+
+    reduction: Literal["mean", "batch", "sum"] = "mean"
+    """`mean` over valid elements; `batch`: the sum divided by the batch size, as Keras ≥ 3.14; `sum`."""
+
+    @abstractmethod
+    def value(self, activity: Activity) -> Tensor:
+        """The penalty at unit strength, in float32 or better.  -> ()."""
+
+
+class Constraint(_OnWeights):
+    """A set of allowed weights, given by the nearest point in it."""
+
+    bounds: ClassVar[tuple[str, ...]] = ()
+    """The options that a schedule multiplies; none: the constraint takes no schedule."""
+
+    @abstractmethod
+    def project(self, w: Tensor) -> Tensor:
+        """The nearest allowed point, in w's shape and dtype; w itself is left as it is."""
+
+    @abstractmethod
+    def violation(self, w: Tensor) -> Tensor:
+        """How far outside w is, in the unit of the bound: 0 exactly where it is allowed.  -> ()."""
+
+    def at(self, factor: float) -> Constraint:
+        """The same constraint with its bounds multiplied by a schedule's factor."""
+        return self.model_copy(update={bound: getattr(self, bound) * factor for bound in self.bounds})
+
+
+class Schedule(Kind):
+    """A factor as a function of the optimizer-step count."""
+
+    @abstractmethod
+    def factor(self, step: int) -> float:
+        """The factor, ≥ 0, at the step-th optimizer step, counted from 0."""

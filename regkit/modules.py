@@ -1,0 +1,72 @@
+"""The recurrent modules of a model, by the names that its author gave them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from torch import nn
+
+from regkit.registry import Registry
+from regkit.sites import Adapter
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A recurrent module. path: where it is; name: the same without the prefixes of wrappers ('' is the model itself)."""
+
+    path: str
+    name: str
+    module: nn.Module
+    adapter: Adapter
+
+    def __str__(self) -> str:
+        return f"{self.name or '(the model itself)'} ({type(self.module).__name__})"
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Every path, name and module, a shared module under each of its names.
+
+    The parts `_orig_mod` (torch.compile) and `module` (under DistributedDataParallel and DataParallel alone: a model may
+    have a child of that name) are left out of names.
+    """
+    yield from _walk("", "", model, ())
+
+
+def _walk(path: str, name: str, module: nn.Module, above: tuple[nn.Module, ...]) -> Iterator[tuple[str, str, nn.Module]]:
+    yield path, name, module
+    for child_name, child in module.named_children():
+        if child in above:  # a module that contains itself would never end
+            continue
+        wrapped = child_name == "_orig_mod" or (child_name == "module" and isinstance(module, _WRAPPERS))
+        inner = name if wrapped else f"{name}.{child_name}".lstrip(".")
+        yield from _walk(f"{path}.{child_name}".lstrip("."), inner, child, (*above, module))
+
+
+def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
+    """Every module that an adapter knows, in the model's order."""
+    found = ((path, name, module, registry.adapter(module)) for path, name, module in named_modules(model))
+    return [Recurrent(path, name, module, adapter) for path, name, module, adapter in found if adapter is not None]
+
+
+@cache
+def glob(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a module pattern: `*` and `?` within a part, `**` for any number of parts, even none.
+
+    """
+    # Each part is matched with the dot that follows it, against a name that has one put behind it.
+    parts = ["(?:[^.]*[.])*" if part == "**" else _part(part) + "[.]" for part in pattern.split(".")]
+    return re.compile("".join(parts))
+
+
+def _part(part: str) -> str:
+    return "".join({"*": "[^.]*", "?": "[^.]"}.get(letter, re.escape(letter)) for letter in part)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the pattern covers the name; the model itself, of no name, is covered by `**` alone."""
+    return glob(pattern).fullmatch(f"{name}." if name else "") is not None

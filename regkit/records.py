@@ -1,0 +1,162 @@
+"""The forward hooks, what they keep until `penalty()` consumes it, and the check that nothing fell through.
+
+A hook stores what a module put out and computes nothing. It belongs to the model, and so travels with copies of it: a copy
+of a hook is an inert one, which records nothing and writes into no one's store.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
+
+from regkit.activity import Activity, Segment, Validity
+from regkit.errors import StepError
+from regkit.kinds import ActivityPenalty
+from regkit.plan import Binding
+from regkit.sites import Adapter, OutputSite
+from regkit.steps import Step
+
+
+class Ticket:
+    """Handed out with each `penalty()`: learns whether its gradient was ever asked for."""
+
+    def __init__(self) -> None:
+        self.backpropagated = False
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.backpropagated = True
+
+
+@dataclass
+class Ledger:
+    """The tickets of one thing that must go through the loss, since the last step that trained it."""
+
+    tickets: list[Ticket] = field(default_factory=list)
+
+    def require(self, what: str) -> None:
+        """Raise StepError unless it went through a loss that was backpropagated."""
+        if not self.tickets:
+            raise StepError(f"{what} was not part of the loss in this step; add attachment.penalty() to the loss")
+        if not any(ticket.backpropagated for ticket in self.tickets):
+            raise StepError(
+                f"{what}: attachment.penalty() was called, but what it returned was not part of the loss that was "
+                "backpropagated; add it to the loss (attachment.values() is for logging)"
+            )
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one call of a module put out, and which of it is data."""
+
+    observed: Mapping[str, Any]
+    validity: Validity | None
+
+
+class Recorder:
+    """The forward hook of one module, and its store."""
+
+    def __init__(self, module: nn.Module | None = None, adapter: Adapter | None = None, name: str = "") -> None:
+        self._module = (lambda: None) if module is None else weakref.ref(module)
+        self._adapter = adapter
+        self._handle: RemovableHandle | None = None
+        self.name = name
+        self.records: list[Record] = []
+        self.ledger = Ledger()
+        self.validity: Validity | None = None
+
+    def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
+        return Recorder, ()  # what deepcopy and pickle make of a hook that travels with its model
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that it records."""
+        module = self._module()
+        assert module is not None  # the hook lives on it
+        return module
+
+    def install(self) -> None:
+        """Begin to record."""
+        self._handle = self.module.register_forward_hook(self, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Record no more, and drop what is stored. May be called again."""
+        if self._handle is not None:
+            self._handle.remove()
+        self.records.clear()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if self._adapter is None or not torch.is_grad_enabled():
+            return
+        observed = self._adapter.observe(module, args, kwargs, result)
+        if any(_requires_grad(one) for one in observed.values()):
+            self.records.append(Record(observed, self.validity))
+
+    def segments(self, site: OutputSite) -> Iterator[Segment]:
+        """The segments of everything in store, for one site."""
+        assert self._adapter is not None
+        seen: dict[int, int] = {}
+        for record in self.records:
+            # Calls under the same validity are the steps of one loop: that is how a cell finds its place in time.
+            step = seen.get(id(record.validity), 0)
+            seen[id(record.validity)] = step + 1
+            yield from self._adapter.segments(self.module, site, record.observed, record.validity, step)
+
+    def is_trained(self, step: Step) -> bool:
+        """Whether this step trains the module; one without a trainable parameter is trained with the rest of the model."""
+        mine = [id(p) for p in self.module.parameters() if p.requires_grad]
+        return any(i in step.trained for i in mine) if mine else bool(step.trained)
+
+
+def _requires_grad(observed: Any) -> bool:
+    data = observed.data if isinstance(observed, PackedSequence) else observed
+    return isinstance(data, Tensor) and data.requires_grad
+
+
+@dataclass(eq=False)
+class ActivityRule:
+    """A rule on activity, with the recorders that see its sites."""
+
+    binding: Binding
+    places: list[tuple[OutputSite, Recorder]]
+    last: Tensor | None = None
+
+    def value(self, index: int) -> Tensor | None:
+        """strength · factor · Σ value over the sites with anything in store, None where there is nothing.  -> ()."""
+        penalty, schedule = self.binding.kind, self.binding.schedule
+        assert isinstance(penalty, ActivityPenalty)
+        total: Tensor | None = None
+        for site, recorder in self.places:
+            if recorder.records:
+                value = penalty.value(Activity(tuple(recorder.segments(site))))
+                total = value if total is None else total + value.to(total.device)
+        if total is None:
+            return None
+        return total * (penalty.strength * (1.0 if schedule is None else schedule.factor(index)))
+
+    def check(self, step: Step) -> None:
+        """Raise StepError where this step trains a module whose activity is not in the loss."""
+        for _, recorder in self.places:
+            if not recorder.is_trained(step):
+                continue
+            what = f"rule {self.binding.key!r} ({self.binding.kind.describe()}) on {recorder.name or 'the model'}"
+            if recorder.records:
+                raise StepError(
+                    f"{what}: {len(recorder.records)} recorded outputs were not consumed before the optimizer's step; "
+                    "add attachment.penalty() to the loss, and run forward passes that are not trained on under "
+                    "torch.no_grad()"
+                )
+            if recorder.ledger.tickets:
+                recorder.ledger.require(what)
+            elif not self.binding.optional:
+                raise StepError(
+                    f"{what} recorded nothing in this step, although its weights were trained: was the module run "
+                    "through its forward() instead of being called, under torch.no_grad(), or compiled before regkit "
+                    'was attached? A rule with "optional": true may record nothing'
+                )

@@ -1,0 +1,118 @@
+"""Shorthand for a kind, made canonical: `"l2(1e-4)"`, `"max_norm(3, per=cell)"`, `{"l2": 1e-4}`, `{"l1": 1e-5, "l2": 1e-4}`.
+
+The canonical form is an object with a `kind`. Nothing here evaluates: arguments are JSON scalars or bare words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final
+
+from regkit.errors import listing, unknown
+from regkit.registry import Entry, Family, Registry
+
+_CALL: Final = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(?:\((.*)\))?\s*", re.DOTALL)
+_WORD: Final = re.compile(r"[A-Za-z_]\w*")
+
+
+class ShorthandError(ValueError):
+    """A value that stands for no kind."""
+
+
+class UnknownKindError(ShorthandError):
+    """A name that no installed plugin offers."""
+
+    def __init__(self, name: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.name = name
+
+
+def canonical(value: Any, families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:
+    """The object with a `kind` that the value stands for. Raises ShorthandError."""
+    if isinstance(value, str):
+        return _of_string(value, families, registry)
+    if not isinstance(value, dict):
+        raise ShorthandError(
+            f"expected an object with a kind, or a string such as {_example(families, registry)!r}, "
+            f"got {type(value).__name__}"
+        )
+    if "kind" not in value:
+        return _of_object(value, families, registry)
+    if not isinstance(value["kind"], str):
+        raise ShorthandError(f"`kind` must be a name, got {type(value['kind']).__name__}")
+    return {**value, "kind": _entry(value["kind"], families, registry).name}
+
+
+def _example(families: tuple[Family, ...], registry: Registry) -> str:
+    entries = registry.entries(*families)
+    return f"{entries[0].name}(…)" if entries else "name(…)"
+
+
+def _entry(name: str, families: tuple[Family, ...], registry: Registry) -> Entry:
+    entry = registry.find(name, *families)
+    if entry is None and families == ("activity penalty",):
+        entry = registry.find(f"activity_{name}", *families)  # under `activity_regularizer`, l2 means activity_l2
+    if entry is not None:
+        return entry
+    elsewhere = registry.find(name)
+    if elsewhere is not None:
+        raise ShorthandError(f"{name!r} is a kind of {elsewhere.family}, not of {' or '.join(families)}")
+    raise UnknownKindError(name, unknown(" or ".join(families), name, [e.name for e in registry.entries(*families)]))
+
+
+def _of_string(text: str, families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:
+    match = _CALL.fullmatch(text)
+    if match is None:
+        raise ShorthandError(f"{text!r} is no shorthand; write {_example(families, registry)!r}")
+    entry = _entry(match[1], families, registry)
+    options: dict[str, Any] = {"kind": entry.name}
+    arguments = (match[2] or "").strip()
+    positional = list(entry.kind.shorthand)
+    for argument in arguments.split(",") if arguments else ():
+        key, equals, word = argument.rpartition("=")
+        if not equals:
+            if not positional:
+                raise ShorthandError(f"{text!r}: {entry.name} takes {_positional(entry)} without a name")
+            key = positional.pop(0)
+        if key.strip() in options:
+            raise ShorthandError(f"{text!r} gives {key.strip()!r} twice")
+        options[key.strip()] = _scalar(text, word.strip())
+    return options
+
+
+def _positional(entry: Entry) -> str:
+    names = entry.kind.shorthand
+    return f"{len(names)} option{'s' if len(names) != 1 else ''} ({listing(names)})" if names else "no option"
+
+
+def _scalar(text: str, word: str) -> Any:
+    if _WORD.fullmatch(word) and word not in ("true", "false", "null", "NaN", "Infinity"):
+        return word
+    try:
+        return json.loads(word)
+    except ValueError:
+        raise ShorthandError(f"{text!r}: {word!r} is neither a number nor a word") from None
+
+
+def _of_object(value: dict[str, Any], families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:
+    if len(value) == 1:
+        name, option = next(iter(value.items()))
+        return _of_pair(name, option, families, registry)
+    for entry in registry.entries(*families):
+        if value and set(value) == set(entry.kind.shorthand):
+            return {"kind": entry.name, **value}
+    known = [entry.name for entry in registry.entries(*families)]
+    raise ShorthandError(f"no `kind` given; the kinds here are: {listing(known)}")
+
+
+def _of_pair(name: str, option: Any, families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:
+    """`{"l2": 1e-4}`, `{"max_norm": {"max_value": 3, "per": "cell"}}`, `{"unit_norm": {}}`."""
+    entry = _entry(name, families, registry)
+    if isinstance(option, dict):
+        if "kind" in option:
+            raise ShorthandError(f"{name!r} names the kind already; leave out the inner `kind`")
+        return {"kind": entry.name, **option}
+    if len(entry.kind.shorthand) != 1:
+        raise ShorthandError(f"{name!r} takes {_positional(entry)}; give an object of options")
+    return {"kind": entry.name, entry.kind.shorthand[0]: option}

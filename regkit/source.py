@@ -1,0 +1,172 @@
+"""The text of a document: read within limits, and where each value stands in it.
+
+`json` reads the values. What it does not tell, the line and column of each value and which keys came twice, is found by
+walking the tokens once more; since `json` has accepted the text by then, the walk need not check the grammar.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from regkit.errors import Problem, SpecError
+
+LARGEST_TEXT: Final = 4 * 2**20
+"""Characters in a document. A rule takes some 200: this is room for 20,000."""
+
+DEEPEST: Final = 32
+"""Containers within containers; a spec needs 5."""
+
+_BRACKETS: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+_TOKENS: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}:,]|[^\s\[\]{}:,"]+', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A document as plain JSON values, with the place of each value where it came from a text."""
+
+    origin: str
+    value: Any
+    text: str | None = None
+    offsets: Mapping[str, int] = field(default_factory=dict)
+
+    def problem(self, pointer: str, message: str) -> Problem:
+        """A problem at a JSON Pointer, with the line and column of it or of the nearest value around it."""
+        near = pointer
+        while near and near not in self.offsets:
+            near = near.rpartition("/")[0]
+        if self.text is None or near not in self.offsets:
+            return Problem(pointer, message)
+        return Problem(pointer, message, *_line_and_column(self.text, self.offsets[near]))
+
+
+def pointer(parts: Iterator[str | int] | tuple[str | int, ...]) -> str:
+    """The JSON Pointer (RFC 6901) of a path."""
+    return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in parts)
+
+
+def read(source: Any) -> Source:
+    """The document in a path, a JSON text (a string that begins with a bracket) or plain values.
+
+    Raises SpecError for what is not JSON, keys given twice, and more than LARGEST_TEXT or DEEPEST.
+    """
+    if isinstance(source, Path) or (isinstance(source, str) and source.lstrip()[:1] not in ("{", "[")):
+        return _parse(str(source), _text_of(Path(source)))
+    if isinstance(source, str):
+        return _parse("the given text", source)
+    _refuse_foreign(source)
+    return Source("the given document", source)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_TEXT:
+            raise _refusal(str(path), f"{size} bytes; a spec has at most {LARGEST_TEXT}")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _refusal(str(path), f"not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character in it
+        reason = getattr(error, "strerror", None) or str(error)
+        hint = "; a JSON text begins with {" if not path.suffix else ""
+        raise _refusal(str(path), f"cannot read the file: {reason}{hint}") from error
+
+
+def _parse(origin: str, text: str) -> Source:
+    if len(text) > LARGEST_TEXT:
+        raise _refusal(origin, f"{len(text)} characters; a spec has at most {LARGEST_TEXT}")
+    _refuse_depth(origin, text)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SpecError(origin, [Problem("", f"not JSON: {error.msg}", error.lineno, error.colno)]) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise _refusal(origin, f"not JSON: {error}") from None
+    offsets: dict[str, int] = {}
+    twice: list[tuple[str, int]] = []
+    for place, offset in _places(text):
+        if place in offsets:
+            twice.append((place, offset))
+        offsets.setdefault(place, offset)
+    if twice:
+        raise SpecError(
+            origin,
+            [
+                Problem(place, "this key is given twice", *_line_and_column(text, offset))
+                for place, offset in twice
+            ],
+        )
+    return Source(origin, value, text, offsets)
+
+
+def _refusal(origin: str, message: str) -> SpecError:
+    return SpecError(origin, [Problem("", message)])
+
+
+def _line_and_column(text: str, offset: int) -> tuple[int, int]:
+    return text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset)
+
+
+def _refuse_depth(origin: str, text: str) -> None:
+    depth = 0
+    for token in _BRACKETS.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        if depth > DEEPEST:
+            place = _line_and_column(text, token.start())
+            raise SpecError(origin, [Problem("", f"nested deeper than {DEEPEST} levels", *place)])
+
+
+@dataclass
+class _Open:
+    """A container being walked: its path, and the key or index of the value that comes next."""
+
+    path: str
+    is_object: bool
+    key: str | None = None
+    index: int = 0
+
+
+def _places(text: str) -> Iterator[tuple[str, int]]:
+    """Every value's pointer and offset, in order; a key given twice gives its pointer twice."""
+    stack: list[_Open] = []
+    for match in _TOKENS.finditer(text):
+        token = match[0]
+        top = stack[-1] if stack else None
+        if token in "]}":
+            stack.pop()
+        elif token == ",":
+            assert top is not None
+            top.key, top.index = None, top.index + 1
+        elif token == ":":
+            continue
+        elif top is not None and top.is_object and top.key is None:
+            top.key = json.loads(token)
+        else:
+            path = "" if top is None else top.path + pointer((top.index if top.key is None else top.key,))
+            yield path, match.start()
+            if token in "[{":
+                stack.append(_Open(path, token == "{"))
+
+
+def _refuse_foreign(value: Any) -> None:
+    """Refuse plain values that no JSON text could hold: other types, keys that are no strings, endless nesting."""
+    problems: list[Problem] = []
+    pending: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
+    while pending:
+        path, item = pending.pop()
+        if len(path) > DEEPEST:
+            raise _refusal("the given document", f"nested deeper than {DEEPEST} levels")
+        if type(item) is dict:
+            problems += [Problem(pointer(path), f"key {key!r} is no string") for key in item if type(key) is not str]
+            pending += [((*path, key), inner) for key, inner in item.items() if type(key) is str]
+        elif type(item) in (list, tuple):
+            pending += [((*path, index), inner) for index, inner in enumerate(item)]
+        elif item is not None and type(item) not in (str, int, float, bool):
+            kind = f"{type(item).__module__}.{type(item).__qualname__}".removeprefix("builtins.")
+            problems.append(Problem(pointer(path), f"{kind} is no JSON value; give a plain number, string, list or object"))
+    if problems:
+        raise SpecError("the given document", problems)
