@@ -1,9 +1,9 @@
 """Keras-style regularization of recurrent layers in existing PyTorch models, from a JSON document.
 
-    attachment = regkit.attach(model, "spec.json")
-    for x, y in loader:
-        loss = criterion(model(x), y) + attachment.penalty()
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
+attachment = regkit.attach(model, "spec.json")
+for x, y in loader:
+    loss = criterion(model(x), y) + attachment.penalty()
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
 """
 
 from regkit.activity import Activity, Segment, Validity

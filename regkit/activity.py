@@ -225,7 +225,12 @@ def _count(values: Tensor, valid: Tensor | None) -> int | Tensor:
 
 
 def of_output(
-    h: Tensor | PackedSequence, *, batch_first: bool, directions: Sequence[str], wanted: str | None, valid: Validity | None
+    h: Tensor | PackedSequence,
+    *,
+    batch_first: bool,
+    directions: Sequence[str],
+    wanted: str | None,
+    valid: Validity | None,
 ) -> list[Segment]:
     """The segments of a sequence module's output, one for each direction, of which `wanted` (None: all) is kept.
 

@@ -19,7 +19,7 @@ from torch.optim import LBFGS, Optimizer
 
 from regkit.activity import Lengths, Mask, Validity, at_least_float32
 from regkit.errors import AttachError, RegkitError, StepError
-from regkit.kinds import ActivityPenalty, Constraint, Penalty
+from regkit.kinds import ActivityPenalty, Penalty
 from regkit.plan import Plan, resolve
 from regkit.records import ActivityRule, Ledger, Recorder, Ticket
 from regkit.registry import Registry, default
@@ -37,7 +37,9 @@ _attached: dict[int, list[Attachment]] = {}
 class Attachment:
     """Rules in force on a model. Made by `attach`; leaves with `detach`, or as a context manager, or with the model."""
 
-    def __init__(self, model: nn.Module, plan: Plan, registry: Registry, optimizers: Iterable[Optimizer] | None) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, registry: Registry, optimizers: Iterable[Optimizer] | None
+    ) -> None:
         self.plan = plan
         self._model = weakref.ref(model)
         self._live = False
@@ -132,7 +134,7 @@ class Attachment:
         self._hand_out(ticket)
         total = self._total(terms)
         if total.requires_grad:
-            total.register_hook(ticket)
+            total.register_hook(ticket)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         return total
 
     def _hand_out(self, ticket: Ticket) -> None:
@@ -177,8 +179,8 @@ class Attachment:
     def mask(self, mask: Tensor) -> Iterator[None]:
         """Inside, padded outputs count where the mask is true.
 
-        mask: bool, laid out as the output without its features: (time, batch), or (batch, time) with batch_first, or (time,)
-        unbatched; (batch,) around one call of a cell.
+        mask: bool, laid out as the output without its features: (time, batch), or (batch, time) with batch_first, or
+        (time,) unbatched; (batch,) around one call of a cell.
         """
         if mask.dtype != torch.bool:
             raise ValueError(f"a mask is a bool tensor, got {mask.dtype}")
@@ -207,8 +209,8 @@ class Attachment:
     def values(self) -> dict[str, Tensor]:
         """For each penalty rule, strength · factor · penalty as optimized now, detached.  -> () each.
 
-        An activity rule gives what is in store, or else what `penalty()` last took; NaN before there was any. Frozen weights
-        are not counted: nothing optimizes them.
+        An activity rule gives what is in store, or else what `penalty()` last took; NaN before there was any. Frozen
+        weights are not counted: nothing optimizes them.
         """
         with self._no_autocast():
             values: dict[str, Tensor | None] = {r.binding.key: r.value(self.step_count) for r in self._penalties}
@@ -222,13 +224,13 @@ class Attachment:
 
     @torch.no_grad()
     def violations(self) -> dict[str, Tensor]:
-        """For each constraint rule, how far its worst weight is outside, in the unit of its bound; 0: inside.  -> () each."""
+        """For each constraint rule, how far its worst weight is outside, in the unit of its bound.  -> () each."""
         zero = torch.zeros((), device=self._device())
         return {r.binding.key: r.violation(self.step_count) if r.blocks else zero for r in self._constraints}
 
     @torch.no_grad()
     def apply_constraints(self) -> None:
-        """Project every constrained weight now, frozen ones excepted: before the first step, or in a loop of one's own."""
+        """Project every constrained weight now, frozen ones excepted: say, before the first step."""
         for rule in self._constraints:
             rule.project_all(self.step_count)
 
@@ -294,7 +296,9 @@ class _Work:
             activity_rule.check(step)
         for rule in self._of._in_loss:
             if any(id(p) in step.trained for p in rule.parameters()):
-                self._of._ledgers[rule.binding.key].require(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()})")
+                self._of._ledgers[rule.binding.key].require(
+                    f"rule {rule.binding.key!r} ({rule.binding.kind.describe()})"
+                )
         for rule in self._of._penalties:
             if rule.binding.via not in ("proximal", "decoupled") or not any(rule._trained(step)):
                 continue
@@ -355,7 +359,9 @@ def _refuse_foreign(plan: Plan, model: nn.Module) -> None:
         module = modules.get(site.path)
         if module is None or type(module).__name__ != site.module_class:
             has = "nothing" if module is None else type(module).__name__
-            raise AttachError(f"the plan is of another model: {site.path!r} is {has} here, {site.module_class} in the plan")
+            raise AttachError(
+                f"the plan is of another model: {site.path!r} is {has} here, {site.module_class} in the plan"
+            )
         if isinstance(site, WeightSite):
             _refuse_other_shape(site, module)
 
@@ -365,4 +371,6 @@ def _refuse_other_shape(site: WeightSite, module: nn.Module) -> None:
         parameter = module._parameters.get(name)
         here = None if parameter is None else tuple(parameter.shape)
         if here is None or here[1:] != site.shape[1:] or here[0] < site.start + site.rows:
-            raise AttachError(f"the plan is of another model: {site.path}.{name} is {here} here, {site.shape} in the plan")
+            raise AttachError(
+                f"the plan is of another model: {site.path}.{name} is {here} here, {site.shape} in the plan"
+            )

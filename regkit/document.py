@@ -81,4 +81,4 @@ def _kind_at(path: tuple[str | int, ...], value: Any, registry: Registry) -> typ
         name = next(iter(value), None)
     bare = str(name).partition("(")[0].strip()
     entry = registry.find(bare) or registry.find(f"activity_{bare}")
-    return entry and entry.kind
+    return None if entry is None else entry.kind

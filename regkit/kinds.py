@@ -32,7 +32,6 @@ class Kind(BaseModel):
     shorthand: ClassVar[tuple[str, ...]] = ()
     """The options that `"name(1, 2)"` fills, in order."""
 
-
     @classmethod
     def kind_name(cls) -> str:
         """The name that the class' `kind: Literal[...]` gives it. Raises PluginError where there is none."""

@@ -17,7 +17,7 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 @dataclass(frozen=True)
 class Recurrent:
-    """A recurrent module. path: where it is; name: the same without the prefixes of wrappers ('' is the model itself)."""
+    """A recurrent module. path: where it is; name: the same without wrappers' prefixes ('' is the model itself)."""
 
     path: str
     name: str
@@ -31,13 +31,15 @@ class Recurrent:
 def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """Every path, name and module, a shared module under each of its names.
 
-    The parts `_orig_mod` (torch.compile) and `module` (under DistributedDataParallel and DataParallel alone: a model may
-    have a child of that name) are left out of names.
+    The parts `_orig_mod` (torch.compile) and `module` (under DistributedDataParallel and DataParallel alone: a model
+    may have a child of that name) are left out of names.
     """
     yield from _walk("", "", model, ())
 
 
-def _walk(path: str, name: str, module: nn.Module, above: tuple[nn.Module, ...]) -> Iterator[tuple[str, str, nn.Module]]:
+def _walk(
+    path: str, name: str, module: nn.Module, above: tuple[nn.Module, ...]
+) -> Iterator[tuple[str, str, nn.Module]]:
     yield path, name, module
     for child_name, child in module.named_children():
         if child in above:  # a module that contains itself would never end
@@ -55,9 +57,7 @@ def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
 
 @cache
 def glob(pattern: str) -> re.Pattern[str]:
-    """The regular expression of a module pattern: `*` and `?` within a part, `**` for any number of parts, even none.
-
-    """
+    """The regular expression of a module pattern: `*` and `?` within a part, `**` for any number, even none."""
     # Each part is matched with the dot that follows it, against a name that has one put behind it.
     parts = ["(?:[^.]*[.])*" if part == "**" else _part(part) + "[.]" for part in pattern.split(".")]
     return re.compile("".join(parts))

@@ -55,7 +55,18 @@ _REACH: Final[dict[str, str]] = {
     "proximal": "proximal operator after each step",
     "decoupled": "decoupled decay at each step",
 }
-_HEADER: Final = ("rule", "kind", "module", "parameter", "role", "layer", "direction", "gate", "shape", "reaches it")
+_HEADER: Final = (
+    "rule",
+    "kind",
+    "module",
+    "parameter",
+    "role",
+    "layer",
+    "direction",
+    "gate",
+    "shape",
+    "reaches it",
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,14 @@ class Plan:
 def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:
     head, tail = (binding.key, binding.title), binding.reach
     for w in binding.weights:
-        place = (w.name or "(model)", " + ".join(w.parameters), w.role, str(w.layer), w.direction, w.gate or "all")
+        place = (
+            w.name or "(model)",
+            " + ".join(w.parameters),
+            w.role,
+            str(w.layer),
+            w.direction,
+            w.gate or "all",
+        )
         yield (*head, *place, " × ".join(map(str, w.shape)), tail)
     for o in binding.outputs:
         layer = "all" if o.layer is None else str(o.layer)
@@ -84,9 +102,7 @@ def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:
         yield (*head, "(nothing: optional)", "", "", "", "", "", "", "")
 
 
-def resolve(
-    model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, registry: Registry | None = None
-) -> Plan:
+def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, registry: Registry | None = None) -> Plan:
     """Bind every rule of the spec to the model.
 
     Raises SpecError for a bad document, ResolveError with every rule that does not fit the model.
@@ -221,7 +237,11 @@ def _parameter(recurrent: Recurrent, name: str) -> nn.Parameter:
     parameter = recurrent.module._parameters.get(name)
     where = f"{recurrent.name}.{name}".lstrip(".")
     if parameter is None:
-        made = "is computed from another (parametrized, pruned or wrapped)" if hasattr(recurrent.module, name) else "is missing"
+        made = (
+            "is computed from another (parametrized, pruned or wrapped)"
+            if hasattr(recurrent.module, name)
+            else "is missing"
+        )
         raise _Unbound(f"{where} {made}; regkit acts on plain parameters")
     if nn.parameter.is_lazy(parameter) or parameter.is_meta:
         raise _Unbound(f"{where} has no memory yet (lazy or meta); attach once it is real")
@@ -245,9 +265,7 @@ def _blocks(recurrent: Recurrent, weight: Weight, target: Target, layout: Layout
         for index, gate in enumerate(weight.gates):
             if target.gate is None or gate in target.gate:
                 _refuse_separate(recurrent, weight, (gate,))
-                yield replace(
-                    whole, gate=gate, start=index * hidden, rows=hidden, gates=1, shape=(hidden, *shape[1:])
-                )
+                yield replace(whole, gate=gate, start=index * hidden, rows=hidden, gates=1, shape=(hidden, *shape[1:]))
     else:
         _refuse_separate(recurrent, weight, weight.separate)
         yield whole
@@ -258,7 +276,7 @@ def _refuse_separate(recurrent: Recurrent, weight: Weight, gates: tuple[str, ...
     if apart:
         together = [gate for gate in weight.gates if gate not in weight.separate]
         raise _Unbound(
-            f"the biases of {recurrent} have no effective sum in the gate {listing(apart)}, where each acts on its own; "
+            f"the biases of {recurrent} have no effective sum in the gate {listing(apart)}, where each acts alone; "
             f'use "bias": "each", or name the gates {listing(together)}'
         )
 

@@ -1,7 +1,7 @@
 """The forward hooks, what they keep until `penalty()` consumes it, and the check that nothing fell through.
 
-A hook stores what a module put out and computes nothing. It belongs to the model, and so travels with copies of it: a copy
-of a hook is an inert one, which records nothing and writes into no one's store.
+A hook stores what a module put out and computes nothing. It belongs to the model, and so travels with copies of it: a
+copy of a hook is an inert one, which records nothing and writes into no one's store.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Recorder:
             yield from self._adapter.segments(self.module, site, record.observed, record.validity, step)
 
     def is_trained(self, step: Step) -> bool:
-        """Whether this step trains the module; one without a trainable parameter is trained with the rest of the model."""
+        """Whether this step trains the module; one without a trainable parameter is trained with the rest."""
         mine = [id(p) for p in self.module.parameters() if p.requires_grad]
         return any(i in step.trained for i in mine) if mine else bool(step.trained)
 

@@ -62,7 +62,7 @@ class Entry:
 
 
 class Registry:
-    """The kinds and adapters at hand, by family and name. Loads every entry point of group `regkit` unless told not to."""
+    """The kinds and adapters at hand, by family and name: those of every entry point of group `regkit`, and more."""
 
     def __init__(self, plugins: Iterable[object] = (), *, entry_points: bool = True) -> None:
         self._manager = pluggy.PluginManager(hookspecs.GROUP)
@@ -169,7 +169,9 @@ class Registry:
     @property
     def roles(self) -> list[str]:
         """Every role that a target may name."""
-        return list(dict.fromkeys([*WEIGHT_ROLES, *OUTPUT_ROLES, *(r for a, _ in self._adapters.values() for r in a.roles)]))
+        return list(
+            dict.fromkeys([*WEIGHT_ROLES, *OUTPUT_ROLES, *(r for a, _ in self._adapters.values() for r in a.roles)])
+        )
 
     @property
     def gates(self) -> list[str]:

@@ -16,13 +16,16 @@ _REF: Final = "#/$defs/{model}"
 
 
 def schema(registry: Registry | None = None) -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a document: each kind as one branch of a `oneOf` with the discriminator `kind`,
-    beside the shorthand that stands for it.
+    """The JSON Schema (draft 2020-12) of a document.
+
+    Each kind is one branch of a `oneOf` with the discriminator `kind`, beside the shorthand that stands for it.
     """
     registry = registry or default()
     entries = registry.entries()
     names, generated = models_json_schema(
-        [(Spec, "validation"), *((entry.kind, "validation") for entry in entries)], by_alias=True, ref_template=_REF
+        [(Spec, "validation"), *((entry.kind, "validation") for entry in entries)],
+        by_alias=True,
+        ref_template=_REF,
     )
     definitions: dict[str, Any] = generated["$defs"]
     references = {entry.name: names[entry.kind, "validation"] for entry in entries}

@@ -1,4 +1,4 @@
-"""Shorthand for a kind, made canonical: `"l2(1e-4)"`, `"max_norm(3, per=cell)"`, `{"l2": 1e-4}`, `{"l1": 1e-5, "l2": 1e-4}`.
+"""Shorthand for a kind, made canonical: `"l2(1e-4)"`, `"max_norm(3, per=cell)"`, `{"l2": 1e-4}`, `{"l1": 1, "l2": 2}`.
 
 The canonical form is an object with a `kind`. Nothing here evaluates: arguments are JSON scalars or bare words.
 """

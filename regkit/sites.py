@@ -1,8 +1,8 @@
 """Places on recurrent modules that a rule can bind to, and the adapters that know them.
 
-An adapter says of a module class which weights it has (role, layer, direction, the gates stacked in its rows) and what it
-puts out. From that, `regkit.plan` makes sites: a `WeightSite` is a block of rows of one weight, an `OutputSite` one of the
-things that a module returns.
+An adapter says of a module class which weights it has (role, layer, direction, the gates stacked in its rows) and what
+it puts out. From that, `regkit.plan` makes sites: a `WeightSite` is a block of rows of one weight, an `OutputSite` one
+of the things that a module returns.
 """
 
 from __future__ import annotations
@@ -114,11 +114,18 @@ class Adapter(ABC):
         """What the module puts out."""
 
     @abstractmethod
-    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Mapping[str, Any]:
+    def observe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Mapping[str, Any]:
         """What to keep of one call, by role. Runs inside the forward pass: it picks, it computes nothing."""
 
     @abstractmethod
     def segments(
-        self, module: nn.Module, site: OutputSite, observed: Mapping[str, Any], valid: Validity | None, step: int
+        self,
+        module: nn.Module,
+        site: OutputSite,
+        observed: Mapping[str, Any],
+        valid: Validity | None,
+        step: int,
     ) -> Sequence[Segment]:
         """The segments of one observed call. step: how many calls came before it under the same validity."""

@@ -95,10 +95,7 @@ def _parse(origin: str, text: str) -> Source:
     if twice:
         raise SpecError(
             origin,
-            [
-                Problem(place, "this key is given twice", *_line_and_column(text, offset))
-                for place, offset in twice
-            ],
+            [Problem(place, "this key is given twice", *_line_and_column(text, offset)) for place, offset in twice],
         )
     return Source(origin, value, text, offsets)
 
@@ -167,6 +164,8 @@ def _refuse_foreign(value: Any) -> None:
             pending += [((*path, index), inner) for index, inner in enumerate(item)]
         elif item is not None and type(item) not in (str, int, float, bool):
             kind = f"{type(item).__module__}.{type(item).__qualname__}".removeprefix("builtins.")
-            problems.append(Problem(pointer(path), f"{kind} is no JSON value; give a plain number, string, list or object"))
+            problems.append(
+                Problem(pointer(path), f"{kind} is no JSON value; give a plain number, string, list or object")
+            )
     if problems:
         raise SpecError("the given document", problems)

@@ -32,7 +32,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, cor
 from regkit import shorthand
 from regkit.errors import unknown
 from regkit.fields import Count, Index
-from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty, Schedule
+from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty
 from regkit.registry import Family, Registry, default
 from regkit.sites import GATE_ALIASES
 
@@ -312,7 +312,7 @@ class Layer(_Model):
             yield Rule.model_construct(name=f"{place}/{field}", target=target, **part)
 
     @model_validator(mode="after")
-    def _does_something(self, info: ValidationInfo) -> Layer:
+    def _does_something(self) -> Layer:
         kinds = {f: getattr(self, f) for f in type(self).model_fields if f != "module"}
         if all(kind is None for kind in kinds.values()):
             raise _mistake(f"it regularizes nothing; give one of {', '.join(kinds)}")
@@ -377,7 +377,12 @@ class Spec(_Model):
         registry = registry or default()
         body = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         head = {key: body[key] for key in ("$schema",) if key in body}
-        whole = {**head, "version": self.version, "provenance": _provenance(self, registry), "rules": body["rules"]}
+        whole = {
+            **head,
+            "version": self.version,
+            "provenance": _provenance(self, registry),
+            "rules": body["rules"],
+        }
         return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
 
     def save(self, path: str | Path, registry: Registry | None = None) -> None:

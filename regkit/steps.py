@@ -1,9 +1,9 @@
 """The optimizer hooks: which step is ours, when its gradients are complete, and at what scale they are.
 
-torch's global step hooks need no handle on an optimizer and see every optimizer in the process. A step is acted on where
-its optimizer owns parameters of ours, found anew at each step. Where optimizers wrap one another, both fire: the outermost
-that owns a parameter owns its step. Under `step(closure)` the pre-hook fires before the backward pass, so the closure is
-wrapped and the work done behind it.
+torch's global step hooks need no handle on an optimizer and see every optimizer in the process. A step is acted on
+where its optimizer owns parameters of ours, found anew at each step. Where optimizers wrap one another, both fire: the
+outermost that owns a parameter owns its step. Under `step(closure)` the pre-hook fires before the backward pass, so the
+closure is wrapped and the work done behind it.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class StepHooks:
     def _running(self) -> list[Step]:
         """The steps that this thread is in, outermost first.
 
-        A step that raised never reaches its post-hook, and would claim its parameters for ever. It is told by its frame:
-        one that is not on the stack any more is over.
+        A step that raised never reaches its post-hook, and would claim its parameters for ever. It is told by its
+        frame: one that is not on the stack any more is over.
         """
         running: list[Step] = getattr(self._thread, "running", [])
         if running:

@@ -44,7 +44,7 @@ class Block:
     def rows(self, tensor: Tensor) -> Tensor:
         """A view of the block's rows in a parameter or its gradient, in the layout that the kind asked for."""
         block = tensor if self._whole else tensor.narrow(0, self.site.start, self.site.rows)
-        return block.unflatten(0, (self.site.gates, -1)) if self._layout == "cell" else block
+        return torch.unflatten(block, 0, (self.site.gates, -1)) if self._layout == "cell" else block
 
     def weight(self, parameters: Sequence[Tensor]) -> Tensor:
         """The weight that acts: a view of the one parameter, or the sum of two biases."""
@@ -54,8 +54,8 @@ class Block:
     def move(self, parameters: Sequence[Tensor], mine: Sequence[Tensor], point: Tensor) -> None:
         """Make the weight that acts equal to a point, by changing the parameters in `mine`.
 
-        For a sum a + b the change is shared equally, which is the nearest pair: ‖Δa‖² + ‖Δb‖² is least under a given Δa + Δb
-        where Δa = Δb.
+        For a sum a + b the change is shared equally, which is the nearest pair: ‖Δa‖² + ‖Δb‖² is least under a given
+        Δa + Δb where Δa = Δb.
         """
         if len(parameters) == 1:
             self.rows(parameters[0]).copy_(point)

@@ -23,7 +23,7 @@ class ActivityL1(ActivityPenalty):
 
 @final
 class ActivityL2(ActivityPenalty):
-    """h², reduced over the valid outputs: AR  (Merity et al. 2017, §4.2, there on dropped-out h; Keras L2 at `batch`)."""
+    """h², reduced over the valid outputs: AR  (Merity et al. 2017, §4.2; Keras activity_regularizer L2, at `batch`)."""
 
     kind: Literal["activity_l2"] = "activity_l2"
 
@@ -57,7 +57,7 @@ class ActivityL1L2(ActivityPenalty):
 
 @final
 class Temporal(ActivityPenalty):
-    """(h_t − h_{t−1})², reduced over valid neighbours: TAR  (Merity et al. 2017, §4.2, as released: the mean square)."""
+    """(h_t − h_{t−1})², reduced over valid neighbours: TAR  (Merity et al. 2017, §4.2, as they released it)."""
 
     kind: Literal["temporal"] = "temporal"
 
@@ -84,7 +84,8 @@ class NormStabilizer(ActivityPenalty):
 
 def _norm(h: Tensor) -> Tensor:
     """(..., features) -> (..., 1); torch defines the derivative of the 2-norm as 0 at 0."""
-    return torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    return norm
 
 
 @hookimpl

@@ -21,7 +21,9 @@ def _norms(w: Tensor, per: Per) -> Tensor:
     dims = {"unit": -1, "input": 0, "cell": (0, -1), "matrix": (-2, -1)}[per]
     if per == "cell" and w.dim() < 3:
         matrix = w.unsqueeze(-1)  # a stacked bias, (gates, hidden)
-    norms = torch.linalg.vector_norm(matrix, dim=dims, keepdim=True, dtype=torch.promote_types(w.dtype, torch.float32))
+    norms: Tensor = torch.linalg.vector_norm(
+        matrix, dim=dims, keepdim=True, dtype=torch.promote_types(w.dtype, torch.float32)
+    )
     return norms if matrix.dim() == w.dim() else norms.squeeze(-1)
 
 
@@ -85,8 +87,8 @@ class UnitNorm(_NormConstraint):
 class MinMaxNorm(_NormConstraint):
     """Each group's 2-norm in [min_value, max_value], approached at a rate  (Keras MinMaxNorm).
 
-    w · (rate·clip(‖w‖) + (1 − rate)·‖w‖) / ‖w‖.  At rate 1 this is the nearest point; below, one call goes that share of
-    the way. A zero group has no direction to grow in; it stays.
+    w · (rate·clip(‖w‖) + (1 − rate)·‖w‖) / ‖w‖.  At rate 1 this is the nearest point; below, one call goes that
+    share of the way. A zero group has no direction to grow in; it stays.
     """
 
     kind: Literal["min_max_norm"] = "min_max_norm"

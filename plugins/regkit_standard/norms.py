@@ -17,7 +17,8 @@ def _dtype(w: Tensor) -> torch.dtype:
 
 
 def _l1(w: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(w, ord=1, dtype=_dtype(w))
+    norm: Tensor = torch.linalg.vector_norm(w, ord=1, dtype=_dtype(w))
+    return norm
 
 
 def _l2(w: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Linear(_Ramp):
 
 @final
 class Cosine(_Ramp):
-    """From start to end along half a cosine: end + (start − end)·(1 + cos(π·t/steps))/2  (Loshchilov & Hutter 2017, eq. 5)."""
+    """Along half a cosine: end + (start − end)·(1 + cos(π·t/steps))/2, then end  (Loshchilov & Hutter 2017, eq. 5)."""
 
     kind: Literal["cosine"] = "cosine"
 

@@ -67,14 +67,21 @@ class SequenceAdapter(Adapter):
         ]
         return [*outputs, Output("cell", layers, directions)] if isinstance(module, nn.LSTM) else outputs
 
-    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Mapping[str, Any]:
+    def observe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Mapping[str, Any]:
         sequence, state = result
         if isinstance(module, nn.LSTM):
             return {"output": sequence, "state": state[0], "cell": state[1]}
         return {"output": sequence, "state": state}
 
     def segments(
-        self, module: nn.Module, site: OutputSite, observed: Mapping[str, Any], valid: Validity | None, step: int
+        self,
+        module: nn.Module,
+        site: OutputSite,
+        observed: Mapping[str, Any],
+        valid: Validity | None,
+        step: int,
     ) -> Sequence[Segment]:
         assert isinstance(module, nn.RNNBase)
         directions = self._directions(module)
@@ -106,7 +113,9 @@ class CellAdapter(Adapter):
         outputs = [Output("output", sequence=True)]
         return [*outputs, Output("cell", sequence=True)] if isinstance(module, nn.LSTMCell) else outputs
 
-    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Mapping[str, Any]:
+    def observe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Mapping[str, Any]:
         hx = kwargs.get("hx", args[1] if len(args) > 1 else None)
         if isinstance(module, nn.LSTMCell):
             h, c = result
@@ -115,7 +124,12 @@ class CellAdapter(Adapter):
         return {"output": result, "output before": hx}
 
     def segments(
-        self, module: nn.Module, site: OutputSite, observed: Mapping[str, Any], valid: Validity | None, step: int
+        self,
+        module: nn.Module,
+        site: OutputSite,
+        observed: Mapping[str, Any],
+        valid: Validity | None,
+        step: int,
     ) -> Sequence[Segment]:
         return [of_step(observed[site.role], observed[f"{site.role} before"], valid, step)]
 
