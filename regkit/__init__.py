@@ -16,7 +16,8 @@ from regkit.plan import Plan, resolve
 from regkit.registry import Registry
 from regkit.schema import schema
 from regkit.sites import Adapter, Output, OutputSite, Site, Weight, WeightSite
-from regkit.spec import Rule, Spec, Target
+from regkit.spec import Rule, Spec
+from regkit.target import Target
 
 __version__ = "0.1.0"
 

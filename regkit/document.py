@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from regkit import source
 from regkit.errors import Problem, SpecError, unknown
 from regkit.registry import Registry, default
-from regkit.spec import Layer, Provenance, Rule, Spec, Target
+from regkit.spec import Layer, Provenance, Rule, Spec
+from regkit.target import Target
 
 _LONGEST_ECHO: Final = 80
 

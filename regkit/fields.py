@@ -1,4 +1,4 @@
-"""Strict scalars for the options of a kind: what the type says is what the document must hold.
+"""Strict scalars for the options of a kind, and how a validator says what is wrong with one.
 
 pydantic's own strict float still takes numpy scalars, since `numpy.float64` is a `float`; these take a plain `int` or
 `float` and nothing else. All are finite.
@@ -8,8 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, Strict
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, Strict, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+
+def mistake(message: str) -> PydanticCustomError:
+    """What a validator raises: a sentence of our own, which pydantic files under the field's place."""
+    # The message is a value of the template: braces that a document holds in its strings must not be read as fields.
+    return PydanticCustomError("regkit", "{message}", {"message": message})
+
+
+def mistake_at(where: tuple[str, ...], value: Any, message: str) -> ValidationError:
+    """The same for a place below the field being validated."""
+    details = InitErrorDetails(type=mistake(message), loc=where, input=value)
+    return ValidationError.from_exception_data("regkit", [details])
 
 
 def _plain_number(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,38 +17,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from regkit.activity import Activity, Segment, Validity
+from regkit.binding import Binding
 from regkit.errors import StepError
 from regkit.kinds import ActivityPenalty
-from regkit.plan import Binding
+from regkit.ledger import Ledger
 from regkit.sites import Adapter, OutputSite
 from regkit.steps import Step
-
-
-class Ticket:
-    """Handed out with each `penalty()`: learns whether its gradient was ever asked for."""
-
-    def __init__(self) -> None:
-        self.backpropagated = False
-
-    def __call__(self, gradient: Tensor) -> None:
-        self.backpropagated = True
-
-
-@dataclass
-class Ledger:
-    """The tickets of one thing that must go through the loss, since the last step that trained it."""
-
-    tickets: list[Ticket] = field(default_factory=list)
-
-    def require(self, what: str) -> None:
-        """Raise StepError unless it went through a loss that was backpropagated."""
-        if not self.tickets:
-            raise StepError(f"{what} was not part of the loss in this step; add attachment.penalty() to the loss")
-        if not any(ticket.backpropagated for ticket in self.tickets):
-            raise StepError(
-                f"{what}: attachment.penalty() was called, but what it returned was not part of the loss that was "
-                "backpropagated; add it to the loss (attachment.values() is for logging)"
-            )
 
 
 @dataclass(frozen=True)
@@ -139,6 +113,12 @@ class ActivityRule:
         if total is None:
             return None
         return total * (penalty.strength * (1.0 if schedule is None else schedule.factor(index)))
+
+    def take(self, index: int) -> Tensor | None:
+        """The same, kept for `values()`: the records are about to be consumed."""
+        value = self.value(index)
+        self.last = self.last if value is None else value.detach()
+        return value
 
     def check(self, step: Step) -> None:
         """Raise StepError where this step trains a module whose activity is not in the loss."""

@@ -8,33 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    PlainSerializer,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+from pydantic import Field, field_validator, model_validator
 
-from regkit import shorthand
-from regkit.errors import unknown
-from regkit.fields import Count, Index
+from regkit.fields import Count, mistake, mistake_at
 from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty
-from regkit.registry import Family, Registry, default
-from regkit.sites import GATE_ALIASES
+from regkit.openunion import AnyConstraint, AnyPenalty, AnySchedule, OutputPenalty, WeightPenalty
+from regkit.registry import Registry, default
+from regkit.target import Frozen, Name, Pattern, Target, any_of
 
 VERSION: Final = 1
 MOST_RULES: Final = 20_000
@@ -45,173 +28,10 @@ operator after the step; or as a decoupled decay, as AdamW's.
 """
 
 
-def _mistake(message: str) -> PydanticCustomError:
-    # The message is a value of the template: braces that a document holds in its strings must not be read as fields.
-    return PydanticCustomError("regkit", "{message}", {"message": message})
-
-
-def registry_of(info: ValidationInfo) -> Registry:
-    """The registry that the reader was given, or that of everything installed."""
-    registry = (info.context or {}).get("registry")
-    return registry if isinstance(registry, Registry) else default()
-
-
-@dataclass(frozen=True)
-class OpenUnion:
-    """A field that holds any installed kind of some families.
-
-    The registry is asked at each validation, so that a plugin's kind is as good as one that was there when this module
-    was imported; pydantic's own discriminated unions are closed once built.
-    """
-
-    families: tuple[Family, ...]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.with_info_plain_validator_function(
-            self._validate, serialization=core_schema.plain_serializer_function_ser_schema(_dump_kind)
-        )
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"x-open-union": list(self.families)}  # filled by regkit.schema, which knows the registry
-
-    def _validate(self, value: Any, info: ValidationInfo) -> Kind:
-        registry = registry_of(info)
-        if isinstance(value, Kind):
-            return self._of_family(value, registry)
-        try:
-            options = shorthand.canonical(value, self.families, registry)
-        except shorthand.UnknownKindError as error:
-            where = ("kind",) if isinstance(value, dict) and "kind" in value else ()
-            raise _at(where, value, f"{error}{_provider(error.name, info)}") from None
-        except shorthand.ShorthandError as error:
-            raise _mistake(str(error)) from None
-        # A ValidationError of the kind's own class is merged by pydantic, under this field's place.
-        return registry.kind(options["kind"], *self.families).model_validate(options, context=info.context)
-
-    def _of_family(self, kind: Kind, registry: Registry) -> Kind:
-        entry = registry.find(kind.kind, *self.families)
-        if entry is None or not isinstance(kind, entry.kind):
-            raise _mistake(f"{type(kind).__name__} is not registered as a {' or '.join(self.families)}")
-        return kind
-
-
-def _dump_kind(kind: Kind) -> dict[str, Any]:
-    return kind.model_dump(mode="json", exclude_none=True)
-
-
-def _at(where: tuple[str, ...], value: Any, message: str) -> ValidationError:
-    """One mistake at a place below the field being validated."""
-    return ValidationError.from_exception_data(
-        "kind", [InitErrorDetails(type=_mistake(message), loc=where, input=value)]
-    )
-
-
-def _provider(name: str, info: ValidationInfo) -> str:
-    """The sentence that says what to install, where the document was saved with the kind's provenance."""
-    provenance = (info.context or {}).get("provenance")
-    saved = provenance.get(name) if isinstance(provenance, dict) else None
-    if not isinstance(saved, dict) or "distribution" not in saved:
-        return ""
-    return f". The document was saved with it from {saved['distribution']} {saved.get('version') or ''}".rstrip()
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, (str, int)) else value
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not values:  # not pydantic's min_length: it also counts items that were refused, and says so a second time
-        raise _mistake("an empty list selects nothing; leave the key out to mean any")
-    return tuple(dict.fromkeys(values))
-
-
-def _one_or_list(values: tuple[Any, ...] | None) -> Any:
-    return values[0] if values is not None and len(values) == 1 else values
-
-
-def _any_of(item: Any) -> Any:
-    """One item or a list of them, kept as a tuple and saved as one item where there is one."""
-    return Annotated[
-        tuple[item, ...],
-        Field(max_length=1000),
-        BeforeValidator(_as_list, json_schema_input_type=item | list[item]),
-        AfterValidator(_distinct),
-        PlainSerializer(_one_or_list),
-    ]
-
-
-def _known_role(role: str, info: ValidationInfo) -> str:
-    roles = registry_of(info).roles
-    if role not in roles:
-        raise _mistake(unknown("role", role, roles))
-    return role
-
-
-def _known_gate(gate: str, info: ValidationInfo) -> str:
-    gates = registry_of(info).gates
-    name = gate if gate in gates else GATE_ALIASES.get(gate, gate)
-    if name not in gates:
-        raise _mistake(unknown("gate", gate, [*gates, *GATE_ALIASES]))
-    return name
-
-
-def _known_direction(direction: Any) -> Any:
-    if direction == "reverse":  # torch's own word, in its parameter names
-        return "backward"
-    if isinstance(direction, str) and direction not in ("forward", "backward"):
-        raise _mistake(unknown("direction", direction, ["forward", "backward"]))
-    return direction
-
-
-def _well_formed_glob(pattern: str) -> str:
-    if any(not part or ("**" in part and part != "**") for part in pattern.split(".")):
-        raise _mistake(f"{pattern!r} is no pattern: dotted names, * within a part, ** for any number of parts")
-    return pattern
-
-
-_Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
-_Pattern = Annotated[_Name, AfterValidator(_well_formed_glob)]
-_Role = Annotated[_Name, AfterValidator(_known_role)]
-_Gate = Annotated[_Name, AfterValidator(_known_gate)]
-_Direction = Annotated[Literal["forward", "backward"], BeforeValidator(_known_direction)]
-
-AnyPenalty = Annotated[Kind, OpenUnion(("penalty", "activity penalty"))]
-WeightPenalty = Annotated[Kind, OpenUnion(("penalty",))]
-OutputPenalty = Annotated[Kind, OpenUnion(("activity penalty",))]
-AnyConstraint = Annotated[Kind, OpenUnion(("constraint",))]
-AnySchedule = Annotated[Kind, OpenUnion(("schedule",))]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
-
-
-class Target(_Model):
-    """Where a rule binds. What is left out means any; a list means any of its items."""
-
-    module: _any_of(_Pattern) | None = None  # type: ignore[valid-type]  # pydantic's own idiom for a made-up type
-    """Globs over dotted module names: `*` within a part, `**` across parts."""
-
-    role: _any_of(_Role) | None = None  # type: ignore[valid-type]
-    """kernel, recurrent, bias, projection; output, state, cell. Left out: every weight, or the output."""
-
-    layer: _any_of(Index) | None = None  # type: ignore[valid-type]
-    """Layers of a stacked module, from 0."""
-
-    direction: _any_of(_Direction) | None = None  # type: ignore[valid-type]
-    """forward or backward."""
-
-    gate: _any_of(_Gate) | None = None  # type: ignore[valid-type]
-    """Gates: LSTM input, forget, cell, output; GRU reset, update, new; or their letters."""
-
-    bias: Literal["each", "effective"] = "each"
-    """torch has two bias vectors of which the sum acts: penalize each (as weight_decay does), or the sum (as Keras)."""
-
-
-class Rule(_Model):
+class Rule(Frozen):
     """One target, one penalty or one constraint, at most one schedule."""
 
-    name: _Name | None = None
+    name: Name | None = None
     """What values() and violations() call it; rules/3 where it is left out."""
 
     target: Target = Target()
@@ -246,7 +66,7 @@ class Rule(_Model):
     def _consistent(self) -> Rule:
         mistakes = list(_mistakes(self))
         if mistakes:
-            raise _mistake("; ".join(mistakes))
+            raise mistake("; ".join(mistakes))
         return self
 
 
@@ -279,10 +99,10 @@ def _constraint_mistakes(rule: Rule) -> Iterator[str]:
         yield f"{rule.kind.kind} has no bound that a schedule could scale"
 
 
-class Layer(_Model):
+class Layer(Frozen):
     """Keras' seven names for one module, or for all that match."""
 
-    module: _any_of(_Pattern) | None = None  # type: ignore[valid-type]
+    module: any_of(Pattern) | None = None  # type: ignore[valid-type]
     """Globs over dotted module names; left out: every recurrent module."""
 
     kernel_regularizer: WeightPenalty | None = None
@@ -315,21 +135,21 @@ class Layer(_Model):
     def _does_something(self) -> Layer:
         kinds = {f: getattr(self, f) for f in type(self).model_fields if f != "module"}
         if all(kind is None for kind in kinds.values()):
-            raise _mistake(f"it regularizes nothing; give one of {', '.join(kinds)}")
+            raise mistake(f"it regularizes nothing; give one of {', '.join(kinds)}")
         for field, kind in kinds.items():
             if kind is not None and (reason := kind.inert()) is not None:
-                raise _at((field,), kind, f"{kind.kind} has no effect: {reason}")
+                raise mistake_at((field,), kind, f"{kind.kind} has no effect: {reason}")
         return self
 
 
-class Provenance(_Model):
+class Provenance(Frozen):
     """The distribution that a kind came from when the document was saved."""
 
     distribution: str
     version: str | None = None
 
 
-class Spec(_Model):
+class Spec(Frozen):
     """A whole document."""
 
     schema_: Annotated[str | None, Field(alias="$schema", max_length=1000)] = None
@@ -351,7 +171,7 @@ class Spec(_Model):
     @classmethod
     def _known_version(cls, version: Any) -> Any:
         if type(version) is not int or version != VERSION:
-            raise _mistake(f"version {version!r} is unknown; this regkit reads version {VERSION}")
+            raise mistake(f"version {version!r} is unknown; this regkit reads version {VERSION}")
         return version
 
     @model_validator(mode="after")
@@ -360,12 +180,12 @@ class Spec(_Model):
         # The model is frozen for its users; here it is still being made.
         self.__dict__.update(rules=(*self.rules, *expanded), layers=(), provenance={})
         if not self.rules:
-            raise _mistake("it has no rules, so it would regularize nothing")
+            raise mistake("it has no rules, so it would regularize nothing")
         named = [rule.name for rule in self.rules if rule.name is not None]
         keys = list(self.keyed_rules())
         if len(keys) < len(self.rules):
             twice = sorted({name for name in named if named.count(name) > 1} or set(named))
-            raise _mistake(f"two rules have the name {', '.join(map(repr, twice))}")
+            raise mistake(f"two rules have the name {', '.join(map(repr, twice))}")
         return self
 
     def keyed_rules(self) -> dict[str, Rule]:

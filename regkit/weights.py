@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from regkit.binding import Binding
 from regkit.errors import AttachError, StepError
 from regkit.kinds import Constraint, Layout, Penalty
-from regkit.plan import Binding
+from regkit.ledger import Ledger
 from regkit.sites import WeightSite
 from regkit.steps import Step
 
@@ -90,6 +91,10 @@ class WeightRule:
         for block in self.blocks:
             yield from block.parameters()
 
+    def is_trained(self, step: Step) -> bool:
+        """Whether this step trains any of its parameters."""
+        return any(id(parameter) in step.trained for parameter in self.parameters())
+
     def _trained(self, step: Step) -> Iterator[tuple[Block, list[nn.Parameter], list[nn.Parameter]]]:
         """Each block that this step trains, all its parameters, and those of them that it trains."""
         for block in self.blocks:
@@ -99,8 +104,11 @@ class WeightRule:
                 yield block, parameters, mine
 
 
+@dataclass(eq=False)
 class PenaltyRule(WeightRule):
-    """A penalty on weights."""
+    """A penalty on weights. The ledger is of one via the loss."""
+
+    ledger: Ledger = field(default_factory=Ledger)
 
     @property
     def penalty(self) -> Penalty:

@@ -1,0 +1,244 @@
+"""Binding one rule: from its target to the sites of a model that it acts on, or to why there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from regkit.errors import listing, nearest
+from regkit.kinds import ActivityPenalty, Constraint, Layout, Penalty, Schedule
+from regkit.modules import Recurrent, matches
+from regkit.sites import OUTPUT_ROLES, OutputSite, Weight, WeightSite
+from regkit.spec import Rule, Via
+from regkit.target import Target
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One rule, bound: what acts, on which sites, and how it reaches them."""
+
+    key: str
+    kind: Penalty | ActivityPenalty | Constraint
+    schedule: Schedule | None
+    via: Via
+    every: int
+    optional: bool
+    weights: tuple[WeightSite, ...] = ()
+    outputs: tuple[OutputSite, ...] = ()
+
+    @property
+    def reach(self) -> str:
+        """What of it reaches the weights, and when."""
+        if isinstance(self.kind, Constraint):
+            return "projected after each step" if self.every == 1 else f"projected after every {self.every} steps"
+        return _REACH[self.via]
+
+    @property
+    def title(self) -> str:
+        """The kind, its options and its schedule."""
+        return self.kind.describe() + (f" × {self.schedule.describe()}" if self.schedule else "")
+
+
+_REACH: Final[dict[str, str]] = {
+    "gradient": "added to the gradient at each step",
+    "loss": "in penalty(), which the loop adds to the loss",
+    "proximal": "proximal operator after each step",
+    "decoupled": "decoupled decay at each step",
+}
+
+
+class Unbound(Exception):  # noqa: N818  # a signal within this room; what users see is ResolveError
+    """Why a rule does not fit."""
+
+
+def bind(key: str, rule: Rule, everywhere: list[Recurrent]) -> Binding:
+    """Bind one rule to the recurrent modules of a model. Raises Unbound where it does not fit."""
+    kind = rule.kind
+    assert isinstance(kind, (Penalty, ActivityPenalty, Constraint))  # the spec's fields hold no other family
+    via: Via = "loss" if isinstance(kind, ActivityPenalty) else rule.via or "gradient"
+    schedule = rule.schedule if isinstance(rule.schedule, Schedule) else None
+    binding = Binding(key, kind, schedule, via, rule.every, rule.optional)
+    try:
+        modules = _modules(rule.target, everywhere)
+        if isinstance(kind, ActivityPenalty):
+            return replace(binding, outputs=_outputs(rule.target, kind, modules))
+        return replace(binding, weights=_weights(rule.target, kind, modules))
+    except _Missing:
+        if rule.optional:
+            return binding
+        raise
+
+
+class _Missing(Unbound):
+    """The rule asks for something that the model does not have; an optional rule may."""
+
+
+def _modules(target: Target, everywhere: list[Recurrent]) -> list[Recurrent]:
+    """The modules that the target's patterns cover, each once; every pattern must cover one."""
+    patterns = target.module or ("**",)
+    for pattern in patterns:
+        if not any(matches(pattern, one.name) for one in everywhere):
+            near = nearest(pattern, [one.name for one in everywhere if one.name])
+            hint = f"; did you mean {near!r}?" if near and near != pattern else "."
+            raise _Missing(f"no recurrent module is named {pattern!r}{hint} There are: {listing(map(str, everywhere))}")
+    covered = [one for one in everywhere if any(matches(pattern, one.name) for pattern in patterns)]
+    return list({id(one.module): one for one in reversed(covered)}.values())[::-1]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One selecting field of a target: what it wants, and what a candidate has there."""
+
+    field: str
+    wanted: Sequence[Any] | None
+    of: Callable[[Any], Iterable[Any]]
+
+    def keep(self, candidates: list[tuple[Recurrent, Any]]) -> list[tuple[Recurrent, Any]]:
+        """The candidates with any of the wanted. Raises _Missing for a wanted value that none of them has."""
+        if self.wanted is None:
+            return candidates
+        there = list(dict.fromkeys(value for _, one in candidates for value in self.of(one)))
+        for value in self.wanted:
+            if value not in there:
+                near = nearest(str(value), map(str, there)) if isinstance(value, str) else None
+                hint = f"; did you mean {near!r}?" if near else "."
+                where = listing(map(str, {id(r.module): r for r, _ in candidates}.values()))
+                there_is = listing(map(str, there))
+                raise _Missing(f"there is no {self.field} {value!r} in {where}{hint} There: {there_is}")
+        return [(r, one) for r, one in candidates if set(self.wanted) & set(self.of(one))]
+
+
+def _weights(target: Target, kind: Penalty | Constraint, modules: list[Recurrent]) -> tuple[WeightSite, ...]:
+    wanted = target.role
+    if wanted and set(wanted) & set(OUTPUT_ROLES):
+        raise Unbound(f"{kind.kind} acts on weights, not on the {listing(sorted(set(wanted) & set(OUTPUT_ROLES)))}")
+    if target.bias == "effective" and wanted and "bias" not in wanted:
+        raise Unbound('"bias": "effective" says how biases are read, but the target has no role bias')
+    if target.gate and kind.layout == "cell":
+        raise Unbound(f"{kind.kind} per cell takes all gates of a hidden unit together; leave out the gate")
+    candidates = [(r, w) for r in modules for w in r.adapter.weights(r.module) if _is_read(w, target)]
+    for choice in (
+        _Choice("role", wanted, lambda w: (w.role,)),
+        _Choice("layer", target.layer, lambda w: (w.layer,)),
+        _Choice("direction", target.direction, lambda w: (w.direction,)),
+        _Choice("gate", target.gate, lambda w: w.gates),
+    ):
+        candidates = choice.keep(candidates)
+    candidates = _of_fitting_rank(kind, candidates, wanted)
+    sites = [site for r, w in candidates for site in _blocks(r, w, target, kind.layout)]
+    return _once(sites, {id(r.module): r for r, _ in candidates}.values())
+
+
+def _is_read(weight: Weight, target: Target) -> bool:
+    """Biases come one by one and, where their sum acts, once more as a pair: the target reads one form of them."""
+    return weight.role != "bias" or (len(weight.parameters) > 1) == (target.bias == "effective")
+
+
+def _of_fitting_rank(
+    kind: Penalty | Constraint, candidates: list[tuple[Recurrent, Weight]], wanted: Sequence[str] | None
+) -> list[tuple[Recurrent, Weight]]:
+    fitting = [(r, w) for r, w in candidates if _parameter(r, w.parameters[0]).dim() in kind.ranks]
+    unfit = sorted({w.role for _, w in candidates} - {w.role for _, w in fitting})
+    if wanted and unfit:
+        raise Unbound(f"{kind.kind} is not defined for the {listing(unfit)}: it takes {_ranks(kind)}")
+    if not fitting:
+        raise _Missing(f"no weight is left that {kind.kind} is defined for: it takes {_ranks(kind)}")
+    return fitting
+
+
+def _ranks(kind: Penalty | Constraint) -> str:
+    names = {1: "vectors", 2: "matrices"}
+    return " and ".join(names.get(rank, f"{rank}-dimensional weights") for rank in kind.ranks)
+
+
+def _parameter(recurrent: Recurrent, name: str) -> nn.Parameter:
+    """The parameter of this name, as a plain, real one. Raises Unbound where it is something else."""
+    parameter = recurrent.module._parameters.get(name)
+    where = f"{recurrent.name}.{name}".lstrip(".")
+    if parameter is None:
+        made = (
+            "is computed from another (parametrized, pruned or wrapped)"
+            if hasattr(recurrent.module, name)
+            else "is missing"
+        )
+        raise Unbound(f"{where} {made}; regkit acts on plain parameters")
+    if nn.parameter.is_lazy(parameter) or parameter.is_meta:
+        raise Unbound(f"{where} has no memory yet (lazy or meta); attach once it is real")
+    if not parameter.is_floating_point():
+        raise Unbound(f"{where} holds {parameter.dtype}, not floating-point numbers")
+    return parameter
+
+
+def _blocks(recurrent: Recurrent, weight: Weight, target: Target, layout: Layout) -> Iterator[WeightSite]:
+    """The sites of one weight: whole, or one for each gate where the target or the kind tells gates apart."""
+    parameters = [_parameter(recurrent, name) for name in weight.parameters]
+    shape = tuple(parameters[0].shape)
+    gates = len(weight.gates) or 1
+    hidden = shape[0] // gates
+    whole = WeightSite(
+        recurrent.path, recurrent.name, type(recurrent.module).__name__, weight.parameters, weight.role,
+        weight.layer, weight.direction, None, 0, shape[0], gates, shape,
+    )  # fmt: skip
+    apart = bool(target.gate) or layout == "gate"
+    if apart and weight.gates:
+        for index, gate in enumerate(weight.gates):
+            if target.gate is None or gate in target.gate:
+                _refuse_separate(recurrent, weight, (gate,))
+                yield replace(whole, gate=gate, start=index * hidden, rows=hidden, gates=1, shape=(hidden, *shape[1:]))
+    else:
+        _refuse_separate(recurrent, weight, weight.separate)
+        yield whole
+
+
+def _refuse_separate(recurrent: Recurrent, weight: Weight, gates: tuple[str, ...]) -> None:
+    apart = [gate for gate in gates if gate in weight.separate]
+    if apart:
+        together = [gate for gate in weight.gates if gate not in weight.separate]
+        raise Unbound(
+            f"the biases of {recurrent} have no effective sum in the gate {listing(apart)}, where each acts alone; "
+            f'use "bias": "each", or name the gates {listing(together)}'
+        )
+
+
+def _once(sites: list[WeightSite], recurrents: Iterable[Recurrent]) -> tuple[WeightSite, ...]:
+    """The sites without those that are another's tied weight: one tensor counts once in a rule."""
+    modules = {r.path: r.module for r in recurrents}
+    seen: dict[tuple[Any, ...], WeightSite] = {}
+    for site in sites:
+        tensors: list[Tensor | None] = [modules[site.path]._parameters[name] for name in site.parameters]
+        seen.setdefault((*map(id, tensors), site.start, site.rows), site)
+    return tuple(seen.values())
+
+
+def _outputs(target: Target, kind: ActivityPenalty, modules: list[Recurrent]) -> tuple[OutputSite, ...]:
+    if target.gate:
+        raise Unbound(f"{kind.kind} acts on outputs, which have no gates")
+    if target.bias != "each":
+        raise Unbound(f"{kind.kind} acts on outputs, which have no bias")
+    roles = target.role or ("output",)
+    if unfit := [role for role in roles if role not in OUTPUT_ROLES]:
+        raise Unbound(f"{kind.kind} acts on outputs, not on the {listing(unfit)}; roles are: {listing(OUTPUT_ROLES)}")
+    candidates = [(r, o) for r in modules for o in r.adapter.outputs(r.module)]
+    candidates = _Choice("role", roles, lambda o: (o.role,)).keep(candidates)
+    if kind.sequence and (still := sorted({o.role for _, o in candidates if not o.sequence})):
+        raise Unbound(f"{kind.kind} compares neighbours in time; the role {listing(still)} has none")
+    for choice in (
+        _Choice("layer with a visible sequence or state", target.layer, lambda o: o.layers),
+        _Choice("direction", target.direction, lambda o: o.directions),
+    ):
+        candidates = choice.keep(candidates)
+    return tuple(
+        OutputSite(r.path, r.name, type(r.module).__name__, o.role, layer, direction)
+        for r, o in candidates
+        for layer in _selected(target.layer, o.layers)
+        for direction in _selected(target.direction, o.directions)
+    )
+
+
+def _selected(wanted: Sequence[Any] | None, there: Sequence[Any]) -> Sequence[Any]:
+    """The wanted ones that are there; all of them together, as None, where that leaves nothing out."""
+    kept = [value for value in there if wanted is None or value in wanted]
+    return [None] if len(kept) == len(there) else kept

@@ -1,0 +1,93 @@
+"""What is done at each optimizer step that is an attachment's own: check, then gradients; after it, projections."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS
+
+from regkit.activity import at_least_float32
+from regkit.errors import StepError
+from regkit.rules import Rules
+from regkit.steps import Step
+from regkit.weights import PenaltyRule
+
+
+def total(terms: list[Tensor], device: torch.device) -> Tensor:
+    """The sum of scalars, in float32 or better.  -> ()."""
+    result = torch.zeros((), device=device)
+    for term in terms:
+        result = result + at_least_float32(term).to(device)
+    return result
+
+
+class Engine:
+    """The rules at work. It holds the model weakly, as everything does that torch's global hooks hold."""
+
+    def __init__(self, rules: Rules, model: nn.Module) -> None:
+        self._rules = rules
+        self._model = weakref.ref(model)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Every parameter that makes a step ours.
+
+        Activity rules make every step ours that trains any part of the model: their gradient may flow anywhere.
+        """
+        weight_rules = chain(self._rules.penalties, self._rules.constraints)
+        yield from chain.from_iterable(rule.parameters() for rule in weight_rules)
+        model = self._model()
+        if self._rules.activities and model is not None:
+            yield from model.parameters()
+
+    def at_gradients(self, step: Step) -> None:
+        """Add gradients and decay, once it is sure that nothing the document says is left out of this step."""
+        self._check(step)
+        for rule in self._rules.via("gradient"):
+            rule.add_gradient(step)
+        for rule in self._rules.via("decoupled"):
+            rule.decay(step)
+
+    def value(self, step: Step) -> Tensor:
+        """The value of what `at_gradients` added to gradients."""
+        terms = [rule.trained_value(step) for rule in self._rules.via("gradient")]
+        device = step.optimizer.param_groups[0]["params"][0].device
+        return total([term for term in terms if term is not None], device)
+
+    def after(self, step: Step) -> None:
+        """Proximal operators, then constraints in the document's order."""
+        for rule in self._rules.via("proximal"):
+            rule.shrink(step)
+        for constraint in self._rules.constraints:
+            if (step.index + 1) % constraint.binding.every == 0:
+                constraint.project(step)
+        self._settle(step)
+
+    def _check(self, step: Step) -> None:
+        for activity in self._rules.activities:
+            activity.check(step)
+        for rule in self._rules.via("loss"):
+            if rule.is_trained(step):
+                rule.ledger.require(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()})")
+        for rule in (*self._rules.via("proximal"), *self._rules.via("decoupled")):
+            _refuse_line_search(rule, step)
+
+    def _settle(self, step: Step) -> None:
+        """Forget the tickets of what this step trained."""
+        for recorder in self._rules.recorders:
+            if recorder.is_trained(step):
+                recorder.ledger.tickets.clear()
+        for rule in self._rules.via("loss"):
+            if rule.is_trained(step):
+                rule.ledger.tickets.clear()
+
+
+def _refuse_line_search(rule: PenaltyRule, step: Step) -> None:
+    if rule.is_trained(step) and (isinstance(step.optimizer, LBFGS) or step.evaluations > 1):
+        raise StepError(
+            f"rule {rule.binding.key!r} is {rule.binding.via}, which goes with one gradient step; "
+            f"{type(step.optimizer).__name__} evaluates its closure several times. Use via gradient"
+        )

@@ -1,0 +1,79 @@
+"""Fields that hold any installed kind of some families: the open union."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
+from pydantic_core import CoreSchema, core_schema
+
+from regkit import shorthand
+from regkit.fields import mistake, mistake_at
+from regkit.kinds import Kind
+from regkit.registry import Family, Registry, default
+
+
+def registry_of(info: ValidationInfo) -> Registry:
+    """The registry that the reader was given, or that of everything installed."""
+    registry = (info.context or {}).get("registry")
+    return registry if isinstance(registry, Registry) else default()
+
+
+@dataclass(frozen=True)
+class OpenUnion:
+    """A field that holds any installed kind of some families.
+
+    The registry is asked at each validation, so that a plugin's kind is as good as one that was there when this module
+    was imported; pydantic's own discriminated unions are closed once built.
+    """
+
+    families: tuple[Family, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self._validate, serialization=core_schema.plain_serializer_function_ser_schema(_dump_kind)
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"x-open-union": list(self.families)}  # filled by regkit.schema, which knows the registry
+
+    def _validate(self, value: Any, info: ValidationInfo) -> Kind:
+        registry = registry_of(info)
+        if isinstance(value, Kind):
+            return self._of_family(value, registry)
+        try:
+            options = shorthand.canonical(value, self.families, registry)
+        except shorthand.UnknownKindError as error:
+            where = ("kind",) if isinstance(value, dict) and "kind" in value else ()
+            raise mistake_at(where, value, f"{error}{_provider(error.name, info)}") from None
+        except shorthand.ShorthandError as error:
+            raise mistake(str(error)) from None
+        # A ValidationError of the kind's own class is merged by pydantic, under this field's place.
+        return registry.kind(options["kind"], *self.families).model_validate(options, context=info.context)
+
+    def _of_family(self, kind: Kind, registry: Registry) -> Kind:
+        entry = registry.find(kind.kind, *self.families)
+        if entry is None or not isinstance(kind, entry.kind):
+            raise mistake(f"{type(kind).__name__} is not registered as a {' or '.join(self.families)}")
+        return kind
+
+
+def _dump_kind(kind: Kind) -> dict[str, Any]:
+    return kind.model_dump(mode="json", exclude_none=True)
+
+
+def _provider(name: str, info: ValidationInfo) -> str:
+    """The sentence that says what to install, where the document was saved with the kind's provenance."""
+    provenance = (info.context or {}).get("provenance")
+    saved = provenance.get(name) if isinstance(provenance, dict) else None
+    if not isinstance(saved, dict) or "distribution" not in saved:
+        return ""
+    return f". The document was saved with it from {saved['distribution']} {saved.get('version') or ''}".rstrip()
+
+
+AnyPenalty = Annotated[Kind, OpenUnion(("penalty", "activity penalty"))]
+WeightPenalty = Annotated[Kind, OpenUnion(("penalty",))]
+OutputPenalty = Annotated[Kind, OpenUnion(("activity penalty",))]
+AnyConstraint = Annotated[Kind, OpenUnion(("constraint",))]
+AnySchedule = Annotated[Kind, OpenUnion(("schedule",))]

@@ -1,0 +1,64 @@
+"""A plan's rules on the live model, by the channel through which each acts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+
+from torch import Tensor, nn
+
+from regkit.kinds import ActivityPenalty, Penalty
+from regkit.plan import Plan
+from regkit.records import ActivityRule, Recorder
+from regkit.registry import Registry
+from regkit.weights import Block, ConstraintRule, PenaltyRule
+
+
+@dataclass(eq=False)
+class Rules:
+    """Every rule of a plan, and the recorders that its activity rules need."""
+
+    penalties: list[PenaltyRule] = field(default_factory=list)
+    constraints: list[ConstraintRule] = field(default_factory=list)
+    activities: list[ActivityRule] = field(default_factory=list)
+    recorders: list[Recorder] = field(default_factory=list)
+
+    def via(self, channel: str) -> list[PenaltyRule]:
+        """The weight penalties of one channel."""
+        return [rule for rule in self.penalties if rule.binding.via == channel]
+
+    def loss_terms(self, index: int) -> list[Tensor]:
+        """What goes through the loss at a step: activity penalties of what is recorded, weight penalties via loss."""
+        terms = [rule.take(index) for rule in self.activities]
+        terms += [rule.value(index) for rule in self.via("loss")]
+        return [term for term in terms if term is not None]
+
+
+def rules_of(plan: Plan, model: nn.Module, registry: Registry) -> Rules:
+    """The plan's rules on this model. Nothing is hooked yet."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    recorders = _recorders(plan, modules, registry)
+    rules = Rules(recorders=list(recorders.values()))
+    for binding in plan.bindings:
+        kind = binding.kind
+        if isinstance(kind, ActivityPenalty):
+            places = [(site, recorders[id(modules[site.path])]) for site in binding.outputs]
+            rules.activities.append(ActivityRule(binding, places))
+            continue
+        blocks = [Block(site, modules[site.path], kind.layout) for site in binding.weights]
+        if isinstance(kind, Penalty):
+            rules.penalties.append(PenaltyRule(binding, blocks))
+        else:
+            rules.constraints.append(ConstraintRule(binding, blocks))
+    return rules
+
+
+def _recorders(plan: Plan, modules: Mapping[str, nn.Module], registry: Registry) -> dict[int, Recorder]:
+    """One recorder for each module that an activity rule binds, by the module's id."""
+    found: dict[int, Recorder] = {}
+    for site in chain.from_iterable(binding.outputs for binding in plan.bindings):
+        module = modules[site.path]
+        if id(module) not in found:
+            found[id(module)] = Recorder(module, registry.adapter(module), site.name)
+    return found
