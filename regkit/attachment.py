@@ -15,18 +15,18 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
-from regkit.activity import Lengths, Mask, Validity, at_least_float32
-from regkit.errors import AttachError, RegkitError, StepError
-from regkit.kinds import ActivityPenalty, Penalty
+from regkit.activity import Lengths, Mask, Validity
+from regkit.engine import Engine, total
+from regkit.errors import AttachError, RegkitError
+from regkit.ledger import Ticket
 from regkit.plan import Plan, resolve
-from regkit.records import ActivityRule, Ledger, Recorder, Ticket
 from regkit.registry import Registry, default
+from regkit.rules import rules_of
 from regkit.sites import OutputSite, WeightSite
 from regkit.spec import Spec
-from regkit.steps import Step, StepHooks
-from regkit.weights import Block, ConstraintRule, PenaltyRule
+from regkit.steps import StepHooks
 
 _STATE_VERSION: Final = 1
 
@@ -43,31 +43,14 @@ class Attachment:
         self.plan = plan
         self._model = weakref.ref(model)
         self._live = False
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self._recorders = _recorders(plan, modules, registry)
-        self._penalties: list[PenaltyRule] = []
-        self._constraints: list[ConstraintRule] = []
-        self._activities: list[ActivityRule] = []
-        for binding in plan.bindings:
-            if isinstance(binding.kind, ActivityPenalty):
-                places = [(site, self._recorders[id(modules[site.path])]) for site in binding.outputs]
-                self._activities.append(ActivityRule(binding, places))
-                continue
-            layout = binding.kind.layout
-            blocks = [Block(site, modules[site.path], layout) for site in binding.weights]
-            if isinstance(binding.kind, Penalty):
-                self._penalties.append(PenaltyRule(binding, blocks))
-            else:
-                self._constraints.append(ConstraintRule(binding, blocks))
-        self._in_loss = [rule for rule in self._penalties if rule.binding.via == "loss"]
-        self._ledgers = {rule.binding.key: Ledger() for rule in self._in_loss}
-        self._hooks = StepHooks(_Work(self), optimizers)
+        self._rules = rules_of(plan, model, registry)
+        self._hooks = StepHooks(Engine(self._rules, model), optimizers)
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
     def _install(self, model: nn.Module) -> None:
         try:
-            for recorder in self._recorders.values():
+            for recorder in self._rules.recorders:
                 recorder.install()
             self._hooks.install()
         except BaseException:
@@ -82,7 +65,7 @@ class Attachment:
 
     def _remove(self) -> None:
         self._hooks.remove()
-        for recorder in self._recorders.values():
+        for recorder in self._rules.recorders:
             recorder.remove()
         self._live = False
 
@@ -119,37 +102,16 @@ class Attachment:
         """
         if not self._live:
             raise RegkitError("the attachment is detached: there is nothing to add to the loss")
-        index, ticket = self.step_count, Ticket()
-        terms: list[Tensor] = []
         with self._no_autocast():
-            for rule in self._activities:
-                value = rule.value(index)
-                if value is not None:
-                    rule.last = value.detach()
-                    terms.append(value)
-            for weight_rule in self._in_loss:
-                weight_value = weight_rule.value(index)
-                if weight_value is not None:
-                    terms.append(weight_value)
-        self._hand_out(ticket)
-        total = self._total(terms)
-        if total.requires_grad:
-            total.register_hook(ticket)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        return total
-
-    def _hand_out(self, ticket: Ticket) -> None:
-        for recorder in self._recorders.values():
-            if recorder.records:
-                recorder.ledger.tickets.append(ticket)
-                recorder.records.clear()
-        for ledger in self._ledgers.values():
-            ledger.tickets.append(ticket)
-
-    def _total(self, terms: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros((), device=self._device())
-        for term in terms:
-            total = total + at_least_float32(term).to(total.device)
-        return total
+            result = total(self._rules.loss_terms(self.step_count), self._device())
+        ticket = Ticket()
+        if result.requires_grad:
+            result.register_hook(ticket)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        for recorder in self._rules.recorders:
+            recorder.consume(ticket)
+        for rule in self._rules.via("loss"):
+            rule.ledger.tickets.append(ticket)
+        return result
 
     def _device(self) -> torch.device:
         model = self._model()
@@ -189,7 +151,7 @@ class Attachment:
 
     @contextmanager
     def _validity(self, validity: Validity) -> Iterator[None]:
-        before = {recorder: recorder.validity for recorder in self._recorders.values()}
+        before = {recorder: recorder.validity for recorder in self._rules.recorders}
         for recorder in before:
             recorder.validity = validity
         try:
@@ -213,8 +175,8 @@ class Attachment:
         weights are not counted: nothing optimizes them.
         """
         with self._no_autocast():
-            values: dict[str, Tensor | None] = {r.binding.key: r.value(self.step_count) for r in self._penalties}
-            for rule in self._activities:
+            values: dict[str, Tensor | None] = {r.binding.key: r.value(self.step_count) for r in self._rules.penalties}
+            for rule in self._rules.activities:
                 value = rule.value(self.step_count)
                 missing = torch.full((), torch.nan, device=self._device()) if rule.last is None else rule.last
                 values[rule.binding.key] = missing if value is None else value
@@ -226,12 +188,12 @@ class Attachment:
     def violations(self) -> dict[str, Tensor]:
         """For each constraint rule, how far its worst weight is outside, in the unit of its bound.  -> () each."""
         zero = torch.zeros((), device=self._device())
-        return {r.binding.key: r.violation(self.step_count) if r.blocks else zero for r in self._constraints}
+        return {r.binding.key: r.violation(self.step_count) if r.blocks else zero for r in self._rules.constraints}
 
     @torch.no_grad()
     def apply_constraints(self) -> None:
         """Project every constrained weight now, frozen ones excepted: say, before the first step."""
-        for rule in self._constraints:
+        for rule in self._rules.constraints:
             rule.project_all(self.step_count)
 
     # --- state -------------------------------------------------------------------------------------------------------
@@ -248,75 +210,6 @@ class Attachment:
         if state["version"] != _STATE_VERSION:
             raise ValueError(f"state version {state['version']!r} is unknown; this regkit reads {_STATE_VERSION}")
         self._hooks.count.restore(count)
-
-
-class _Work:
-    """What an attachment does at each step that is its own."""
-
-    def __init__(self, attachment: Attachment) -> None:
-        self._of = attachment
-
-    def parameters(self) -> Iterator[Tensor]:
-        rules = chain(self._of._penalties, self._of._constraints)
-        yield from chain.from_iterable(rule.parameters() for rule in rules)
-        model = self._of._model()
-        if self._of._activities and model is not None:
-            yield from model.parameters()
-
-    def at_gradients(self, step: Step) -> None:
-        self._check(step)
-        for rule in self._of._penalties:
-            match rule.binding.via:
-                case "gradient":
-                    rule.add_gradient(step)
-                case "decoupled" if any(rule._trained(step)):
-                    rule.decay(step)
-
-    def value(self, step: Step) -> Tensor:
-        rules = (rule for rule in self._of._penalties if rule.binding.via == "gradient")
-        return self._of._total([value for rule in rules if (value := rule.trained_value(step)) is not None])
-
-    def after(self, step: Step) -> None:
-        for rule in self._of._penalties:
-            if rule.binding.via == "proximal":
-                rule.shrink(step)
-        for constraint_rule in self._of._constraints:
-            if (step.index + 1) % constraint_rule.binding.every == 0:
-                constraint_rule.project(step)
-        for recorder in self._of._recorders.values():
-            if recorder.is_trained(step):
-                recorder.ledger.tickets.clear()
-        for rule in self._of._in_loss:
-            if any(id(p) in step.trained for p in rule.parameters()):
-                self._of._ledgers[rule.binding.key].tickets.clear()
-
-    def _check(self, step: Step) -> None:
-        """Raise StepError where something would not be optimized as the document says, before anything is changed."""
-        for activity_rule in self._of._activities:
-            activity_rule.check(step)
-        for rule in self._of._in_loss:
-            if any(id(p) in step.trained for p in rule.parameters()):
-                self._of._ledgers[rule.binding.key].require(
-                    f"rule {rule.binding.key!r} ({rule.binding.kind.describe()})"
-                )
-        for rule in self._of._penalties:
-            if rule.binding.via not in ("proximal", "decoupled") or not any(rule._trained(step)):
-                continue
-            if isinstance(step.optimizer, LBFGS) or step.evaluations > 1:
-                raise StepError(
-                    f"rule {rule.binding.key!r} is {rule.binding.via}, which goes with one gradient step; "
-                    f"{type(step.optimizer).__name__} evaluates its closure several times. Use via gradient"
-                )
-
-
-def _recorders(plan: Plan, modules: Mapping[str, nn.Module], registry: Registry) -> dict[int, Recorder]:
-    """One recorder for each module that an activity rule binds, by the module's id."""
-    found: dict[int, Recorder] = {}
-    for site in chain.from_iterable(binding.outputs for binding in plan.bindings):
-        module = modules[site.path]
-        if id(module) not in found:
-            found[id(module)] = Recorder(module, registry.adapter(module), site.name)
-    return found
 
 
 def _forget(model_id: int) -> None:

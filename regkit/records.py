@@ -20,7 +20,7 @@ from regkit.activity import Activity, Segment, Validity
 from regkit.binding import Binding
 from regkit.errors import StepError
 from regkit.kinds import ActivityPenalty
-from regkit.ledger import Ledger
+from regkit.ledger import Ledger, Ticket
 from regkit.sites import Adapter, OutputSite
 from regkit.steps import Step
 
@@ -71,6 +71,12 @@ class Recorder:
         observed = self._adapter.observe(module, args, kwargs, result)
         if any(_requires_grad(one) for one in observed.values()):
             self.records.append(Record(observed, self.validity))
+
+    def consume(self, ticket: Ticket) -> None:
+        """What is in store has gone into the loss of this ticket."""
+        if self.records:
+            self.ledger.tickets.append(ticket)
+            self.records.clear()
 
     def segments(self, site: OutputSite) -> Iterator[Segment]:
         """The segments of everything in store, for one site."""
