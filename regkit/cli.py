@@ -20,8 +20,8 @@ from regkit.registry import Entry, Registry, default
 from regkit.schema import schema
 from regkit.table import table
 
-_KINDS = """Every kind that a document may name, from everything installed: its options (with = where one has a default),
-what it means, and the distribution it comes from."""
+_KINDS = """Every kind that a document may name, from everything installed: its options (with = where one has a
+default), what it means, and the distribution it comes from."""
 
 _CHECK = """Read documents and tell everything that is wrong with them, each with its line and column. Needs no model.
 Exit status: 0 if all are valid, 1 if one is not."""

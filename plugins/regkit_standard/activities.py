@@ -23,7 +23,7 @@ class ActivityL1(ActivityPenalty):
 
 @final
 class ActivityL2(ActivityPenalty):
-    """h², reduced over the valid outputs: AR  (Merity et al. 2017, §4.2; Keras activity_regularizer L2, at `batch`)."""
+    """h², reduced over the valid outputs: AR  (Merity et al. 2017, §4.6; Keras activity_regularizer L2, at `batch`)."""
 
     kind: Literal["activity_l2"] = "activity_l2"
 
@@ -57,7 +57,7 @@ class ActivityL1L2(ActivityPenalty):
 
 @final
 class Temporal(ActivityPenalty):
-    """(h_t − h_{t−1})², reduced over valid neighbours: TAR  (Merity et al. 2017, §4.2, as they released it)."""
+    """(h_t − h_{t−1})², reduced over valid neighbours: TAR  (Merity et al. 2017, §4.6, as they released it)."""
 
     kind: Literal["temporal"] = "temporal"
 
@@ -69,7 +69,7 @@ class Temporal(ActivityPenalty):
 
 @final
 class NormStabilizer(ActivityPenalty):
-    """(‖h_t‖ − ‖h_{t−1}‖)², reduced over valid neighbours  (Krueger & Memisevic 2016, eq. 2).
+    """(‖h_t‖ − ‖h_{t−1}‖)², reduced over valid neighbours  (Krueger & Memisevic 2015).
 
     Each direction of a bidirectional module is a state of its own. The norm of a zero state has a zero gradient.
     """

@@ -1,0 +1,61 @@
+"""What the tests share: isolation from one another's hooks, and small models and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regkit import attachment as attachment_room
+
+
+@pytest.fixture(autouse=True)
+def isolation() -> Iterator[None]:
+    """The same random numbers for each test, and no attachment left over from the one before."""
+    torch.manual_seed(0)
+    yield
+    for attachments in list(attachment_room._attached.values()):
+        for attachment in list(attachments):
+            attachment.detach()
+
+
+class Tagger(nn.Module):
+    """A model written without regkit in mind."""
+
+    def __init__(self, layer: type[nn.RNNBase] = nn.LSTM, **options: object) -> None:
+        super().__init__()
+        self.rnn = layer(3, 4, **options)
+        self.head = nn.LazyLinear(2)
+        self(torch.zeros(2, 1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+MakeModel = Callable[..., Tagger]
+
+
+@pytest.fixture
+def make_model() -> MakeModel:
+    """A maker of equal models in float64: the same weights at every call."""
+
+    def make(layer: type[nn.RNNBase] = nn.LSTM, **options: object) -> Tagger:
+        torch.manual_seed(1)
+        return Tagger(layer, **options).double()
+
+    return make
+
+
+@pytest.fixture
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """A few batches of sequences, (time, batch, features), with targets."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (
+            torch.randn(5, 6, 3, generator=generator, dtype=torch.float64),
+            torch.randn(5, 6, 2, generator=generator, dtype=torch.float64),
+        )
+        for _ in range(4)
+    ]

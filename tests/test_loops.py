@@ -1,0 +1,265 @@
+"""Weight penalties in real training loops equal torch's own weight_decay and hand-written losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import regkit
+
+DECAY = 0.1
+RULE = {"rules": [{"penalty": {"kind": "l2", "strength": DECAY / 2}}]}
+Batches = list[tuple[Tensor, Tensor]]
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+
+
+def rnn_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Parameter groups with weight decay on the recurrent module alone."""
+    return [
+        {"params": list(model.rnn.parameters()), "weight_decay": decay},
+        {"params": list(model.head.parameters()), "weight_decay": 0.0},
+    ]
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.mse_loss(model(x), y)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        optimizer.step()
+
+
+def train_with_closure(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
+    for x, y in batches:
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, x, y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def train_accumulating(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
+    for pair in (batches[:2], batches[2:]):
+        optimizer.zero_grad()
+        for x, y in pair:
+            (loss_of(model, x, y) / 2).backward()
+        optimizer.step()
+
+
+def train_clipping(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+
+
+def train_with_scaler(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for x, y in batches:
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, x, y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def train_unscaling(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for x, y in batches:
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, x, y)).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        scaler.step(optimizer)
+        scaler.update()
+
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "SGD single": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=False),
+    "SGD foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "Adam single": lambda p: torch.optim.Adam(p, lr=0.01, foreach=False),
+    "Adam foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
+    "Adam fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "Adam capturable lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), foreach=False),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "Adagrad fused": lambda p: torch.optim.Adagrad(p, lr=0.01, fused=True),
+}
+LOOPS = [train, train_with_closure, train_accumulating, train_clipping]
+SCALED_LOOPS = [train_with_scaler, train_unscaling]
+
+
+def assert_equal_weights(one: nn.Module, other: nn.Module, tolerance: float = 1e-9) -> None:
+    for (name, ours), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("loop", [*LOOPS, *SCALED_LOOPS])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_l2_of_half_the_strength_equals_weight_decay(name, loop, make_model, batches):
+    bare, decayed, regularized = make_model(), make_model(), make_model()
+    loop(bare, OPTIMIZERS[name](rnn_groups(bare, 0.0)), batches)
+    loop(decayed, OPTIMIZERS[name](rnn_groups(decayed, DECAY)), batches)
+    attachment = regkit.attach(regularized, RULE)
+    loop(regularized, OPTIMIZERS[name](rnn_groups(regularized, 0.0)), batches)
+
+    assert_equal_weights(decayed, regularized)
+    assert attachment.step_count == (2 if loop is train_accumulating else 4)
+    assert not torch.allclose(bare.rnn.weight_hh_l0, regularized.rnn.weight_hh_l0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}])
+def test_l2_equals_weight_decay_on_every_recurrent_layer(layer, options, make_model, batches):
+    decayed, regularized = make_model(layer, **options), make_model(layer, **options)
+    train(decayed, torch.optim.SGD(rnn_groups(decayed, DECAY), lr=0.1), batches)
+    regkit.attach(regularized, RULE)
+    train(regularized, torch.optim.SGD(rnn_groups(regularized, 0.0), lr=0.1), batches)
+    assert_equal_weights(decayed, regularized)
+
+
+@pytest.mark.parametrize("loop", [train, train_with_closure, train_with_scaler])
+@pytest.mark.parametrize("fused", [False, True])
+def test_decoupled_l2_equals_adamw(fused, loop, make_model, batches):
+    decayed, regularized = make_model(), make_model()
+    rule = {"rules": [{"penalty": {"kind": "l2", "strength": DECAY / 2}, "via": "decoupled"}]}
+    loop(decayed, torch.optim.AdamW(rnn_groups(decayed, DECAY), lr=0.01, fused=fused), batches)
+    regkit.attach(regularized, rule)
+    loop(regularized, torch.optim.AdamW(rnn_groups(regularized, 0.0), lr=0.01, fused=fused), batches)
+    assert_equal_weights(decayed, regularized)
+
+
+def test_gradient_path_equals_loss_path_equals_a_hand_written_loss(make_model, batches):
+    by_hand, by_gradient, by_loss = make_model(), make_model(), make_model()
+    optimizer = torch.optim.Adam(by_hand.parameters(), lr=0.01)
+    for x, y in batches:
+        penalty = sum(0.05 * p.abs().sum() + 0.01 * p.square().sum() for p in by_hand.rnn.parameters())
+        optimizer.zero_grad()
+        (loss_of(by_hand, x, y) + penalty).backward()
+        optimizer.step()
+
+    rule = {"penalty": {"kind": "l1_l2", "l1": 0.05, "l2": 0.01}}
+    regkit.attach(by_gradient, {"rules": [rule]})
+    train(by_gradient, torch.optim.Adam(by_gradient.parameters(), lr=0.01), batches)
+
+    attachment = regkit.attach(by_loss, {"rules": [{**rule, "via": "loss"}]})
+    optimizer = torch.optim.Adam(by_loss.parameters(), lr=0.01)
+    for x, y in batches:
+        optimizer.zero_grad()
+        (loss_of(by_loss, x, y) + attachment.penalty()).backward()
+        optimizer.step()
+
+    assert_equal_weights(by_hand, by_gradient)
+    assert_equal_weights(by_hand, by_loss)
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_lbfgs_minimizes_the_loss_plus_the_penalty(line_search, make_model, batches):
+    def run(model: nn.Module, objective: Callable[[], Tensor]) -> list[float]:
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=8, line_search_fn=line_search)
+        returned: list[float] = []
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = objective()
+            loss.backward()
+            return loss
+
+        returned.extend(optimizer.step(closure).item() for _ in range(3))
+        return returned
+
+    x, y = batches[0]
+    by_hand, regularized = make_model(), make_model()
+    theirs = run(
+        by_hand,
+        lambda: loss_of(by_hand, x, y) + DECAY / 2 * sum(p.square().sum() for p in by_hand.rnn.parameters()),
+    )
+    attachment = regkit.attach(regularized, RULE)
+    ours = run(regularized, lambda: loss_of(regularized, x, y))
+
+    assert_equal_weights(by_hand, regularized, 1e-7)
+    assert ours == pytest.approx(theirs, abs=1e-7)
+    assert attachment.step_count == 3
+
+
+def test_the_closure_of_other_optimizers_returns_the_loss_it_computed(make_model, batches):
+    model = make_model()
+    x, y = batches[0]
+    regkit.attach(model, RULE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, x, y)
+        loss.backward()
+        return loss
+
+    expected = loss_of(model, x, y).item()
+    assert optimizer.step(closure).item() == pytest.approx(expected)
+    expected = loss_of(model, x, y).item()
+    assert optimizer.step(closure=closure).item() == pytest.approx(expected)
+
+
+def test_proximal_l1_is_ista_and_makes_exact_zeros(make_model, batches):
+    by_hand, regularized = make_model(), make_model()
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss_of(by_hand, x, y).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for p in by_hand.rnn.parameters():
+                p.copy_(p.sign() * (p.abs() - 0.1 * 0.5).clamp(min=0))
+
+    attachment = regkit.attach(
+        regularized, {"rules": [{"penalty": {"kind": "l1", "strength": 0.5}, "via": "proximal"}]}
+    )
+    train(regularized, torch.optim.SGD(regularized.parameters(), lr=0.1), batches)
+
+    assert_equal_weights(by_hand, regularized)
+    assert (regularized.rnn.weight_hh_l0 == 0).sum() > 5
+    expected = 0.5 * sum(p.abs().sum() for p in regularized.rnn.parameters())
+    torch.testing.assert_close(attachment.values()["rules/0"], expected.detach())
+
+
+@pytest.mark.parametrize("via", ["proximal", "decoupled"])
+def test_proximal_and_decoupled_rules_refuse_a_line_search(via, make_model, batches):
+    model = make_model()
+    before = [p.clone() for p in model.parameters()]
+    regkit.attach(model, {"rules": [{"penalty": {"kind": "l2", "strength": 0.5}, "via": via}]})
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, *batches[0])
+        loss.backward()
+        return loss
+
+    with pytest.raises(regkit.StepError, match=f"{via}.*LBFGS.*Use via gradient"):
+        optimizer.step(closure)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_decoupled_rule_uses_each_groups_own_learning_rate(make_model, batches):
+    def groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+        return [
+            {"params": [model.rnn.weight_ih_l0], "lr": 0.01, "weight_decay": decay},
+            {"params": [model.rnn.weight_hh_l0], "lr": 0.002, "weight_decay": decay},
+        ]
+
+    decayed, regularized = make_model(), make_model()
+    rule = {"penalty": {"kind": "l2", "strength": DECAY / 2}, "via": "decoupled"}
+    train(decayed, torch.optim.AdamW(groups(decayed, DECAY)), batches)
+    regkit.attach(regularized, {"rules": [rule]})
+    train(regularized, torch.optim.AdamW(groups(regularized, 0.0)), batches)
+    assert_equal_weights(decayed, regularized)
