@@ -21,6 +21,7 @@ from regkit.activity import Lengths, Mask, Validity
 from regkit.engine import Engine, total
 from regkit.errors import AttachError, RegkitError
 from regkit.ledger import Ticket
+from regkit.modules import Parameters
 from regkit.plan import Plan, resolve
 from regkit.registry import Registry, default
 from regkit.rules import rules_of
@@ -42,6 +43,7 @@ class Attachment:
     ) -> None:
         self.plan = plan
         self._model = weakref.ref(model)
+        self._parameters = Parameters(model)
         self._live = False
         self._rules = rules_of(plan, model, registry)
         self._hooks = StepHooks(Engine(self._rules, model), optimizers)
@@ -114,8 +116,7 @@ class Attachment:
         return result
 
     def _device(self) -> torch.device:
-        model = self._model()
-        first = None if model is None else next(model.parameters(), None)
+        first = next(iter(self._parameters), None)
         return torch.device("cpu") if first is None else first.device
 
     def _no_autocast(self) -> torch.autocast:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from itertools import chain
 
@@ -12,6 +11,7 @@ from torch.optim import LBFGS
 
 from regkit.activity import at_least_float32
 from regkit.errors import StepError
+from regkit.modules import Parameters
 from regkit.rules import Rules
 from regkit.steps import Step
 from regkit.weights import PenaltyRule
@@ -30,7 +30,7 @@ class Engine:
 
     def __init__(self, rules: Rules, model: nn.Module) -> None:
         self._rules = rules
-        self._model = weakref.ref(model)
+        self._model = Parameters(model)
 
     def parameters(self) -> Iterator[Tensor]:
         """Every parameter that makes a step ours.
@@ -39,9 +39,8 @@ class Engine:
         """
         weight_rules = chain(self._rules.penalties, self._rules.constraints)
         yield from chain.from_iterable(rule.parameters() for rule in weight_rules)
-        model = self._model()
-        if self._rules.activities and model is not None:
-            yield from model.parameters()
+        if self._rules.activities:
+            yield from self._model
 
     def at_gradients(self, step: Step) -> None:
         """Add gradients and decay, once it is sure that nothing the document says is left out of this step."""
@@ -70,8 +69,9 @@ class Engine:
         for activity in self._rules.activities:
             activity.check(step)
         for rule in self._rules.via("loss"):
-            if rule.is_trained(step):
-                rule.ledger.require(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()})")
+            reason = rule.ledger.missing() if rule.is_trained(step) else None
+            if reason is not None:
+                raise StepError(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()}) {reason}")
         for rule in (*self._rules.via("proximal"), *self._rules.via("decoupled")):
             _refuse_line_search(rule, step)
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from regkit.errors import StepError
-
 
 class Ticket:
     """Handed out with each `penalty()`: learns whether its gradient was ever asked for."""
@@ -25,12 +23,13 @@ class Ledger:
 
     tickets: list[Ticket] = field(default_factory=list)
 
-    def require(self, what: str) -> None:
-        """Raise StepError unless it went through a loss that was backpropagated."""
+    def missing(self) -> str | None:
+        """Why it did not go through a loss that was backpropagated; None where it did."""
         if not self.tickets:
-            raise StepError(f"{what} was not part of the loss in this step; add attachment.penalty() to the loss")
-        if not any(ticket.backpropagated for ticket in self.tickets):
-            raise StepError(
-                f"{what}: attachment.penalty() was called, but what it returned was not part of the loss that was "
-                "backpropagated; add it to the loss (attachment.values() is for logging)"
-            )
+            return "was not part of the loss in this step; add attachment.penalty() to the loss"
+        if any(ticket.backpropagated for ticket in self.tickets):
+            return None
+        return (
+            "was taken by attachment.penalty(), but was not part of the loss that was backpropagated; add what penalty() "
+            "returns to the loss (attachment.values() is for logging)"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -53,6 +54,22 @@ def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
     """Every module that an adapter knows, in the model's order."""
     found = ((path, name, module, registry.adapter(module)) for path, name, module in named_modules(model))
     return [Recurrent(path, name, module, adapter) for path, name, module, adapter in found if adapter is not None]
+
+
+class Parameters:
+    """The parameters of a module and all in it, as they are at each reading, without a walk by name.
+
+    Which modules there are is taken once; each is held weakly.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = [weakref.ref(one) for one in module.modules() if one._parameters]
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        for reference in self._modules:
+            module = reference()
+            if module is not None:
+                yield from (p for p in module._parameters.values() if p is not None)
 
 
 @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from regkit.binding import Binding
 from regkit.errors import StepError
 from regkit.kinds import ActivityPenalty
 from regkit.ledger import Ledger, Ticket
+from regkit.modules import Parameters
 from regkit.sites import Adapter, OutputSite
 from regkit.steps import Step
 
@@ -31,6 +32,18 @@ class Record:
 
     observed: Mapping[str, Any]
     validity: Validity | None
+    training: bool
+
+
+_UNCONSUMED: Final = (
+    "recorded outputs that were not consumed before the optimizer's step; add attachment.penalty() to the loss, and run "
+    "forward passes that are not trained on under torch.no_grad()"
+)
+_UNRECORDED: Final = (
+    "recorded nothing in this step, although its weights were trained: was the module run through its forward() instead "
+    'of being called, under torch.no_grad(), or compiled before regkit was attached? A rule with "optional": true may '
+    "record nothing"
+)
 
 
 class Recorder:
@@ -38,6 +51,7 @@ class Recorder:
 
     def __init__(self, module: nn.Module | None = None, adapter: Adapter | None = None, name: str = "") -> None:
         self._module = (lambda: None) if module is None else weakref.ref(module)
+        self._parameters = () if module is None else Parameters(module)
         self._adapter = adapter
         self._handle: RemovableHandle | None = None
         self.name = name
@@ -70,7 +84,7 @@ class Recorder:
             return
         observed = self._adapter.observe(module, args, kwargs, result)
         if any(_requires_grad(one) for one in observed.values()):
-            self.records.append(Record(observed, self.validity))
+            self.records.append(Record(observed, self.validity, module.training))
 
     def consume(self, ticket: Ticket) -> None:
         """What is in store has gone into the loss of this ticket."""
@@ -81,6 +95,7 @@ class Recorder:
     def segments(self, site: OutputSite) -> Iterator[Segment]:
         """The segments of everything in store, for one site."""
         assert self._adapter is not None
+        self._refuse_mixture()
         seen: dict[int, int] = {}
         for record in self.records:
             # Calls under the same validity are the steps of one loop: that is how a cell finds its place in time.
@@ -88,9 +103,17 @@ class Recorder:
             seen[id(record.validity)] = step + 1
             yield from self._adapter.segments(self.module, site, record.observed, record.validity, step)
 
+    def _refuse_mixture(self) -> None:
+        evaluated = sum(not record.training for record in self.records)
+        if 0 < evaluated < len(self.records):
+            raise StepError(
+                f"{evaluated} of {len(self.records)} recorded outputs of {self.name or 'the model'} were made in "
+                "eval mode and would be counted with those of training; evaluate under torch.no_grad()"
+            )
+
     def is_trained(self, step: Step) -> bool:
         """Whether this step trains the module; one without a trainable parameter is trained with the rest."""
-        mine = [id(p) for p in self.module.parameters() if p.requires_grad]
+        mine = [id(p) for p in self._parameters if p.requires_grad]
         return any(i in step.trained for i in mine) if mine else bool(step.trained)
 
 
@@ -129,20 +152,14 @@ class ActivityRule:
     def check(self, step: Step) -> None:
         """Raise StepError where this step trains a module whose activity is not in the loss."""
         for _, recorder in self.places:
-            if not recorder.is_trained(step):
-                continue
-            what = f"rule {self.binding.key!r} ({self.binding.kind.describe()}) on {recorder.name or 'the model'}"
-            if recorder.records:
-                raise StepError(
-                    f"{what}: {len(recorder.records)} recorded outputs were not consumed before the optimizer's step; "
-                    "add attachment.penalty() to the loss, and run forward passes that are not trained on under "
-                    "torch.no_grad()"
-                )
-            if recorder.ledger.tickets:
-                recorder.ledger.require(what)
-            elif not self.binding.optional:
-                raise StepError(
-                    f"{what} recorded nothing in this step, although its weights were trained: was the module run "
-                    "through its forward() instead of being called, under torch.no_grad(), or compiled before regkit "
-                    'was attached? A rule with "optional": true may record nothing'
-                )
+            reason = self._missing(recorder) if recorder.is_trained(step) else None
+            if reason is not None:
+                what = f"rule {self.binding.key!r} ({self.binding.kind.describe()})"
+                raise StepError(f"{what} on {recorder.name or 'the model'} {reason}")
+
+    def _missing(self, recorder: Recorder) -> str | None:
+        if recorder.records:
+            return _UNCONSUMED
+        if recorder.ledger.tickets:
+            return recorder.ledger.missing()
+        return None if self.binding.optional else _UNRECORDED

@@ -1,4 +1,4 @@
-"""Whose step it is: several optimizers, wrapped ones, skipped ones, ones that raise; frozen, tied and replaced weights."""
+"""Whose step it is: several optimizers, wrapped, skipped and raising ones; frozen, tied and replaced weights."""
 
 from __future__ import annotations
 
