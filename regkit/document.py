@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,19 @@ from regkit.registry import Registry, default
 from regkit.spec import Layer, Provenance, Rule, Spec
 from regkit.target import Target
 
-_LONGEST_ECHO: Final = 80
+_IN_WORDS_OF_JSON: Final = {
+    "tuple_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "string_type": "must be a string",
+    "bool_type": "must be true or false",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must have no control characters",
+    "none_required": "must be null",
+}
+
+_echo: Final = reprlib.Repr()
+_echo.maxstring = _echo.maxother = _echo.maxlong = 80
 
 
 def load(document: str | Path | dict[str, Any] | Spec, *, registry: Registry | None = None) -> Spec:
@@ -37,9 +50,37 @@ def load(document: str | Path | dict[str, Any] | Spec, *, registry: Registry | N
 
 
 def _problems(error: ValidationError, read: source.Source, registry: Registry) -> list[Problem]:
-    found = [(source.pointer(one["loc"]), _sentence(dict(one), read, registry)) for one in error.errors()]
+    found: list[tuple[str, str]] = []
+    for one in error.errors():
+        place = _place(one["loc"], read.value)
+        sentence = _sentence(dict(one), read, registry)
+        if place != one["loc"] and isinstance(one["loc"][-1], str) and one["type"] != "missing":
+            sentence = f"`{one['loc'][-1]}` {sentence}"  # the document does not show the option's name
+        found.append((source.pointer(place), sentence))
     problems = [read.problem(pointer, sentence) for pointer, sentence in dict.fromkeys(found)]
     return sorted(problems, key=lambda p: (p.line or 0, p.column or 0))
+
+
+def _place(path: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
+    """Where in the document as written the value at a path of its canonical form stands.
+
+    An option of a kind in shorthand is in its string, or under the kind's name: /penalty/l2 for /penalty/strength.
+    """
+    place: list[str | int] = []
+    for part in path:
+        if isinstance(value, dict):
+            if part not in value and "kind" not in value and len(value) == 1:
+                name, value = next(iter(value.items()))
+                place.append(name)
+                if not isinstance(value, dict):
+                    break
+            value = value.get(part)
+        elif isinstance(value, (list, tuple)) and isinstance(part, int):
+            value = value[part]
+        else:
+            break  # a scalar that stands for all that would be below it
+        place.append(part)
+    return tuple(place)
 
 
 def _sentence(error: dict[str, Any], read: source.Source, registry: Registry) -> str:
@@ -50,15 +91,12 @@ def _sentence(error: dict[str, Any], read: source.Source, registry: Registry) ->
         return f"`{path[-1]}` is missing"
     if kind == "regkit":
         return str(error["msg"])
+    if kind in _IN_WORDS_OF_JSON:
+        return f"{_IN_WORDS_OF_JSON[kind]}, got {_echo.repr(given)}"
     if kind == "value_error":  # raised by a kind's own validator, which says what was given
         return str(error["ctx"]["error"])
     message = str(error["msg"]).replace("Input should be", "must be")
-    return f"{message}, got {_echo(given)}"
-
-
-def _echo(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_ECHO else f"{text[:_LONGEST_ECHO]}…"
+    return f"{message}, got {_echo.repr(given)}"
 
 
 def _known_keys(path: tuple[str | int, ...], value: Any, registry: Registry) -> list[str]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, Strict, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 def mistake(message: str) -> PydanticCustomError:
     """What a validator raises: a sentence of our own, which pydantic files under the field's place."""
     # The message is a value of the template: braces that a document holds in its strings must not be read as fields.
-    return PydanticCustomError("regkit", "{message}", {"message": message})
+    # A lone surrogate, which JSON can write and UTF-8 cannot, is shown by its escape.
+    shown = message.encode("utf-8", "backslashreplace").decode("utf-8")
+    return PydanticCustomError("regkit", "{message}", {"message": shown})
 
 
 def mistake_at(where: tuple[str, ...], value: Any, message: str) -> ValidationError:
@@ -36,23 +38,23 @@ def _plain_integer(value: Any) -> Any:
     return value
 
 
-_Number = Annotated[float, Strict(), Field(allow_inf_nan=False), BeforeValidator(_plain_number)]
-_Integer = Annotated[int, Strict(), BeforeValidator(_plain_integer)]
+# The plain-type check comes last in each, so that it runs first and the limits before it reach the JSON Schema.
+_LIMIT = 2**53
 
-Real = Annotated[_Number, Field()]
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_plain_number)]
 """A finite number."""
 
-NonNegative = Annotated[_Number, Field(ge=0)]
+NonNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0), BeforeValidator(_plain_number)]
 """A finite number ≥ 0."""
 
-Positive = Annotated[_Number, Field(gt=0)]
+Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0), BeforeValidator(_plain_number)]
 """A finite number > 0."""
 
-Fraction = Annotated[_Number, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1), BeforeValidator(_plain_number)]
 """A number in [0, 1]."""
 
-Count = Annotated[_Integer, Field(ge=1, le=2**53)]
+Count = Annotated[int, Field(strict=True, ge=1, le=_LIMIT), BeforeValidator(_plain_integer)]
 """A whole number ≥ 1."""
 
-Index = Annotated[_Integer, Field(ge=0, le=2**53)]
+Index = Annotated[int, Field(strict=True, ge=0, le=_LIMIT), BeforeValidator(_plain_integer)]
 """A whole number ≥ 0."""

@@ -104,6 +104,11 @@ class Penalty(_Strong, _OnWeights):
         """
         raise PluginError(f"{self.kind} offers no prox")
 
+    @property
+    def offers_prox(self) -> bool:
+        """Whether the kind knows its proximal operator."""
+        return type(self).prox is not Penalty.prox
+
 
 class ActivityPenalty(_Strong):
     """A scalar function of what a module put out; strength × factor × value is added to the loss."""

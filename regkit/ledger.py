@@ -30,6 +30,6 @@ class Ledger:
         if any(ticket.backpropagated for ticket in self.tickets):
             return None
         return (
-            "was taken by attachment.penalty(), but was not part of the loss that was backpropagated; add what penalty() "
+            "was taken by attachment.penalty(), but was not part of the loss that was backpropagated; add what it "
             "returns to the loss (attachment.values() is for logging)"
         )

@@ -44,9 +44,10 @@ class OpenUnion:
             return self._of_family(value, registry)
         try:
             options = shorthand.canonical(value, self.families, registry)
-        except shorthand.UnknownKindError as error:
+        except shorthand.KindError as error:
             where = ("kind",) if isinstance(value, dict) and "kind" in value else ()
-            raise mistake_at(where, value, f"{error}{_provider(error.name, info)}") from None
+            provider = _provider(error.name, info) if isinstance(error, shorthand.UnknownKindError) else ""
+            raise mistake_at(where, value, f"{error}{provider}") from None
         except shorthand.ShorthandError as error:
             raise mistake(str(error)) from None
         # A ValidationError of the kind's own class is merged by pydantic, under this field's place.
@@ -60,7 +61,10 @@ class OpenUnion:
 
 
 def _dump_kind(kind: Kind) -> dict[str, Any]:
-    return kind.model_dump(mode="json", exclude_none=True)
+    """The options, without those that are null and would be if left out."""
+    options = kind.model_dump(mode="json")
+    fields = type(kind).model_fields
+    return {name: value for name, value in options.items() if value is not None or fields[name].default is not None}
 
 
 def _provider(name: str, info: ValidationInfo) -> str:

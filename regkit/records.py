@@ -36,13 +36,13 @@ class Record:
 
 
 _UNCONSUMED: Final = (
-    "recorded outputs that were not consumed before the optimizer's step; add attachment.penalty() to the loss, and run "
-    "forward passes that are not trained on under torch.no_grad()"
+    "recorded outputs that were not consumed before the optimizer's step; add attachment.penalty() to the loss, and "
+    "run forward passes that are not trained on under torch.no_grad()"
 )
 _UNRECORDED: Final = (
-    "recorded nothing in this step, although its weights were trained: was the module run through its forward() instead "
-    'of being called, under torch.no_grad(), or compiled before regkit was attached? A rule with "optional": true may '
-    "record nothing"
+    "recorded nothing in this step, although its weights were trained: was the module run through its forward() "
+    "instead of being called, under torch.no_grad(), or compiled before regkit was attached? A rule with "
+    '"optional": true may record nothing'
 )
 
 

@@ -86,12 +86,20 @@ class Registry:
     def _add(self, plugin: object, origin: Origin) -> None:
         if self._manager.is_registered(plugin):
             raise PluginError(f"plugin {origin} is registered already")
+        # Strangers' plugins may be called alike: each has a name of its own here.
+        name = f"{origin} #{len(self._manager.get_plugins())}"
         try:
-            name = self._manager.register(plugin)
+            self._manager.register(plugin, name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            self._manager.unregister(plugin)
+            if self._manager.is_registered(plugin):
+                self._manager.unregister(plugin)
             raise PluginError(f"plugin {origin}: {error}") from error
+        if not self._manager.get_hookcallers(plugin):
+            self._manager.unregister(plugin)
+            raise PluginError(
+                f"plugin {origin} implements no hook; hooks are: {', '.join([*_HOOKS, 'regkit_adapters'])}"
+            )
         try:
             entries, adapters = self._offers(name, origin)
         except PluginError:
@@ -102,7 +110,7 @@ class Registry:
         self._adapters.update(adapters)
 
     def _offers(
-        self, plugin_name: str | None, origin: Origin
+        self, plugin_name: str, origin: Origin
     ) -> tuple[list[Entry], dict[type[nn.Module], tuple[Adapter, Origin]]]:
         entries: list[Entry] = []
         for hook, family in _HOOKS.items():
@@ -114,14 +122,16 @@ class Registry:
         for adapter in self._call("regkit_adapters", plugin_name, origin):
             if not isinstance(adapter, Adapter):
                 raise PluginError(f"plugin {origin}: regkit_adapters offers {adapter!r}, which is no Adapter")
-            for module_class in adapter.modules:
-                if module_class in self._adapters:
-                    other = self._adapters[module_class][1]
-                    raise PluginError(f"two plugins offer an adapter for {module_class.__name__}: {other} and {origin}")
+            for module_class in _classes(adapter, origin):
+                other = self._adapters.get(module_class) or adapters.get(module_class)
+                if other is not None:
+                    raise PluginError(
+                        f"two plugins offer an adapter for {module_class.__name__}: {other[1]} and {origin}"
+                    )
                 adapters[module_class] = (adapter, origin)
         return entries, adapters
 
-    def _call(self, hook: str, plugin_name: str | None, origin: Origin) -> Iterator[Any]:
+    def _call(self, hook: str, plugin_name: str, origin: Origin) -> Iterator[Any]:
         for impl in getattr(self._manager.hook, hook).get_hookimpls():
             if impl.plugin_name != plugin_name:
                 continue
@@ -177,6 +187,14 @@ class Registry:
     def gates(self) -> list[str]:
         """Every gate that a target may name."""
         return list(dict.fromkeys(gate for adapter, _ in self._adapters.values() for gate in adapter.gates))
+
+
+def _classes(adapter: Adapter, origin: Origin) -> tuple[type[nn.Module], ...]:
+    classes: Any = getattr(adapter, "modules", None)
+    if not isinstance(classes, tuple) or not classes or not all(isinstance(cls, type) for cls in classes):
+        name = type(adapter).__name__
+        raise PluginError(f"plugin {origin}: {name}.modules must be a tuple of nn.Module classes, got {classes!r}")
+    return classes
 
 
 def _load(point: metadata.EntryPoint, origin: Origin) -> object:

@@ -56,7 +56,9 @@ def _fill(node: Any, unions: dict[str, Any], registry: Registry, references: dic
 
 
 def _union(entries: list[Entry], families: list[Family], references: dict[str, Any]) -> dict[str, Any]:
-    canonical = {
+    if not entries:
+        return {"not": {}}
+    canonical: dict[str, Any] = {
         "oneOf": [references[entry.name] for entry in entries],
         "discriminator": {
             "propertyName": "kind",
@@ -67,8 +69,12 @@ def _union(entries: list[Entry], families: list[Family], references: dict[str, A
     if families == ["activity penalty"]:
         # Under `activity_regularizer` the prefix may be left out, in `kind` too.
         short |= {name.removeprefix("activity_"): entry for name, entry in short.items()}
-        canonical = {"anyOf": [canonical, {"properties": {"kind": {"enum": sorted(short)}}, "required": ["kind"]}]}
+        canonical = {"anyOf": [canonical, _kind_of(short)]}
     return {"anyOf": [canonical, _call(short), _single_key(short), *_fields(entries)]}
+
+
+def _kind_of(names: Iterable[str]) -> dict[str, Any]:
+    return {"type": "object", "properties": {"kind": {"enum": sorted(names)}}, "required": ["kind"]}
 
 
 def _call(names: Iterable[str]) -> dict[str, Any]:

@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from typing import Any, Final
 
-from regkit.errors import listing, unknown
+from regkit.errors import listing, nearest, unknown
 from regkit.registry import Entry, Family, Registry
 
 _CALL: Final = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _WORD: Final = re.compile(r"[A-Za-z_]\w*")
+_SCALAR: Final = re.compile(r"true|false|null|-?\d{1,300}(\.\d{1,300})?([eE][+-]?\d{1,4})?")
 
 
 class ShorthandError(ValueError):
     """A value that stands for no kind."""
 
 
-class UnknownKindError(ShorthandError):
+class KindError(ShorthandError):
+    """A kind that cannot stand here."""
+
+
+class UnknownKindError(KindError):
     """A name that no installed plugin offers."""
 
     def __init__(self, name: str, sentence: str) -> None:
@@ -40,7 +46,7 @@ def canonical(value: Any, families: tuple[Family, ...], registry: Registry) -> d
     if "kind" not in value:
         return _of_object(value, families, registry)
     if not isinstance(value["kind"], str):
-        raise ShorthandError(f"`kind` must be a name, got {type(value['kind']).__name__}")
+        raise KindError(f"must be the name of a kind, got {reprlib.repr(value['kind'])}")
     return {**value, "kind": _entry(value["kind"], families, registry).name}
 
 
@@ -57,14 +63,14 @@ def _entry(name: str, families: tuple[Family, ...], registry: Registry) -> Entry
         return entry
     elsewhere = registry.find(name)
     if elsewhere is not None:
-        raise ShorthandError(f"{name!r} is a kind of {elsewhere.family}, not of {' or '.join(families)}")
+        raise KindError(f"{name!r} is a kind of {elsewhere.family}, not of {' or '.join(families)}")
     raise UnknownKindError(name, unknown(" or ".join(families), name, [e.name for e in registry.entries(*families)]))
 
 
 def _of_string(text: str, families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:
     match = _CALL.fullmatch(text)
     if match is None:
-        raise ShorthandError(f"{text!r} is no shorthand; write {_example(families, registry)!r}")
+        raise ShorthandError(f"{reprlib.repr(text)} is no shorthand; write {_example(families, registry)!r}")
     entry = _entry(match[1], families, registry)
     options: dict[str, Any] = {"kind": entry.name}
     arguments = (match[2] or "").strip()
@@ -87,23 +93,32 @@ def _positional(entry: Entry) -> str:
 
 
 def _scalar(text: str, word: str) -> Any:
-    if _WORD.fullmatch(word) and word not in ("true", "false", "null", "NaN", "Infinity"):
-        return word
     try:
-        return json.loads(word)
-    except ValueError:
-        raise ShorthandError(f"{text!r}: {word!r} is neither a number nor a word") from None
+        return json.loads(word) if _SCALAR.fullmatch(word) else _word(word)
+    except ValueError:  # a number that JSON writes otherwise, such as 01
+        raise ShorthandError(f"{reprlib.repr(text)}: {reprlib.repr(word)} is neither a number nor a word") from None
+
+
+def _word(word: str) -> str:
+    if not _WORD.fullmatch(word) or word in ("NaN", "Infinity"):
+        raise ValueError(word)
+    return word
 
 
 def _of_object(value: dict[str, Any], families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:
     if len(value) == 1:
         name, option = next(iter(value.items()))
         return _of_pair(name, option, families, registry)
-    for entry in registry.entries(*families):
-        if value and set(value) == set(entry.kind.shorthand):
-            return {"kind": entry.name, **value}
+    for family in families:  # the first family goes before the others: l1 and l2 mean l1_l2, not activity_l1_l2
+        fitting = [e.name for e in registry.entries(family) if value and set(value) == set(e.kind.shorthand)]
+        if len(fitting) > 1:
+            raise ShorthandError(f"no `kind` given, and these options are of several: {listing(fitting)}")
+        if fitting:
+            return {"kind": fitting[0], **value}
+    near = nearest("kind", value)
+    hint = f"; did you mean {near!r} to be it?" if near else "."
     known = [entry.name for entry in registry.entries(*families)]
-    raise ShorthandError(f"no `kind` given; the kinds here are: {listing(known)}")
+    raise ShorthandError(f"no `kind` given{hint} There are: {listing(known)}")
 
 
 def _of_pair(name: str, option: Any, families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,11 @@ LARGEST_TEXT: Final = 4 * 2**20
 DEEPEST: Final = 32
 """Containers within containers; a spec needs 5."""
 
-_BRACKETS: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+MOST_DIGITS: Final = 300
+"""Digits in a whole number: with more it would not fit a float."""
+
+_LONGEST_ORIGIN: Final = 200
+
 _TOKENS: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}:,]|[^\s\[\]{}:,"]+', re.DOTALL)
 
 
@@ -52,52 +57,59 @@ def pointer(parts: Iterator[str | int] | tuple[str | int, ...]) -> str:
 def read(source: Any) -> Source:
     """The document in a path, a JSON text (a string that begins with a bracket) or plain values.
 
-    Raises SpecError for what is not JSON, keys given twice, and more than LARGEST_TEXT or DEEPEST.
+    Raises SpecError for what is not JSON, keys given twice, and more than LARGEST_TEXT, DEEPEST or MOST_DIGITS.
     """
-    if isinstance(source, Path) or (isinstance(source, str) and source.lstrip()[:1] not in ("{", "[")):
-        return _parse(str(source), _text_of(Path(source)))
-    if isinstance(source, str):
-        return _parse("the given text", source)
-    _refuse_foreign(source)
-    return Source("the given document", source)
+    if isinstance(source, str) and source.lstrip("\ufeff \t\r\n")[:1] in ("{", "["):
+        found = _parse("the given text", source.removeprefix("\ufeff"))
+    elif isinstance(source, (str, Path)):
+        found = _parse(_shortened(str(source)), _text_of(Path(source)))
+    else:
+        found = Source("the given document", source)
+    _refuse_foreign(found)
+    return found
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_ORIGIN else f"{name[:_LONGEST_ORIGIN]}…"
 
 
 def _text_of(path: Path) -> str:
     try:
         size = path.stat().st_size
         if size > LARGEST_TEXT:
-            raise _refusal(str(path), f"{size} bytes; a spec has at most {LARGEST_TEXT}")
+            raise _refusal(_shortened(str(path)), f"{size} bytes; a spec has at most {LARGEST_TEXT}")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _refusal(str(path), f"not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise _refusal(_shortened(str(path)), f"not UTF-8 text: {error.reason} at byte {error.start}") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null character in it
         reason = getattr(error, "strerror", None) or str(error)
         hint = "; a JSON text begins with {" if not path.suffix else ""
-        raise _refusal(str(path), f"cannot read the file: {reason}{hint}") from error
+        raise _refusal(_shortened(str(path)), f"cannot read the file: {reason}{hint}") from error
 
 
 def _parse(origin: str, text: str) -> Source:
     if len(text) > LARGEST_TEXT:
         raise _refusal(origin, f"{len(text)} characters; a spec has at most {LARGEST_TEXT}")
-    _refuse_depth(origin, text)
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=_whole_number)
     except json.JSONDecodeError as error:
         raise SpecError(origin, [Problem("", f"not JSON: {error.msg}", error.lineno, error.colno)]) from None
-    except ValueError as error:  # a number of thousands of digits
-        raise _refusal(origin, f"not JSON: {error}") from None
+    except RecursionError:
+        value = None  # nested so deeply that the walk will say where
     offsets: dict[str, int] = {}
-    twice: list[tuple[str, int]] = []
-    for place, offset in _places(text):
+    twice: list[Problem] = []
+    for place, offset in _places(origin, text):
         if place in offsets:
-            twice.append((place, offset))
+            twice.append(Problem(place, "this key is given twice", *_line_and_column(text, offset)))
         offsets.setdefault(place, offset)
     if twice:
-        raise SpecError(
-            origin,
-            [Problem(place, "this key is given twice", *_line_and_column(text, offset)) for place, offset in twice],
-        )
+        raise SpecError(origin, twice)
     return Source(origin, value, text, offsets)
+
+
+def _whole_number(digits: str) -> int:
+    # Beyond 4300 digits Python refuses to convert at all; any number too long stands for all of them.
+    return int(digits) if len(digits) <= MOST_DIGITS else 10**MOST_DIGITS
 
 
 def _refusal(origin: str, message: str) -> SpecError:
@@ -106,15 +118,6 @@ def _refusal(origin: str, message: str) -> SpecError:
 
 def _line_and_column(text: str, offset: int) -> tuple[int, int]:
     return text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset)
-
-
-def _refuse_depth(origin: str, text: str) -> None:
-    depth = 0
-    for token in _BRACKETS.finditer(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
-        if depth > DEEPEST:
-            place = _line_and_column(text, token.start())
-            raise SpecError(origin, [Problem("", f"nested deeper than {DEEPEST} levels", *place)])
 
 
 @dataclass
@@ -127,7 +130,7 @@ class _Open:
     index: int = 0
 
 
-def _places(text: str) -> Iterator[tuple[str, int]]:
+def _places(origin: str, text: str) -> Iterator[tuple[str, int]]:
     """Every value's pointer and offset, in order; a key given twice gives its pointer twice."""
     stack: list[_Open] = []
     for match in _TOKENS.finditer(text):
@@ -147,25 +150,41 @@ def _places(text: str) -> Iterator[tuple[str, int]]:
             yield path, match.start()
             if token in "[{":
                 stack.append(_Open(path, token == "{"))
+            if len(stack) > DEEPEST:
+                place = _line_and_column(text, match.start())
+                raise SpecError(origin, [Problem(path, f"nested deeper than {DEEPEST} levels", *place)])
 
 
-def _refuse_foreign(value: Any) -> None:
-    """Refuse plain values that no JSON text could hold: other types, keys that are no strings, endless nesting."""
+def _refuse_foreign(source: Source) -> None:
+    """Refuse values that no JSON text could hold: other types, keys that are no strings, endless nesting."""
     problems: list[Problem] = []
-    pending: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
+    pending: list[tuple[tuple[str | int, ...], Any]] = [((), source.value)]
+    deepest: dict[int, int] = {}  # a container that stands in many places is looked into once for each new depth
     while pending:
         path, item = pending.pop()
         if len(path) > DEEPEST:
-            raise _refusal("the given document", f"nested deeper than {DEEPEST} levels")
+            raise _refusal(source.origin, f"nested deeper than {DEEPEST} levels")
+        if isinstance(item, (dict, list, tuple)):
+            if deepest.get(id(item), -1) >= len(path):
+                continue
+            deepest[id(item)] = len(path)
         if type(item) is dict:
-            problems += [Problem(pointer(path), f"key {key!r} is no string") for key in item if type(key) is not str]
+            bad = [key for key in item if type(key) is not str]
+            problems += [source.problem(pointer(path), f"key {reprlib.repr(key)} is no string") for key in bad]
             pending += [((*path, key), inner) for key, inner in item.items() if type(key) is str]
         elif type(item) in (list, tuple):
             pending += [((*path, index), inner) for index, inner in enumerate(item)]
-        elif item is not None and type(item) not in (str, int, float, bool):
-            kind = f"{type(item).__module__}.{type(item).__qualname__}".removeprefix("builtins.")
-            problems.append(
-                Problem(pointer(path), f"{kind} is no JSON value; give a plain number, string, list or object")
-            )
+        elif (reason := _foreign(item)) is not None:
+            problems.append(source.problem(pointer(path), reason))
     if problems:
-        raise SpecError("the given document", problems)
+        raise SpecError(source.origin, problems[::-1])
+
+
+def _foreign(item: Any) -> str | None:
+    """Why a scalar is none of JSON's, or None."""
+    if type(item) is int and abs(item) >= 10**MOST_DIGITS:
+        return f"a number of more than {MOST_DIGITS} digits"
+    if item is None or type(item) in (str, int, float, bool):
+        return None
+    name = f"{type(item).__module__}.{type(item).__qualname__}".removeprefix("builtins.")
+    return f"{name} is no JSON value; give a plain number, string, list or object"

@@ -7,6 +7,7 @@ rules as they are read, so what is saved is canonical. This room knows no tensor
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -88,7 +89,7 @@ def _penalty_mistakes(rule: Rule) -> Iterator[str]:
         yield "`every` goes with a constraint"
     if isinstance(rule.penalty, ActivityPenalty) and rule.via not in (None, "loss"):
         yield f"an activity penalty goes through the loss, not via {rule.via!r}"
-    if rule.via == "proximal" and type(rule.penalty).__dict__.get("prox", Penalty.prox) is Penalty.prox:
+    if rule.via == "proximal" and isinstance(rule.penalty, Penalty) and not rule.penalty.offers_prox:
         yield f"{rule.kind.kind} offers no proximal operator"
 
 
@@ -127,7 +128,8 @@ class Layer(Frozen):
             if field == "module" or kind is None:
                 continue
             role, _, verb = field.partition("_")
-            target = Target(module=self.module, role=("output" if role == "activity" else role,))
+            # Not validated again: that would ask for the registry once more.
+            target = Target.model_construct(module=self.module, role=("output" if role == "activity" else role,))
             part = {"constraint": kind} if verb == "constraint" else {"penalty": kind}
             yield Rule.model_construct(name=f"{place}/{field}", target=target, **part)
 
@@ -181,10 +183,8 @@ class Spec(Frozen):
         self.__dict__.update(rules=(*self.rules, *expanded), layers=(), provenance={})
         if not self.rules:
             raise mistake("it has no rules, so it would regularize nothing")
-        named = [rule.name for rule in self.rules if rule.name is not None]
-        keys = list(self.keyed_rules())
-        if len(keys) < len(self.rules):
-            twice = sorted({name for name in named if named.count(name) > 1} or set(named))
+        names = Counter(rule.name or f"rules/{index}" for index, rule in enumerate(self.rules))
+        if twice := [name for name, count in names.items() if count > 1]:
             raise mistake(f"two rules have the name {', '.join(map(repr, twice))}")
         return self
 

@@ -75,11 +75,17 @@ def _well_formed_glob(pattern: str) -> str:
     return pattern
 
 
-Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+# A name stands in tables and on terminals: no control characters, no line ends of any kind.
+_PRINTABLE = "^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$"
+
+Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=_PRINTABLE)]
 Pattern = Annotated[Name, AfterValidator(_well_formed_glob)]
 _Role = Annotated[Name, AfterValidator(_known_role)]
 _Gate = Annotated[Name, AfterValidator(_known_gate)]
-_Direction = Annotated[Literal["forward", "backward"], BeforeValidator(_known_direction)]
+_Direction = Annotated[
+    Literal["forward", "backward"],
+    BeforeValidator(_known_direction, json_schema_input_type=Literal["forward", "backward", "reverse"]),
+]
 
 
 class Frozen(BaseModel):

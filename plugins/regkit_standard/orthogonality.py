@@ -84,8 +84,8 @@ def _unit(vectors: Tensor) -> Tensor:
     """Rows divided by their norms; a zero row stays zero, with a zero gradient."""
     squares = vectors.square().sum(dim=1, keepdim=True)
     # sqrt has an infinite slope at 0, which autograd would multiply by 0: it must not see the 0 at all.
-    norms = torch.where(squares > 0, squares, 1.0).sqrt()
-    return torch.where(squares > 0, vectors / norms, 0.0)
+    norms = torch.where(squares == 0, 1.0, squares).sqrt()
+    return torch.where(squares == 0, 0.0, vectors / norms)
 
 
 @hookimpl
