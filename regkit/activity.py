@@ -229,16 +229,16 @@ def of_output(
     *,
     batch_first: bool,
     directions: Sequence[str],
-    wanted: str | None,
+    wanted: Sequence[str],
     valid: Validity | None,
 ) -> list[Segment]:
-    """The segments of a sequence module's output, one for each direction, of which `wanted` (None: all) is kept.
+    """The segments of a sequence module's output, one for each direction, of which the `wanted` are kept.
 
     h: (time, batch, directions · features), or batch first, or (time, directions · features) unbatched, or packed.
     """
     data = h.data if isinstance(h, PackedSequence) else h
     halves = zip(directions, data.chunk(len(directions), dim=-1), strict=True)
-    kept = [(name == "backward", half) for name, half in halves if wanted in (None, name)]
+    kept = [(name == "backward", half) for name, half in halves if name in wanted]
     if isinstance(h, PackedSequence):
         return [Packed(half, h.batch_sizes, backward) for backward, half in kept]
     return [_padded(half, batch_first, valid, backward) for backward, half in kept]

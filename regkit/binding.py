@@ -84,8 +84,14 @@ def _modules(target: Target, everywhere: list[Recurrent]) -> list[Recurrent]:
             near = nearest(pattern, [one.name for one in everywhere if one.name])
             hint = f"; did you mean {near!r}?" if near and near != pattern else "."
             raise _Missing(f"no recurrent module is named {pattern!r}{hint} There are: {listing(map(str, everywhere))}")
-    covered = [one for one in everywhere if any(matches(pattern, one.name) for pattern in patterns)]
-    return list({id(one.module): one for one in reversed(covered)}.values())[::-1]
+    covered: dict[int, Recurrent] = {}
+    for one in everywhere:
+        if any(matches(pattern, one.name) for pattern in patterns):
+            covered.setdefault(id(one.module), one)
+    return list(covered.values())
+
+
+Candidate = tuple[Recurrent, Any]  # a module, and one of its weights or outputs
 
 
 @dataclass(frozen=True)
@@ -94,21 +100,40 @@ class _Choice:
 
     field: str
     wanted: Sequence[Any] | None
-    of: Callable[[Any], Iterable[Any]]
+    of: Callable[[Recurrent, Any], Iterable[Any]]
 
-    def keep(self, candidates: list[tuple[Recurrent, Any]]) -> list[tuple[Recurrent, Any]]:
+    def _there(self, candidates: list[Candidate]) -> list[Any]:
+        return list(dict.fromkeys(value for candidate in candidates for value in self.of(*candidate)))
+
+    def keep(self, candidates: list[Candidate]) -> list[Candidate]:
         """The candidates with any of the wanted. Raises _Missing for a wanted value that none of them has."""
         if self.wanted is None:
             return candidates
-        there = list(dict.fromkeys(value for _, one in candidates for value in self.of(one)))
+        there = self._there(candidates)
         for value in self.wanted:
             if value not in there:
-                near = nearest(str(value), map(str, there)) if isinstance(value, str) else None
+                near = nearest(value, there) if isinstance(value, str) else None
                 hint = f"; did you mean {near!r}?" if near else "."
-                where = listing(map(str, {id(r.module): r for r, _ in candidates}.values()))
+                where = listing(str(recurrent) for recurrent, _ in candidates)
                 there_is = listing(map(str, there))
                 raise _Missing(f"there is no {self.field} {value!r} in {where}{hint} There: {there_is}")
-        return [(r, one) for r, one in candidates if set(self.wanted) & set(self.of(one))]
+        return [candidate for candidate in candidates if set(self.wanted) & set(self.of(*candidate))]
+
+    def require(self, candidates: list[Candidate]) -> None:
+        """Raise _Missing for a wanted value that the other choices have ruled out."""
+        for value in set(self.wanted or ()) - set(self._there(candidates)):
+            raise _Missing(f"the {self.field} {value!r} binds nothing together with the rest of the target")
+
+
+def _select(target: Target, candidates: list[Candidate], choices: list[_Choice]) -> list[Candidate]:
+    """The candidates that every choice keeps. Each item of each list, and each pattern, must keep one."""
+    for choice in choices:
+        candidates = choice.keep(candidates)
+    patterns = target.module or ()
+    covering = _Choice("module", patterns, lambda r, _: [pattern for pattern in patterns if matches(pattern, r.name)])
+    for choice in (covering, *choices):
+        choice.require(candidates)
+    return candidates
 
 
 def _weights(target: Target, kind: Penalty | Constraint, modules: list[Recurrent]) -> tuple[WeightSite, ...]:
@@ -119,14 +144,16 @@ def _weights(target: Target, kind: Penalty | Constraint, modules: list[Recurrent
         raise Unbound('"bias": "effective" says how biases are read, but the target has no role bias')
     if target.gate and kind.layout == "cell":
         raise Unbound(f"{kind.kind} per cell takes all gates of a hidden unit together; leave out the gate")
-    candidates = [(r, w) for r in modules for w in r.adapter.weights(r.module) if _is_read(w, target)]
-    for choice in (
-        _Choice("role", wanted, lambda w: (w.role,)),
-        _Choice("layer", target.layer, lambda w: (w.layer,)),
-        _Choice("direction", target.direction, lambda w: (w.direction,)),
-        _Choice("gate", target.gate, lambda w: w.gates),
-    ):
-        candidates = choice.keep(candidates)
+    candidates = _select(
+        target,
+        [(r, w) for r in modules for w in r.adapter.weights(r.module) if _is_read(w, target)],
+        [
+            _Choice("role", wanted, lambda _, w: (w.role,)),
+            _Choice("layer", target.layer, lambda _, w: (w.layer,)),
+            _Choice("direction", target.direction, lambda _, w: (w.direction,)),
+            _Choice("gate", target.gate, lambda _, w: w.gates),
+        ],
+    )
     candidates = _of_fitting_rank(kind, candidates, wanted)
     sites = [site for r, w in candidates for site in _blocks(r, w, target, kind.layout)]
     return _once(sites, {id(r.module): r for r, _ in candidates}.values())
@@ -138,8 +165,8 @@ def _is_read(weight: Weight, target: Target) -> bool:
 
 
 def _of_fitting_rank(
-    kind: Penalty | Constraint, candidates: list[tuple[Recurrent, Weight]], wanted: Sequence[str] | None
-) -> list[tuple[Recurrent, Weight]]:
+    kind: Penalty | Constraint, candidates: list[Candidate], wanted: Sequence[str] | None
+) -> list[Candidate]:
     fitting = [(r, w) for r, w in candidates if _parameter(r, w.parameters[0]).dim() in kind.ranks]
     unfit = sorted({w.role for _, w in candidates} - {w.role for _, w in fitting})
     if wanted and unfit:
@@ -221,24 +248,27 @@ def _outputs(target: Target, kind: ActivityPenalty, modules: list[Recurrent]) ->
     roles = target.role or ("output",)
     if unfit := [role for role in roles if role not in OUTPUT_ROLES]:
         raise Unbound(f"{kind.kind} acts on outputs, not on the {listing(unfit)}; roles are: {listing(OUTPUT_ROLES)}")
-    candidates = [(r, o) for r in modules for o in r.adapter.outputs(r.module)]
-    candidates = _Choice("role", roles, lambda o: (o.role,)).keep(candidates)
-    if kind.sequence and (still := sorted({o.role for _, o in candidates if not o.sequence})):
+    everything = [(r, o) for r in modules for o in r.adapter.outputs(r.module)]
+    by_role = _Choice("role", roles, lambda _, o: (o.role,))
+    if kind.sequence and (still := {o.role: None for _, o in by_role.keep(everything) if not o.sequence}):
         raise Unbound(f"{kind.kind} compares neighbours in time; the role {listing(still)} has none")
-    for choice in (
-        _Choice("layer with a visible sequence or state", target.layer, lambda o: o.layers),
-        _Choice("direction", target.direction, lambda o: o.directions),
-    ):
-        candidates = choice.keep(candidates)
-    return tuple(
-        OutputSite(r.path, r.name, type(r.module).__name__, o.role, layer, direction)
-        for r, o in candidates
-        for layer in _selected(target.layer, o.layers)
-        for direction in _selected(target.direction, o.directions)
+    candidates = _select(
+        target,
+        everything,
+        [
+            by_role,
+            _Choice("visible layer", target.layer, lambda _, o: o.layers),
+            _Choice("direction", target.direction, lambda _, o: o.directions),
+        ],
     )
-
-
-def _selected(wanted: Sequence[Any] | None, there: Sequence[Any]) -> Sequence[Any]:
-    """The wanted ones that are there; all of them together, as None, where that leaves nothing out."""
-    kept = [value for value in there if wanted is None or value in wanted]
-    return [None] if len(kept) == len(there) else kept
+    return tuple(
+        OutputSite(
+            r.path,
+            r.name,
+            type(r.module).__name__,
+            o.role,
+            tuple(layer for layer in o.layers if layer in (target.layer or o.layers)),
+            tuple(direction for direction in o.directions if direction in (target.direction or o.directions)),
+        )
+        for r, o in candidates
+    )

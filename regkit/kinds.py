@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
-from regkit.activity import Activity
+from regkit.activity import Activity, at_least_float32
 from regkit.errors import PluginError
 from regkit.fields import NonNegative
 
@@ -91,9 +91,13 @@ class Penalty(_Strong, _OnWeights):
         """Ω(w) at unit strength, in float32 or better.  w: (rows, columns) or (rows,) -> ()."""
 
     def gradient(self, w: Tensor) -> Tensor:
-        """∇Ω(w) at unit strength, of w's shape and dtype; by autograd unless a kind knows a closed form."""
+        """∇Ω(w) at unit strength, of w's shape, in float32 or better; by autograd unless a kind knows a closed form.
+
+        It is multiplied by the strength before it meets a half-precision gradient: what overflows there at unit
+        strength may fit once it is scaled.
+        """
         with torch.enable_grad():
-            leaf = w.detach().requires_grad_()
+            leaf = at_least_float32(w.detach()).requires_grad_()
             (gradient,) = torch.autograd.grad(self.value(leaf), leaf)
         return gradient
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -42,8 +41,8 @@ def _walk(
     path: str, name: str, module: nn.Module, above: tuple[nn.Module, ...]
 ) -> Iterator[tuple[str, str, nn.Module]]:
     yield path, name, module
-    for child_name, child in module.named_children():
-        if child in above:  # a module that contains itself would never end
+    for child_name, child in module._modules.items():  # named_children() would give a shared child one name only
+        if child is None or any(child is one for one in above):  # a module that contains itself would never end
             continue
         wrapped = child_name == "_orig_mod" or (child_name == "module" and isinstance(module, _WRAPPERS))
         inner = name if wrapped else f"{name}.{child_name}".lstrip(".")
@@ -72,18 +71,17 @@ class Parameters:
                 yield from (p for p in module._parameters.values() if p is not None)
 
 
-@cache
-def glob(pattern: str) -> re.Pattern[str]:
-    """The regular expression of a module pattern: `*` and `?` within a part, `**` for any number, even none."""
-    # Each part is matched with the dot that follows it, against a name that has one put behind it.
-    parts = ["(?:[^.]*[.])*" if part == "**" else _part(part) + "[.]" for part in pattern.split(".")]
-    return re.compile("".join(parts))
-
-
-def _part(part: str) -> str:
-    return "".join({"*": "[^.]*", "?": "[^.]"}.get(letter, re.escape(letter)) for letter in part)
-
-
 def matches(pattern: str, name: str) -> bool:
-    """Whether the pattern covers the name; the model itself, of no name, is covered by `**` alone."""
-    return glob(pattern).fullmatch(f"{name}." if name else "") is not None
+    """Whether a glob covers a dotted name: `*` and `?` within a part, `**` for any number of parts, even none.
+
+    The model itself, of no name, is covered by `**` alone.
+    """
+    parts = name.split(".") if name else []
+    reached = {0}  # how many parts may be used up so far; a set, for a regular expression would try them one by one
+    for wanted in pattern.split("."):
+        if wanted == "**":
+            reached = set(range(min(reached, default=len(parts) + 1), len(parts) + 1))
+        else:
+            glob = wanted.replace("[", "[[]")  # fnmatch' sets are no part of the language
+            reached = {i + 1 for i in reached if i < len(parts) and fnmatchcase(parts[i], glob)}
+    return len(parts) in reached

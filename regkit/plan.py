@@ -62,8 +62,8 @@ def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:
         )
         yield (*head, *place, " × ".join(map(str, w.shape)), tail)
     for o in binding.outputs:
-        layer = "all" if o.layer is None else str(o.layer)
-        yield (*head, o.name or "(model)", "", o.role, layer, o.direction or "all", "", "", tail)
+        layers, directions = ", ".join(map(str, o.layers)), ", ".join(o.directions)
+        yield (*head, o.name or "(model)", "", o.role, layers, directions, "", "", tail)
     if not binding.weights and not binding.outputs:
         yield (*head, "(nothing: optional)", "", "", "", "", "", "", "")
 

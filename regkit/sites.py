@@ -79,14 +79,14 @@ class WeightSite:
 
 @dataclass(frozen=True)
 class OutputSite:
-    """One output of one module: all layers and directions in it, or the selected ones (None: all)."""
+    """One output of one module, and the layers and directions in it that count."""
 
     path: str
     name: str
     module_class: str
     role: str
-    layer: int | None
-    direction: str | None
+    layers: tuple[int, ...]
+    directions: tuple[str, ...]
 
 
 Site = WeightSite | OutputSite

@@ -263,3 +263,19 @@ def test_a_decoupled_rule_uses_each_groups_own_learning_rate(make_model, batches
     regkit.attach(regularized, {"rules": [rule]})
     train(regularized, torch.optim.AdamW(groups(regularized, 0.0)), batches)
     assert_equal_weights(decayed, regularized)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_get_a_gradient_that_fits_once_it_is_scaled(dtype):
+    model = nn.LSTM(64, 512).to(dtype)
+    with torch.no_grad():
+        model.weight_ih_l0.normal_().abs_()
+    regkit.attach(model, {"rules": [{"target": {"role": "kernel"}, "penalty": "orthogonal(1e-7)"}]})
+    model.weight_ih_l0.grad = torch.zeros_like(model.weight_ih_l0)
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    for gate in range(4):
+        w = model.weight_ih_l0.detach().double()[gate * 512 : (gate + 1) * 512]
+        wanted = 4e-7 * w @ (w.T @ w - torch.eye(64, dtype=torch.float64))
+        ours = model.weight_ih_l0.grad[gate * 512 : (gate + 1) * 512].double()
+        torch.testing.assert_close(ours, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.isfinite(model.weight_ih_l0.grad).all()

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, final
 
-import torch
 from torch import Tensor
 
 from regkit import Penalty, hookimpl
+from regkit.activity import at_least_float32
 from regkit.fields import NonNegative
 
 
-def _dtype(w: Tensor) -> torch.dtype:
-    """float32, or w's own where it is wider."""
-    return torch.promote_types(w.dtype, torch.float32)
-
-
 def _l1(w: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(w, ord=1, dtype=_dtype(w))
-    return norm
+    return at_least_float32(w).abs().sum()
 
 
 def _l2(w: Tensor) -> Tensor:
-    wide = w.to(_dtype(w))
     # Not the square of vector_norm, whose derivative at zero is a masked 0/0.
-    return (wide * wide).sum()
+    return at_least_float32(w).square().sum()
 
 
 def _soft_threshold(w: Tensor, threshold: float | Tensor) -> Tensor:
@@ -46,7 +39,7 @@ class L1(Penalty):
         return _l1(w)
 
     def gradient(self, w: Tensor) -> Tensor:
-        return w.sign()
+        return at_least_float32(w).sign()
 
     def prox(self, w: Tensor, step: float | Tensor) -> Tensor:
         return _soft_threshold(w, step)
@@ -65,7 +58,7 @@ class L2(Penalty):
         return _l2(w)
 
     def gradient(self, w: Tensor) -> Tensor:
-        return 2 * w
+        return 2 * at_least_float32(w)
 
     def prox(self, w: Tensor, step: float | Tensor) -> Tensor:
         return w / (1 + 2 * step)
@@ -99,7 +92,7 @@ class L1L2(Penalty):
         return self.l1 * _l1(w) + self.l2 * _l2(w)
 
     def gradient(self, w: Tensor) -> Tensor:
-        return self.l1 * w.sign() + (2 * self.l2) * w
+        return self.l1 * at_least_float32(w).sign() + (2 * self.l2) * at_least_float32(w)
 
     def prox(self, w: Tensor, step: float | Tensor) -> Tensor:
         return _soft_threshold(w, step * self.l1) / (1 + 2 * self.l2 * step)

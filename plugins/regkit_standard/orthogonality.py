@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from regkit import Penalty, hookimpl
+from regkit.activity import at_least_float32
 from regkit.kinds import Layout
-
-
-def _wide(w: Tensor) -> Tensor:
-    return w.to(torch.promote_types(w.dtype, torch.float32))
 
 
 def _off_identity(w: Tensor) -> Tensor:
@@ -40,13 +37,12 @@ class Orthogonal(Penalty):
         return self.per
 
     def value(self, w: Tensor) -> Tensor:
-        return _off_identity(_wide(w)).square().sum()
+        return _off_identity(at_least_float32(w)).square().sum()
 
     def gradient(self, w: Tensor) -> Tensor:
-        wide = _wide(w)
-        off = _off_identity(wide)
-        product = off @ wide if w.size(0) <= w.size(1) else wide @ off
-        return (4 * product).to(w.dtype)
+        w = at_least_float32(w)
+        off = _off_identity(w)
+        return 4 * (off @ w if w.size(0) <= w.size(1) else w @ off)
 
 
 @final
@@ -72,7 +68,7 @@ class CosineOrthogonal(Penalty):
         return self.per
 
     def value(self, w: Tensor) -> Tensor:
-        vectors = _wide(w) if self.mode == "rows" else _wide(w).T
+        vectors = at_least_float32(w) if self.mode == "rows" else at_least_float32(w).T
         n = vectors.size(0)
         if n < 2:
             return vectors.sum() * 0.0  # a zero that autograd can differentiate
@@ -82,6 +78,10 @@ class CosineOrthogonal(Penalty):
 
 def _unit(vectors: Tensor) -> Tensor:
     """Rows divided by their norms; a zero row stays zero, with a zero gradient."""
+    # First by their largest entries, so that no square overflows or vanishes. A cosine does not depend on scale, and so
+    # its gradient is right with the divisor held constant.
+    largest = vectors.detach().abs().amax(dim=1, keepdim=True)
+    vectors = vectors / torch.where(largest == 0, 1.0, largest)
     squares = vectors.square().sum(dim=1, keepdim=True)
     # sqrt has an infinite slope at 0, which autograd would multiply by 0: it must not see the 0 at all.
     norms = torch.where(squares == 0, 1.0, squares).sqrt()

@@ -99,11 +99,11 @@ class Exponential(Schedule):
         return self
 
     def factor(self, step: int) -> float:
-        exponent = math.log(self.start) + math.log(self.decay) * (step / self.steps)
-        if self.limit is None:
-            return math.exp(exponent)
-        bound = math.log(self.limit)  # compared as logarithms: a growing power would overflow first
-        return self.limit if (exponent > bound if self.decay > 1 else exponent < bound) else math.exp(exponent)
+        periods = step / self.steps
+        # Compared as logarithms: a growing power would overflow before it could be cut off.
+        if self.limit is not None and periods * abs(math.log(self.decay)) >= abs(math.log(self.limit / self.start)):
+            return self.limit
+        return self.start * math.pow(self.decay, periods)
 
 
 @final

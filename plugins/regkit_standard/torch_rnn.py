@@ -88,14 +88,14 @@ class SequenceAdapter(Adapter):
         h = observed[site.role]
         if site.role == "output":
             return of_output(
-                h, batch_first=module.batch_first, directions=directions, wanted=site.direction, valid=valid
+                h, batch_first=module.batch_first, directions=directions, wanted=site.directions, valid=valid
             )
         h = h.unsqueeze(1) if h.dim() == 2 else h  # unbatched: (layers · directions, features)
         places = [(layer, direction) for layer in range(module.num_layers) for direction in directions]
         kept = [
             index
             for index, (layer, direction) in enumerate(places)
-            if site.layer in (None, layer) and site.direction in (None, direction)
+            if layer in site.layers and direction in site.directions
         ]
         return [Stepped(h if len(kept) == len(places) else h[kept])]
 
