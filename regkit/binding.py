@@ -50,6 +50,10 @@ _REACH: Final[dict[str, str]] = {
 }
 
 
+# Of a stacked module only the top layer's sequence comes out; the others stay inside.
+_VISIBLE: Final = "visible layer"
+
+
 class Unbound(Exception):  # noqa: N818  # a signal within this room; what users see is ResolveError
     """Why a rule does not fit."""
 
@@ -77,18 +81,23 @@ class _Missing(Unbound):
 
 
 def _modules(target: Target, everywhere: list[Recurrent]) -> list[Recurrent]:
-    """The modules that the target's patterns cover, each once; every pattern must cover one."""
+    """The modules that the target's patterns cover; every pattern must cover one."""
     patterns = target.module or ("**",)
     for pattern in patterns:
-        if not any(matches(pattern, one.name) for one in everywhere):
+        if not any(_covered(one, (pattern,)) for one in everywhere):
             near = nearest(pattern, [one.name for one in everywhere if one.name])
             hint = f"; did you mean {near!r}?" if near and near != pattern else "."
             raise _Missing(f"no recurrent module is named {pattern!r}{hint} There are: {listing(map(str, everywhere))}")
-    covered: dict[int, Recurrent] = {}
-    for one in everywhere:
-        if any(matches(pattern, one.name) for pattern in patterns):
-            covered.setdefault(id(one.module), one)
-    return list(covered.values())
+    covered = (_covered(one, patterns) for one in everywhere)
+    return [one for one in covered if one is not None]
+
+
+def _covered(recurrent: Recurrent, patterns: Sequence[str]) -> Recurrent | None:
+    """The module under the first of its names that a pattern covers."""
+    for path, name in recurrent.places:
+        if any(matches(pattern, name) for pattern in patterns):
+            return replace(recurrent, path=path, name=name)
+    return None
 
 
 Candidate = tuple[Recurrent, Any]  # a module, and one of its weights or outputs
@@ -119,10 +128,10 @@ class _Choice:
                 raise _Missing(f"there is no {self.field} {value!r} in {where}{hint} There: {there_is}")
         return [candidate for candidate in candidates if set(self.wanted) & set(self.of(*candidate))]
 
-    def require(self, candidates: list[Candidate]) -> None:
-        """Raise _Missing for a wanted value that the other choices have ruled out."""
-        for value in set(self.wanted or ()) - set(self._there(candidates)):
-            raise _Missing(f"the {self.field} {value!r} binds nothing together with the rest of the target")
+    def ruled_out(self, candidates: list[Candidate]) -> Iterator[str]:
+        """What of the wanted is left out of the candidates, because another choice excludes it."""
+        there = self._there(candidates)
+        return (f"{self.field} {value!r}" for value in self.wanted or () if value not in there)
 
 
 def _select(target: Target, candidates: list[Candidate], choices: list[_Choice]) -> list[Candidate]:
@@ -130,9 +139,10 @@ def _select(target: Target, candidates: list[Candidate], choices: list[_Choice])
     for choice in choices:
         candidates = choice.keep(candidates)
     patterns = target.module or ()
-    covering = _Choice("module", patterns, lambda r, _: [pattern for pattern in patterns if matches(pattern, r.name)])
-    for choice in (covering, *choices):
-        choice.require(candidates)
+    covering = _Choice("module", patterns, lambda r, _: [one for one in patterns if _covered(r, (one,))])
+    if out := [item for choice in (covering, *choices) for item in choice.ruled_out(candidates)]:
+        asked = [f"{choice.field} {', '.join(map(str, choice.wanted))}" for choice in choices if choice.wanted]
+        raise _Missing(f"nothing here has {listing(out)} together with the rest of the target: {'; '.join(asked)}")
     return candidates
 
 
@@ -257,7 +267,7 @@ def _outputs(target: Target, kind: ActivityPenalty, modules: list[Recurrent]) ->
         everything,
         [
             by_role,
-            _Choice("visible layer", target.layer, lambda _, o: o.layers),
+            _Choice(_VISIBLE, target.layer, lambda _, o: o.layers),
             _Choice("direction", target.direction, lambda _, o: o.directions),
         ],
     )

@@ -21,6 +21,7 @@ _IN_WORDS_OF_JSON: Final = {
     "string_type": "must be a string",
     "bool_type": "must be true or false",
     "string_too_short": "must not be empty",
+    "string_too_long": "is too long",
     "string_pattern_mismatch": "must have no control characters",
     "none_required": "must be null",
 }

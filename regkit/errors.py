@@ -10,16 +10,23 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+_MOST_PROBLEMS = 100
 _MOST_NAMES = 24  # an error that lists hundreds of names hides the one that matters
 
 
 class RegkitError(Exception):
-    """The root of regkit's errors: `except RegkitError` catches every one."""
+    """The root of what regkit raises when it reads, resolves, attaches and steps.
+
+    Models of the document that Python code makes by hand, such as `Rule(...)`, raise pydantic's ValidationError.
+    """
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and where: a JSON Pointer (RFC 6901), with line and column where there is a text."""
+    """One thing that is wrong, and where: a JSON Pointer (RFC 6901) into a document, or the key of a rule.
+
+    There are a line and a column where the document came as a text.
+    """
 
     where: str
     message: str
@@ -40,7 +47,10 @@ class _ProblemsError(RegkitError):
         self.origin = origin
         self.problems = tuple(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n  ".join([f"{origin} {self.verb}: {count}", *map(str, self.problems)]))
+        told = list(map(str, self.problems[:_MOST_PROBLEMS]))
+        if len(told) < len(self.problems):
+            told.append(f"and {len(self.problems) - len(told)} more (all are in .problems)")
+        super().__init__("\n  ".join([f"{origin} {self.verb}: {count}", *told]))
 
 
 class SpecError(_ProblemsError, ValueError):
@@ -73,7 +83,7 @@ def nearest(given: str, known: Iterable[str]) -> str | None:
     >>> nearest("l2_norm", ["l1", "max_norm", "unit_norm"])
     'unit_norm'
     """
-    names = sorted(known)
+    names = sorted(name for name in known if len(name) > 1 or len(given) == 1)  # a letter is like everything
     by_fold = {name.casefold(): name for name in names}
     close = difflib.get_close_matches(given.casefold(), list(by_fold), n=1, cutoff=0.5)
     return by_fold[close[0]] if close else None

@@ -6,6 +6,7 @@ pydantic's own strict float still takes numpy scalars, since `numpy.float64` is 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
@@ -20,10 +21,10 @@ def mistake(message: str) -> PydanticCustomError:
     return PydanticCustomError("regkit", "{message}", {"message": shown})
 
 
-def mistake_at(where: tuple[str, ...], value: Any, message: str) -> ValidationError:
-    """The same for a place below the field being validated."""
-    details = InitErrorDetails(type=mistake(message), loc=where, input=value)
-    return ValidationError.from_exception_data("regkit", [details])
+def mistakes_at(mistakes: Iterable[tuple[str, Any, str]]) -> ValidationError:
+    """Several of them at keys below the field being validated: each a key, what it was given, and the sentence."""
+    details = [InitErrorDetails(type=mistake(message), loc=(key,), input=given) for key, given, message in mistakes]
+    return ValidationError.from_exception_data("regkit", details)
 
 
 def _plain_number(value: Any) -> Any:

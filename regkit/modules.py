@@ -17,12 +17,17 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 @dataclass(frozen=True)
 class Recurrent:
-    """A recurrent module. path: where it is; name: the same without wrappers' prefixes ('' is the model itself)."""
+    """A recurrent module, under one of its names.
+
+    path: where it is; name: the same without wrappers' prefixes ('' is the model itself); places: all its paths and
+    names, where the model holds it more than once.
+    """
 
     path: str
     name: str
     module: nn.Module
     adapter: Adapter
+    places: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
         return f"{self.name or '(the model itself)'} ({type(self.module).__name__})"
@@ -50,9 +55,14 @@ def _walk(
 
 
 def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
-    """Every module that an adapter knows, in the model's order."""
-    found = ((path, name, module, registry.adapter(module)) for path, name, module in named_modules(model))
-    return [Recurrent(path, name, module, adapter) for path, name, module, adapter in found if adapter is not None]
+    """Every module that an adapter knows, each once, in the model's order."""
+    places: dict[int, list[tuple[str, str]]] = {}
+    modules: dict[int, nn.Module] = {}
+    for path, name, module in named_modules(model):
+        places.setdefault(id(module), []).append((path, name))
+        modules[id(module)] = module
+    found = ((places[key], module, registry.adapter(module)) for key, module in modules.items())
+    return [Recurrent(*at[0], module, adapter, tuple(at)) for at, module, adapter in found if adapter is not None]
 
 
 class Parameters:

@@ -9,9 +9,9 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
 from regkit import shorthand
-from regkit.fields import mistake, mistake_at
+from regkit.fields import mistake, mistakes_at
 from regkit.kinds import Kind
-from regkit.registry import Family, Registry, default
+from regkit.registry import CONTRACTS, Family, Registry, default
 
 
 def registry_of(info: ValidationInfo) -> Registry:
@@ -39,24 +39,26 @@ class OpenUnion:
         return {"x-open-union": list(self.families)}  # filled by regkit.schema, which knows the registry
 
     def _validate(self, value: Any, info: ValidationInfo) -> Kind:
-        registry = registry_of(info)
         if isinstance(value, Kind):
-            return self._of_family(value, registry)
+            return self._of_family(value)
+        registry = registry_of(info)
         try:
             options = shorthand.canonical(value, self.families, registry)
         except shorthand.KindError as error:
-            where = ("kind",) if isinstance(value, dict) and "kind" in value else ()
             provider = _provider(error.name, info) if isinstance(error, shorthand.UnknownKindError) else ""
-            raise mistake_at(where, value, f"{error}{provider}") from None
+            sentence = f"{error}{provider}"
+            if isinstance(value, dict) and "kind" in value:
+                raise mistakes_at([("kind", value["kind"], sentence)]) from None
+            raise mistake(sentence) from None
         except shorthand.ShorthandError as error:
             raise mistake(str(error)) from None
         # A ValidationError of the kind's own class is merged by pydantic, under this field's place.
         return registry.kind(options["kind"], *self.families).model_validate(options, context=info.context)
 
-    def _of_family(self, kind: Kind, registry: Registry) -> Kind:
-        entry = registry.find(kind.kind, *self.families)
-        if entry is None or not isinstance(kind, entry.kind):
-            raise mistake(f"{type(kind).__name__} is not registered as a {' or '.join(self.families)}")
+    def _of_family(self, kind: Kind) -> Kind:
+        """A kind that Python code has made: it need not be registered to be used, only to be saved."""
+        if not any(isinstance(kind, CONTRACTS[family]) for family in self.families):
+            raise mistake(f"{type(kind).__name__} is no {' or '.join(self.families)}")
         return kind
 
 

@@ -19,12 +19,13 @@ from regkit.sites import OUTPUT_ROLES, WEIGHT_ROLES, Adapter
 
 Family = Literal["penalty", "activity penalty", "constraint", "schedule"]
 
-_CONTRACTS: Final[Mapping[Family, type[Kind]]] = {
+CONTRACTS: Final[Mapping[Family, type[Kind]]] = {
     "penalty": Penalty,
     "activity penalty": ActivityPenalty,
     "constraint": Constraint,
     "schedule": Schedule,
 }
+"""The class that every kind of a family is made from."""
 _HOOKS: Final[Mapping[str, Family]] = {
     "regkit_penalties": "penalty",
     "regkit_activity_penalties": "activity penalty",
@@ -67,7 +68,7 @@ class Registry:
     def __init__(self, plugins: Iterable[object] = (), *, entry_points: bool = True) -> None:
         self._manager = pluggy.PluginManager(hookspecs.GROUP)
         self._manager.add_hookspecs(hookspecs)
-        self._kinds: dict[Family, dict[str, Entry]] = {family: {} for family in _CONTRACTS}
+        self._kinds: dict[Family, dict[str, Entry]] = {family: {} for family in CONTRACTS}
         self._adapters: dict[type[nn.Module], tuple[Adapter, Origin]] = {}
         for point in metadata.entry_points(group=hookspecs.GROUP) if entry_points else ():
             origin = Origin(point.dist.name, point.dist.version) if point.dist else Origin(point.value)
@@ -151,12 +152,12 @@ class Registry:
 
     def entries(self, *families: Family) -> list[Entry]:
         """Every kind of these families (none given: of all), by family, then by name."""
-        tables = [self._kinds[family] for family in (families or _CONTRACTS)]
+        tables = [self._kinds[family] for family in (families or CONTRACTS)]
         return [table[name] for table in tables for name in sorted(table)]
 
     def find(self, name: str, *families: Family) -> Entry | None:
         """The kind of this name in any of these families (none given: in all)."""
-        return next((self._kinds[f][name] for f in (families or _CONTRACTS) if name in self._kinds[f]), None)
+        return next((self._kinds[f][name] for f in (families or CONTRACTS) if name in self._kinds[f]), None)
 
     def kind(self, name: str, *families: Family) -> type[Kind]:
         """The class of this name. Raises PluginError that names the nearest one where there is none."""
@@ -205,7 +206,7 @@ def _load(point: metadata.EntryPoint, origin: Origin) -> object:
 
 
 def _entry(offer: object, family: Family, origin: Origin) -> Entry:
-    contract = _CONTRACTS[family]
+    contract = CONTRACTS[family]
     if not (isinstance(offer, type) and issubclass(offer, contract)):
         raise PluginError(f"plugin {origin}: {offer!r} is no {family}: it must be a subclass of {contract.__name__}")
     if missing := sorted(offer.__abstractmethods__):

@@ -40,7 +40,7 @@ def canonical(value: Any, families: tuple[Family, ...], registry: Registry) -> d
         return _of_string(value, families, registry)
     if not isinstance(value, dict):
         raise ShorthandError(
-            f"expected an object with a kind, or a string such as {_example(families, registry)!r}, "
+            f"expected an object with a kind, or a string such as {_example('', families, registry)!r}, "
             f"got {type(value).__name__}"
         )
     if "kind" not in value:
@@ -50,9 +50,11 @@ def canonical(value: Any, families: tuple[Family, ...], registry: Registry) -> d
     return {**value, "kind": _entry(value["kind"], families, registry).name}
 
 
-def _example(families: tuple[Family, ...], registry: Registry) -> str:
-    entries = registry.entries(*families)
-    return f"{entries[0].name}(…)" if entries else "name(…)"
+def _example(given: str, families: tuple[Family, ...], registry: Registry) -> str:
+    names = [entry.name for entry in registry.entries(*families)]
+    leading = re.match(r"[\w.]+", given.strip())
+    near = nearest(leading[0], names) if leading else None
+    return f"{near or next(iter(names), 'name')}(…)"
 
 
 def _entry(name: str, families: tuple[Family, ...], registry: Registry) -> Entry:
@@ -64,23 +66,29 @@ def _entry(name: str, families: tuple[Family, ...], registry: Registry) -> Entry
     elsewhere = registry.find(name)
     if elsewhere is not None:
         raise KindError(f"{name!r} is a kind of {elsewhere.family}, not of {' or '.join(families)}")
-    raise UnknownKindError(name, unknown(" or ".join(families), name, [e.name for e in registry.entries(*families)]))
+    known = [e.name for e in registry.entries(*families)]
+    if families == ("activity penalty",):
+        known += [one.removeprefix("activity_") for one in known if one.startswith("activity_")]
+    raise UnknownKindError(name, unknown(families[0], name, known))
 
 
 def _of_string(text: str, families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:
     match = _CALL.fullmatch(text)
     if match is None:
-        raise ShorthandError(f"{reprlib.repr(text)} is no shorthand; write {_example(families, registry)!r}")
+        raise ShorthandError(f"{reprlib.repr(text)} is no shorthand; write {_example(text, families, registry)!r}")
     entry = _entry(match[1], families, registry)
     options: dict[str, Any] = {"kind": entry.name}
     arguments = (match[2] or "").strip()
-    positional = list(entry.kind.shorthand)
+    positional, named = list(entry.kind.shorthand), False
     for argument in arguments.split(",") if arguments else ():
         key, equals, word = argument.rpartition("=")
         if not equals:
+            if named:
+                raise ShorthandError(f"{reprlib.repr(text)}: an option without a name comes before those with one")
             if not positional:
                 raise ShorthandError(f"{text!r}: {entry.name} takes {_positional(entry)} without a name")
             key = positional.pop(0)
+        named = bool(equals)
         if key.strip() in options:
             raise ShorthandError(f"{text!r} gives {key.strip()!r} twice")
         options[key.strip()] = _scalar(text, word.strip())

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +41,10 @@ class Source:
     text: str | None = None
     offsets: Mapping[str, int] = field(default_factory=dict)
 
+    @cached_property
+    def _line_ends(self) -> list[int]:
+        return [match.start() for match in re.finditer("\n", self.text or "")]
+
     def problem(self, pointer: str, message: str) -> Problem:
         """A problem at a JSON Pointer, with the line and column of it or of the nearest value around it."""
         near = pointer
@@ -46,7 +52,9 @@ class Source:
             near = near.rpartition("/")[0]
         if self.text is None or near not in self.offsets:
             return Problem(pointer, message)
-        return Problem(pointer, message, *_line_and_column(self.text, self.offsets[near]))
+        offset = self.offsets[near]
+        line = bisect_left(self._line_ends, offset)
+        return Problem(pointer, message, line + 1, offset - (self._line_ends[line - 1] if line else -1))
 
 
 def pointer(parts: Iterator[str | int] | tuple[str | int, ...]) -> str:
@@ -75,6 +83,8 @@ def _shortened(name: str) -> str:
 
 def _text_of(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise OSError(0, "neither a file nor a folder", str(path))  # a device or a pipe may never end
         size = path.stat().st_size
         if size > LARGEST_TEXT:
             raise _refusal(_shortened(str(path)), f"{size} bytes; a spec has at most {LARGEST_TEXT}")

@@ -14,10 +14,11 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from regkit.fields import Count, mistake, mistake_at
+from regkit.errors import PluginError
+from regkit.fields import Count, mistake, mistakes_at
 from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty
 from regkit.openunion import AnyConstraint, AnyPenalty, AnySchedule, OutputPenalty, WeightPenalty
-from regkit.registry import Registry, default
+from regkit.registry import Entry, Registry, default
 from regkit.target import Frozen, Name, Pattern, Target, any_of
 
 VERSION: Final = 1
@@ -65,39 +66,41 @@ class Rule(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Rule:
+        if (self.penalty is None) == (self.constraint is None):
+            has = "and this has none" if self.penalty is None else "not both"
+            raise mistake(f"a rule has one penalty or one constraint, {has}")
         mistakes = list(_mistakes(self))
         if mistakes:
-            raise mistake("; ".join(mistakes))
+            raise mistakes_at(mistakes)
         return self
 
 
-def _mistakes(rule: Rule) -> Iterator[str]:
+Mistake = tuple[str, Any, str]  # the key, what it was given, and what is wrong with it
+
+
+def _mistakes(rule: Rule) -> Iterator[Mistake]:
     """What a rule says that cannot be done, or would do nothing."""
-    if (rule.penalty is None) == (rule.constraint is None):
-        yield "a rule has one penalty or one constraint, " + ("not both" if rule.penalty else "and this has none")
-        return
-    reason = rule.kind.inert()
-    if reason is not None:
-        yield f"{rule.kind.kind} has no effect: {reason}"
-    if rule.schedule is not None and (reason := rule.schedule.inert()) is not None:
-        yield f"the schedule leaves nothing in force: {reason}"
+    kinds = {"penalty": rule.penalty, "constraint": rule.constraint, "schedule": rule.schedule}
+    for key, kind in kinds.items():
+        if kind is not None and (reason := kind.inert()) is not None:
+            yield key, kind, f"{kind.kind} has no effect: {reason}"
     yield from _penalty_mistakes(rule) if rule.penalty is not None else _constraint_mistakes(rule)
 
 
-def _penalty_mistakes(rule: Rule) -> Iterator[str]:
+def _penalty_mistakes(rule: Rule) -> Iterator[Mistake]:
     if rule.every != 1:
-        yield "`every` goes with a constraint"
+        yield "every", rule.every, "`every` goes with a constraint"
     if isinstance(rule.penalty, ActivityPenalty) and rule.via not in (None, "loss"):
-        yield f"an activity penalty goes through the loss, not via {rule.via!r}"
+        yield "via", rule.via, f"an activity penalty goes through the loss, not via {rule.via!r}"
     if rule.via == "proximal" and isinstance(rule.penalty, Penalty) and not rule.penalty.offers_prox:
-        yield f"{rule.kind.kind} offers no proximal operator"
+        yield "via", rule.via, f"{rule.kind.kind} offers no proximal operator"
 
 
-def _constraint_mistakes(rule: Rule) -> Iterator[str]:
+def _constraint_mistakes(rule: Rule) -> Iterator[Mistake]:
     if rule.via is not None:
-        yield "`via` goes with a penalty"
+        yield "via", rule.via, "`via` goes with a penalty"
     if rule.schedule is not None and isinstance(rule.constraint, Constraint) and not rule.constraint.bounds:
-        yield f"{rule.kind.kind} has no bound that a schedule could scale"
+        yield "schedule", rule.schedule, f"{rule.kind.kind} has no bound that a schedule could scale"
 
 
 class Layer(Frozen):
@@ -138,9 +141,9 @@ class Layer(Frozen):
         kinds = {f: getattr(self, f) for f in type(self).model_fields if f != "module"}
         if all(kind is None for kind in kinds.values()):
             raise mistake(f"it regularizes nothing; give one of {', '.join(kinds)}")
-        for field, kind in kinds.items():
-            if kind is not None and (reason := kind.inert()) is not None:
-                raise mistake_at((field,), kind, f"{kind.kind} has no effect: {reason}")
+        inert = [(field, kind, kind.inert()) for field, kind in kinds.items() if kind is not None and kind.inert()]
+        if inert:
+            raise mistakes_at([(f, kind, f"{kind.kind} has no effect: {reason}") for f, kind, reason in inert])
         return self
 
 
@@ -212,9 +215,12 @@ class Spec(Frozen):
 
 def _provenance(spec: Spec, registry: Registry) -> Mapping[str, Mapping[str, str | None]]:
     kinds = [kind for rule in spec.rules for kind in (rule.kind, rule.schedule) if kind is not None]
-    found = {name: registry.find(name) for name in sorted({kind.kind for kind in kinds})}
-    return {
-        name: {"distribution": entry.origin.distribution, "version": entry.origin.version}
-        for name, entry in found.items()
-        if entry is not None
-    }
+    origins = {name: _entry(name, registry).origin for name in sorted({kind.kind for kind in kinds})}
+    return {name: {"distribution": o.distribution, "version": o.version} for name, o in origins.items()}
+
+
+def _entry(name: str, registry: Registry) -> Entry:
+    entry = registry.find(name)
+    if entry is None:
+        raise PluginError(f"the kind {name!r} is not in the registry: what is saved with it could not be loaded again")
+    return entry

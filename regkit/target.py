@@ -22,7 +22,7 @@ from regkit.sites import GATE_ALIASES
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, (str, int)) else value
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -333,3 +333,7 @@ def test_every_offset_points_at_the_text_of_its_value(value, indent, separators,
         problem = read.problem(pointer, "")
         lines = text.split("\n")
         assert sum(map(len, lines[: problem.line - 1])) + problem.line - 1 + problem.column - 1 == offset
+
+
+def test_a_device_that_never_ends_is_no_document():
+    assert "neither a file nor a folder" in only("/dev/zero").message

@@ -103,7 +103,7 @@ WRONG_VALUES = [
     (rule("{" + L2 + ', "optional": ¶1}'), "/rules/0/optional", "true or false", "1"),
     (rule("{" + L2 + ', "name": ¶3}'), "/rules/0/name", "string", "3"),
     (rule("{" + L2 + ', "name": ¶""}'), "/rules/0/name", "empty", "''"),
-    (rule("{" + L2 + ', "name": ¶"' + "x" * 201 + '"}'), "/rules/0/name", "200", "xxx"),
+    (rule("{" + L2 + ', "name": ¶"' + "x" * 201 + '"}'), "/rules/0/name", "too long", "xxx"),
     (on('"layer": ¶-1'), "/rules/0/target/layer", "greater than or equal to 0", "-1"),
     (on('"layer": [0, ¶"1"]'), "/rules/0/target/layer/1", "whole number", "'1'"),
     (on('"layer": ¶1.0'), "/rules/0/target/layer", "whole number", "1.0"),
@@ -127,16 +127,16 @@ WRONG_VALUES = [
 ]  # fmt: skip
 
 NO_EFFECT = [
-    (rule('¶{"penalty": {"kind": "l2", "strength": 0}}'), "/rules/0", "l2 has no effect", "strength is 0"),
-    (rule('¶{"penalty": {"kind": "l2", "strength": -0.0}}'), "/rules/0", "l2 has no effect", "strength is 0"),
-    (rule('¶{"penalty": {"kind": "l1_l2"}}'), "/rules/0", "l1_l2 has no effect", "neither l1 nor l2"),
-    (rule('¶{"penalty": {"kind": "l1_l2", "l1": 1, "strength": 0}}'), "/rules/0", "l1_l2 has no", "strength is 0"),
-    (rule('¶{"penalty": "activity_l1_l2(0, 0)"}'), "/rules/0", "activity_l1_l2 has no effect", "neither"),
-    (rule('¶{"constraint": "min_max_norm(rate=0)"}'), "/rules/0", "min_max_norm has no effect", "rate is 0"),
-    (rule("¶{" + L2 + ', "schedule": "constant(0)"}'), "/rules/0", "schedule", "value is 0"),
-    (rule("¶{" + L2 + ', "schedule": "linear(0, 0, 9)"}'), "/rules/0", "schedule", "start and end are both 0"),
-    (rule("¶{" + L2 + ', "schedule": {"kind": "piecewise", "boundaries": [1], "values": [0, 0]}}'), "/rules/0",
-     "schedule", "values are 0"),
+    (rule('{"penalty": ¶{"kind": "l2", "strength": 0}}'), "/rules/0/penalty", "l2 has no effect", "strength is 0"),
+    (rule('{"penalty": ¶{"kind": "l2", "strength": -0.0}}'), "/rules/0/penalty", "l2 has no effect", "strength is 0"),
+    (rule('{"penalty": ¶{"kind": "l1_l2"}}'), "/rules/0/penalty", "l1_l2 has no effect", "neither l1 nor l2"),
+    (rule('{"penalty": ¶{"kind": "l1_l2", "l1": 1, "strength": 0}}'), "/rules/0/penalty", "l1_l2", "strength is 0"),
+    (rule('{"penalty": ¶"activity_l1_l2(0, 0)"}'), "/rules/0/penalty", "activity_l1_l2 has no effect", "neither"),
+    (rule('{"constraint": ¶"min_max_norm(rate=0)"}'), "/rules/0/constraint", "min_max_norm has no effect", "rate is 0"),
+    (rule("{" + L2 + ', "schedule": ¶"constant(0)"}'), "/rules/0/schedule", "no effect", "value is 0"),
+    (rule("{" + L2 + ', "schedule": ¶"linear(0, 0, 9)"}'), "/rules/0/schedule", "no effect", "both 0"),
+    (rule("{" + L2 + ', "schedule": ¶{"kind": "piecewise", "boundaries": [1], "values": [0, 0]}}'), "/rules/0/schedule",
+     "no effect", "values are 0"),
     (layer('{"bias_regularizer": ¶"l2(0)"}'), "/layers/0/bias_regularizer", "l2 has no effect", "strength is 0"),
 ]  # fmt: skip
 
@@ -144,11 +144,11 @@ CONTRADICTIONS = [
     (rule("¶{" + L2 + ', "constraint": "unit_norm"}'), "/rules/0", "one penalty or one constraint", "not both"),
     (rule('¶{"name": "a"}'), "/rules/0", "one penalty or one constraint", "none"),
     (rule('¶{"penalty": null, "constraint": null}'), "/rules/0", "one penalty or one constraint", "none"),
-    (rule("¶{" + L2 + ', "every": 2}'), "/rules/0", "`every`", "constraint"),
-    (rule('¶{"constraint": "unit_norm", "via": "loss"}'), "/rules/0", "`via`", "penalty"),
-    (rule('¶{"penalty": "orthogonal(1)", "via": "proximal"}'), "/rules/0", "orthogonal", "proximal"),
-    (rule('¶{"penalty": "activity_l2(1)", "via": "gradient"}'), "/rules/0", "activity penalty", "'gradient'"),
-    (rule('¶{"constraint": "unit_norm", "schedule": "constant(2)"}'), "/rules/0", "unit_norm", "bound"),
+    (rule("{" + L2 + ', "every": ¶2}'), "/rules/0/every", "`every`", "constraint"),
+    (rule('{"constraint": "unit_norm", "via": ¶"loss"}'), "/rules/0/via", "`via`", "penalty"),
+    (rule('{"penalty": "orthogonal(1)", "via": ¶"proximal"}'), "/rules/0/via", "orthogonal", "proximal"),
+    (rule('{"penalty": "activity_l2(1)", "via": ¶"gradient"}'), "/rules/0/via", "activity penalty", "'gradient'"),
+    (rule('{"constraint": "unit_norm", "schedule": ¶"constant(2)"}'), "/rules/0/schedule", "unit_norm", "bound"),
 ]
 
 SHORTHAND = [

@@ -3,6 +3,7 @@
 import json
 from typing import Literal
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -163,3 +164,17 @@ def test_any_valid_document_is_saved_stably_and_means_the_same(data):
     for rule, name in zip(drawn, data.draw(st.lists(names, max_size=4, unique=True)), strict=False):
         rule["name"] = f"n {name}"
     saved(json.dumps({"rules": drawn, "layers": data.draw(st.lists(layers, max_size=2))}))
+
+
+def test_a_kind_that_is_not_registered_can_be_used_but_not_saved():
+    class Local(regkit.Penalty):
+        """A penalty of this test."""
+
+        kind: Literal["local"] = "local"
+
+        def value(self, w):
+            return w.sum()
+
+    spec = regkit.Spec(rules=[regkit.Rule(penalty=Local(strength=1.0))])
+    with pytest.raises(regkit.PluginError, match="'local' is not in the registry"):
+        spec.to_json()
