@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
-from regkit.activity import at_least_float32
 from regkit.errors import StepError
 from regkit.modules import Parameters
 from regkit.rules import Rules
@@ -18,10 +17,10 @@ from regkit.weights import PenaltyRule
 
 
 def total(terms: list[Tensor], device: torch.device) -> Tensor:
-    """The sum of scalars, in float32 or better.  -> ()."""
+    """The sum of scalars, in float32 or better, as the zero that it begins with.  -> ()."""
     result = torch.zeros((), device=device)
     for term in terms:
-        result = result + at_least_float32(term).to(device)
+        result = result + term.to(device)
     return result
 
 

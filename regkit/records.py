@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
@@ -80,9 +79,10 @@ class Recorder:
         self.records.clear()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if self._adapter is None or not torch.is_grad_enabled():
+        if self._adapter is None:
             return
         observed = self._adapter.observe(module, args, kwargs, result)
+        # What no gradient can reach (evaluation under no_grad) is no training data.
         if any(_requires_grad(one) for one in observed.values()):
             self.records.append(Record(observed, self.validity, module.training))
 

@@ -165,6 +165,20 @@ def test_a_cell_in_a_loop_equals_the_layer(start, cell_class, layer):
     torch.testing.assert_close(*[attachment.penalty() for attachment in attachments])
 
 
+def test_lengths_hold_inside_their_context_alone_and_the_inner_one_counts():
+    model = nn.GRU(3, 4).double()
+    attachment = regkit.attach(model, {"rules": [{"penalty": "activity_l2(1, reduction=sum)"}]})
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    with attachment.lengths([5, 2]):
+        with attachment.lengths([1, 1]):
+            h, _ = model(x)
+        torch.testing.assert_close(attachment.penalty(), h[:1].square().sum())
+        h, _ = model(x)
+        torch.testing.assert_close(attachment.penalty(), h[:, 0].square().sum() + h[:2, 1].square().sum())
+    h, _ = model(x)
+    torch.testing.assert_close(attachment.penalty(), h.square().sum())
+
+
 def test_a_cell_in_a_loop_takes_lengths_around_the_loop_or_a_mask_around_each_call():
     cell = nn.GRUCell(3, 4).double()
     attachment = regkit.attach(cell, AR_TAR)
@@ -238,14 +252,10 @@ def test_half_precision_outputs_are_reduced_in_float32():
 
 def test_autocast_does_not_reach_the_penalty():
     model = nn.LSTM(3, 4)
-    spec = {"rules": [{"penalty": {"kind": "orthogonal", "strength": 1.0}, "via": "loss"}, *AR["rules"]]}
-    attachment = regkit.attach(model, spec)
-    x = torch.randn(5, 6, 3)
-    model(x)
-    expected = attachment.penalty()
+    rule = {"target": {"role": "recurrent"}, "penalty": {"kind": "orthogonal", "strength": 1.0}, "via": "loss"}
+    attachment = regkit.attach(model, {"rules": [{**rule, "name": "orthogonal"}]})
+    off = model.weight_hh_l0.detach().view(4, 4, 4) @ model.weight_hh_l0.detach().view(4, 4, 4).mT - torch.eye(4)
     with torch.autocast("cpu", torch.bfloat16):
-        attachment.values()
-        weights_only = attachment.penalty()
-    assert weights_only.dtype == torch.float32
-    model(x)
-    torch.testing.assert_close(weights_only + attachment.values()["ar"], expected)
+        assert (model.weight_hh_l0 @ model.weight_hh_l0.T).dtype == torch.bfloat16
+        torch.testing.assert_close(attachment.penalty().detach(), off.square().sum())
+        torch.testing.assert_close(attachment.values()["orthogonal"], off.square().sum())

@@ -71,6 +71,7 @@ def test_values_are_strength_times_factor_times_penalty(make_model, batches):
         torch.testing.assert_close(attachment.penalty().detach(), values["ar"] + values["rules/3"])
         train(model, attachment, optimizer, [batches[step]])
         assert attachment.step_count == step + 1
+        torch.testing.assert_close(attachment.values()["ar"], values["ar"])  # what was optimized in the step
 
 
 def test_violations_tell_how_far_the_worst_weight_is_outside(make_model):

@@ -210,6 +210,85 @@ def test_the_closure_of_other_optimizers_returns_the_loss_it_computed(make_model
     assert optimizer.step(closure=closure).item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_penalty_is_added_behind_a_closure_however_it_is_given(by_name, make_model, batches):
+    model = make_model()
+    regkit.attach(model, RULE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    bare: list[Tensor] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, *batches[0])
+        loss.backward()
+        bare.append(model.rnn.weight_hh_l0.grad.clone())
+        return loss
+
+    optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+    wanted = bare[0] + DECAY * model.rnn.weight_hh_l0.detach()
+    torch.testing.assert_close(model.rnn.weight_hh_l0.grad, wanted)
+
+
+class Twice(torch.optim.SGD):
+    """An optimizer that evaluates its closure twice, as a line search would."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            closure()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("via", ["proximal", "decoupled"])
+def test_an_optimizer_that_evaluates_its_closure_twice_is_seen(via, make_model, batches):
+    model = make_model()
+    regkit.attach(model, {"rules": [{"penalty": {"kind": "l2", "strength": 0.5}, "via": via}]})
+    optimizer = Twice(model.parameters(), lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, *batches[0])
+        loss.backward()
+        return loss
+
+    with pytest.raises(regkit.StepError, match=f"{via}.*Twice evaluates its closure several times"):
+        optimizer.step(closure)
+
+
+def test_the_prox_of_an_effective_bias_minimizes_over_both_biases(make_model, batches):
+    """argmin over (a, b) of ½‖a − a₀‖² + ½‖b − b₀‖² + η·|a + b|: both move alike."""
+    model, free = make_model(), make_model()
+    rule = {"target": {"role": "bias", "bias": "effective"}, "penalty": "l1(0.5)", "via": "proximal"}
+    regkit.attach(model, {"rules": [rule]})
+    for one in (model, free):
+        train(one, torch.optim.SGD(one.parameters(), lr=0.1), batches[:1])
+    a, b = free.rnn.bias_ih_l0.detach(), free.rnn.bias_hh_l0.detach()
+    total, step = a + b, 0.1 * 0.5
+    wanted = total.sign() * (total.abs() - 2 * step).clamp(min=0)
+    torch.testing.assert_close(model.rnn.bias_ih_l0.detach(), a + (wanted - total) / 2)
+    torch.testing.assert_close(model.rnn.bias_hh_l0.detach(), b + (wanted - total) / 2)
+
+    def objective(a: Tensor, b: Tensor) -> Tensor:
+        moved = (a - free.rnn.bias_ih_l0).square() + (b - free.rnn.bias_hh_l0).square()
+        return (moved / 2 + step * (a + b).abs()).sum()
+
+    least = objective(model.rnn.bias_ih_l0, model.rnn.bias_hh_l0)
+    for _ in range(100):
+        shifts = 0.01 * torch.randn(2, 16, dtype=torch.float64)
+        assert objective(model.rnn.bias_ih_l0 + shifts[0], model.rnn.bias_hh_l0 + shifts[1]) >= least
+
+
+def test_a_decoupled_effective_bias_uses_the_learning_rate_of_each_of_its_two(make_model, batches):
+    model, free = make_model(), make_model()
+    rule = {"target": {"role": "bias", "bias": "effective"}, "penalty": "l2(0.5)", "via": "decoupled"}
+    regkit.attach(model, {"rules": [rule]})
+    total = (model.rnn.bias_ih_l0 + model.rnn.bias_hh_l0).detach().clone()
+    for one in (model, free):
+        groups = [{"params": [one.rnn.bias_ih_l0], "lr": 0.1}, {"params": [one.rnn.bias_hh_l0], "lr": 0.01}]
+        train(one, torch.optim.SGD(groups), batches[:1])
+    torch.testing.assert_close(model.rnn.bias_ih_l0, free.rnn.bias_ih_l0 - 0.1 * total)
+    torch.testing.assert_close(model.rnn.bias_hh_l0, free.rnn.bias_hh_l0 - 0.01 * total)
+
+
 def test_proximal_l1_is_ista_and_makes_exact_zeros(make_model, batches):
     by_hand, regularized = make_model(), make_model()
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)

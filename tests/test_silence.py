@@ -213,3 +213,17 @@ def test_a_mask_that_is_not_bool_is_refused_at_once(model):
     attachment = regkit.attach(model, AR)
     with pytest.raises(ValueError, match=r"a mask is a bool tensor, got torch\.float32"):
         attachment.mask(torch.ones(2, 2)).__enter__()
+
+
+def test_a_penalty_of_an_earlier_step_does_not_excuse_this_one(model, optimizer, x):
+    attachment = regkit.attach(model, AR)
+    (model(x).sum() + attachment.penalty()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.head(model.rnn.forward(x)[0]).sum().backward()
+    refused(optimizer, model, "recorded nothing")
+
+    out = model(x)
+    attachment.penalty()
+    out.sum().backward()
+    refused(optimizer, model, "but was not part of the loss")
