@@ -19,15 +19,15 @@ from torch.optim import Optimizer
 
 from regkit.activity import Lengths, Mask, Validity
 from regkit.engine import Engine, total
-from regkit.errors import AttachError, RegkitError
+from regkit.errors import AttachError, RegkitError, listing
 from regkit.ledger import Ticket
 from regkit.modules import Parameters
 from regkit.plan import Plan, resolve
 from regkit.registry import Registry, default
-from regkit.rules import rules_of
+from regkit.rules import Rules, rules_of
 from regkit.sites import OutputSite, WeightSite
 from regkit.spec import Spec
-from regkit.steps import StepHooks
+from regkit.steps import StepHooks, remove_retired
 
 _STATE_VERSION: Final = 1
 
@@ -51,6 +51,7 @@ class Attachment:
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
     def _install(self, model: nn.Module) -> None:
+        remove_retired()
         try:
             for recorder in self._rules.recorders:
                 recorder.install()
@@ -59,11 +60,10 @@ class Attachment:
             self._remove()
             raise
         self._live = True
-        siblings = _attached.setdefault(id(model), [])
-        if not siblings:
-            # The model's end takes the global hooks along; the attachment itself never keeps the model alive.
+        if id(model) not in _attached:
+            # The model's end takes the hooks along; the attachment itself never keeps the model alive.
             weakref.finalize(model, _forget, id(model)).atexit = False
-        siblings.append(self)
+        _attached.setdefault(id(model), []).append(self)
 
     def _remove(self) -> None:
         self._hooks.remove()
@@ -73,6 +73,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Take every hook off the model. May be called again; afterwards the attachment can only be read."""
+        remove_retired()
         self._remove()
         for siblings in _attached.values():
             if self in siblings:
@@ -215,7 +216,8 @@ class Attachment:
 
 def _forget(model_id: int) -> None:
     for attachment in _attached.pop(model_id, []):
-        attachment._remove()
+        attachment._hooks.retire()
+        attachment._live = False
 
 
 def attach(
@@ -231,7 +233,7 @@ def attach(
     optimizer: act at the steps of these optimizers alone; left out, of every one that owns the weights.
 
     Raises SpecError for a bad document, ResolveError where a rule does not fit the model, AttachError where a plan was
-    made for another model or the same rules are attached already.
+    made for another model, the same rules are attached already, or a rule acts on no weight of `optimizer`.
     """
     registry = registry or default()
     plan = spec if isinstance(spec, Plan) else resolve(model, spec, registry=registry)
@@ -239,10 +241,29 @@ def attach(
         _refuse_foreign(plan, model)
     if any(other.plan == plan for other in _attached.get(id(model), [])):
         raise AttachError("these rules are attached to this model already; detach() first, or they would count twice")
-    only = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    only = None if optimizer is None else _optimizers(optimizer)
     attachment = Attachment(model, plan, registry, only)
+    if only is not None:
+        _refuse_idle(attachment._rules, only)
     attachment._install(model)
     return attachment
+
+
+def _optimizers(given: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    found = [given] if isinstance(given, Optimizer) else list(given)
+    for one in found:
+        if not isinstance(one, Optimizer):
+            raise TypeError(f"optimizer= takes torch optimizers, got {type(one).__name__}")
+    return found
+
+
+def _refuse_idle(rules: Rules, optimizers: list[Optimizer]) -> None:
+    """Raise AttachError for a rule that none of the only optimizers to act at could ever reach."""
+    owned = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+    for rule in (*rules.penalties, *rules.constraints):
+        if rule.blocks and not any(id(p) in owned for p in rule.parameters()):
+            names = listing(type(one).__name__ for one in optimizers)
+            raise AttachError(f"rule {rule.binding.key!r} acts on no weight that optimizer= ({names}) owns")
 
 
 def _refuse_foreign(plan: Plan, model: nn.Module) -> None:

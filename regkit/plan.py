@@ -73,6 +73,8 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
 
     Raises SpecError for a bad document, ResolveError with every rule that does not fit the model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model is an nn.Module, not {type(model).__name__}")
     registry = registry or default()
     spec = document.load(spec, registry=registry)
     everywhere = recurrent_modules(model, registry)

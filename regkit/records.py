@@ -81,7 +81,13 @@ class Recorder:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if self._adapter is None:
             return
-        observed = self._adapter.observe(module, args, kwargs, result)
+        try:
+            observed = self._adapter.observe(module, args, kwargs, result)
+        except Exception as error:  # a subclass may return what it likes; its user must learn what does not fit
+            raise StepError(
+                f"{self.name or 'the model'} ({type(module).__name__}) returned what its adapter "
+                f"{type(self._adapter).__name__} cannot read ({error!r}); it needs an adapter of its own"
+            ) from error
         # What no gradient can reach (evaluation under no_grad) is no training data.
         if any(_requires_grad(one) for one in observed.values()):
             self.records.append(Record(observed, self.validity, module.training))

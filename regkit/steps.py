@@ -86,6 +86,15 @@ class StepCount:
         self._stepped.clear()
 
 
+_retired: list[StepHooks] = []
+
+
+def remove_retired() -> None:
+    """Take out the hooks of models that are gone. Not to be called within a step."""
+    while _retired:
+        _retired.pop().remove()
+
+
 class StepHooks:
     """The two global hooks of one attachment."""
 
@@ -95,6 +104,7 @@ class StepHooks:
         self._only = None if optimizers is None else weakref.WeakSet(optimizers)
         self._thread = threading.local()
         self._handles: list[RemovableHandle] = []
+        self._retired = False
 
     def install(self) -> None:
         """Begin to see steps."""
@@ -102,6 +112,15 @@ class StepHooks:
             register_optimizer_step_pre_hook(self._before),
             register_optimizer_step_post_hook(self._after),
         ]
+
+    def retire(self) -> None:
+        """Do nothing at any further step: the model is gone.
+
+        Garbage is collected at any moment, in the middle of torch's loop over these hooks too, and would break it by
+        taking one out. The hooks leave when the next attachment comes or goes.
+        """
+        self._retired = True
+        _retired.append(self)
 
     def remove(self) -> None:
         """See no more steps. May be called again."""
@@ -127,7 +146,7 @@ class StepHooks:
         return running
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self._only is not None and optimizer not in self._only:
+        if self._retired or (self._only is not None and optimizer not in self._only):
             return None
         running = self._running()
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}

@@ -225,8 +225,46 @@ def test_an_attachment_that_nobody_holds_stays_in_force_and_goes_with_the_model(
     optimizer.zero_grad()
     gc.collect()
     assert gone() is None
-    assert global_hooks() == before
     optimizer.step()
+    with regkit.attach(make_model(), SPEC):  # the hooks of a model that is gone leave when the next one comes
+        assert global_hooks() == before + 2
+    assert global_hooks() == before
+
+
+def test_a_model_that_dies_in_the_middle_of_a_step_does_not_break_the_loop_over_hooks(make_model, batches):
+    dying, model = [make_model()], make_model()
+    regkit.attach(dying[0], {"rules": [{"penalty": "l2(1)"}]})
+
+    def kill(*_: object) -> None:
+        dying.clear()
+        gc.collect()
+
+    killer = torch_optimizer.register_optimizer_step_pre_hook(kill)
+    attachment = regkit.attach(model, {"rules": [{"penalty": "l2(1)"}]})
+    try:
+        model(batches[0][0]).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    finally:
+        killer.remove()
+    assert attachment.step_count == 1
+
+
+def test_an_optimizer_that_owns_none_of_a_rules_weights_is_refused(make_model):
+    model = make_model()
+    before = global_hooks()
+    head = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    with pytest.raises(regkit.AttachError, match=r"rule 'decay' acts on no weight that optimizer= \(SGD\) owns"):
+        regkit.attach(model, SPEC, optimizer=head)
+    with pytest.raises(TypeError, match="optimizer= takes torch optimizers, got Linear"):
+        regkit.attach(model, SPEC, optimizer=[model.head])
+    assert (hooks_of(model), global_hooks()) == (0, before)
+    regkit.attach(model, SPEC, optimizer=[head, torch.optim.SGD(model.rnn.parameters(), lr=0.1)])
+
+
+@pytest.mark.parametrize("model", [None, [nn.LSTM(2, 2)], nn.LSTM])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(TypeError, match=r"a model is an nn\.Module"):
+        regkit.attach(model, SPEC)
 
 
 def test_a_thousand_attachments_leave_nothing(make_model, batches):
@@ -237,6 +275,7 @@ def test_a_thousand_attachments_leave_nothing(make_model, batches):
             pass
     model(batches[0][0])
     assert (hooks_of(model), global_hooks()) == before
+    assert sum(info.atexit is False for info in weakref.finalize._registry.values() if info.weakref() is model) == 1
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
