@@ -43,6 +43,7 @@ class Attachment:
     ) -> None:
         self.plan = plan
         self._model = weakref.ref(model)
+        self._key = id(model)
         self._parameters = Parameters(model)
         self._live = False
         self._rules = rules_of(plan, model, registry)
@@ -60,10 +61,10 @@ class Attachment:
             self._remove()
             raise
         self._live = True
-        if id(model) not in _attached:
+        if self._key not in _attached:
             # The model's end takes the hooks along; the attachment itself never keeps the model alive.
-            weakref.finalize(model, _forget, id(model)).atexit = False
-        _attached.setdefault(id(model), []).append(self)
+            weakref.finalize(model, _forget, self._key).atexit = False
+        _attached.setdefault(self._key, []).append(self)
 
     def _remove(self) -> None:
         self._hooks.remove()
@@ -75,9 +76,9 @@ class Attachment:
         """Take every hook off the model. May be called again; afterwards the attachment can only be read."""
         remove_retired()
         self._remove()
-        for siblings in _attached.values():
-            if self in siblings:
-                siblings.remove(self)
+        siblings = _attached.get(self._key, [])
+        if self in siblings:
+            siblings.remove(self)
 
     def __enter__(self) -> Attachment:
         return self

@@ -75,7 +75,9 @@ def _provider(name: str, info: ValidationInfo) -> str:
     saved = provenance.get(name) if isinstance(provenance, dict) else None
     if not isinstance(saved, dict) or "distribution" not in saved:
         return ""
-    return f". The document was saved with it from {saved['distribution']} {saved.get('version') or ''}".rstrip()
+    distribution, version = saved["distribution"], saved.get("version")
+    wanted = f"{distribution}=={version}" if version else distribution
+    return f". The document was saved with it from {distribution} {version or ''}; try: pip install {wanted}"
 
 
 AnyPenalty = Annotated[Kind, OpenUnion(("penalty", "activity penalty"))]

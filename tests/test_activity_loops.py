@@ -46,6 +46,74 @@ def test_training_with_ar_and_tar_equals_the_loss_written_by_hand(make_model, ba
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
+Penalize = Callable[[], Tensor]
+
+
+def accumulate(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, penalty: Penalize) -> None:
+    for pair in (batches[:2], batches[2:]):
+        optimizer.zero_grad()
+        for x, y in pair:
+            ((nn.functional.mse_loss(model(x), y) + penalty()) / 2).backward()
+        optimizer.step()
+
+
+def clip(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, penalty: Penalize) -> None:
+    for x, y in batches:
+        optimizer.zero_grad()
+        (nn.functional.mse_loss(model(x), y) + penalty()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+
+
+def scale(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, penalty: Penalize) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for x, y in batches:
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.mse_loss(model(x), y) + penalty()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def close(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, penalty: Penalize) -> None:
+    for x, y in batches:
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y) + penalty()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "Adam fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "loop"),
+    [
+        (name, loop)
+        for name in OPTIMIZERS
+        for loop in (accumulate, clip, scale, close)
+        if name != "LBFGS" or loop is close
+    ],
+)
+def test_the_penalty_equals_a_hand_written_one_in_every_kind_of_loop(name, loop, make_model, batches):
+    by_hand, regularized = make_model(), make_model()
+    seen: list[Tensor] = []
+    by_hand.rnn.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    loop(by_hand, OPTIMIZERS[name](by_hand.parameters()), batches, lambda: ar_tar(seen.pop()))
+    attachment = regkit.attach(regularized, AR_TAR)
+    loop(regularized, OPTIMIZERS[name](regularized.parameters()), batches, attachment.penalty)
+    for ours, theirs in zip(regularized.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+
+
 LAYERS = [
     (nn.RNN, {}),
     (nn.GRU, {"num_layers": 2}),
