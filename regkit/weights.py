@@ -146,7 +146,9 @@ class PenaltyRule(WeightRule):
                 gradient = gradient * step.scale.to(gradient.device)
             for parameter in mine:
                 assert parameter.grad is not None  # or it would not be trained
-                block.rows(parameter.grad).add_(gradient, alpha=amount)
+                # An optimizer that maximizes turns the gradient around; the penalty is made small all the same.
+                signed = -amount if step.groups[id(parameter)].get("maximize") else amount
+                block.rows(parameter.grad).add_(gradient, alpha=signed)
 
     def decay(self, step: Step) -> None:
         """w −= lr · strength · factor · ∇Ω(w), before the update, as AdamW (Loshchilov & Hutter 2019, algorithm 2)."""

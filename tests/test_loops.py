@@ -128,6 +128,15 @@ def test_l2_equals_weight_decay_on_every_recurrent_layer(layer, options, make_mo
     assert_equal_weights(decayed, regularized)
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_an_optimizer_that_maximizes_still_makes_the_penalty_small(optimizer, make_model, batches):
+    decayed, regularized = make_model(), make_model()
+    train(decayed, optimizer(rnn_groups(decayed, DECAY), lr=0.01, maximize=True), batches)
+    regkit.attach(regularized, RULE)
+    train(regularized, optimizer(rnn_groups(regularized, 0.0), lr=0.01, maximize=True), batches)
+    assert_equal_weights(decayed, regularized)
+
+
 @pytest.mark.parametrize("loop", [train, train_with_closure, train_with_scaler])
 @pytest.mark.parametrize("fused", [False, True])
 def test_decoupled_l2_equals_adamw(fused, loop, make_model, batches):
