@@ -113,7 +113,7 @@ class Attachment:
             result.register_hook(ticket)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         for recorder in self._rules.recorders:
             recorder.consume(ticket)
-        for rule in self._rules.via("loss"):
+        for rule in self._rules.by_loss:
             rule.ledger.tickets.append(ticket)
         return result
 

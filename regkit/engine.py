@@ -44,20 +44,20 @@ class Engine:
     def at_gradients(self, step: Step) -> None:
         """Add gradients and decay, once it is sure that nothing the document says is left out of this step."""
         self._check(step)
-        for rule in self._rules.via("gradient"):
+        for rule in self._rules.by_gradient:
             rule.add_gradient(step)
-        for rule in self._rules.via("decoupled"):
+        for rule in self._rules.by_decay:
             rule.decay(step)
 
     def value(self, step: Step) -> Tensor:
         """The value of what `at_gradients` added to gradients."""
-        terms = [rule.trained_value(step) for rule in self._rules.via("gradient")]
+        terms = [rule.trained_value(step) for rule in self._rules.by_gradient]
         device = step.optimizer.param_groups[0]["params"][0].device
         return total([term for term in terms if term is not None], device)
 
     def after(self, step: Step) -> None:
         """Proximal operators, then constraints in the document's order."""
-        for rule in self._rules.via("proximal"):
+        for rule in self._rules.by_prox:
             rule.shrink(step)
         for constraint in self._rules.constraints:
             if (step.index + 1) % constraint.binding.every == 0:
@@ -67,11 +67,11 @@ class Engine:
     def _check(self, step: Step) -> None:
         for activity in self._rules.activities:
             activity.check(step)
-        for rule in self._rules.via("loss"):
+        for rule in self._rules.by_loss:
             reason = rule.ledger.missing() if rule.is_trained(step) else None
             if reason is not None:
                 raise StepError(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()}) {reason}")
-        for rule in (*self._rules.via("proximal"), *self._rules.via("decoupled")):
+        for rule in (*self._rules.by_prox, *self._rules.by_decay):
             _refuse_line_search(rule, step)
 
     def _settle(self, step: Step) -> None:
@@ -79,7 +79,7 @@ class Engine:
         for recorder in self._rules.recorders:
             if recorder.is_trained(step):
                 recorder.ledger.tickets.clear()
-        for rule in self._rules.via("loss"):
+        for rule in self._rules.by_loss:
             if rule.is_trained(step):
                 rule.ledger.tickets.clear()
 

@@ -40,8 +40,8 @@ _UNCONSUMED: Final = (
 )
 _UNRECORDED: Final = (
     "recorded nothing in this step, although its weights were trained: was the module run through its forward() "
-    "instead of being called, under torch.no_grad(), or compiled before regkit was attached? Was it not run at all, and "
-    'has zeros for gradients from zero_grad(set_to_none=False)? A rule with "optional": true may record nothing'
+    "instead of being called, under torch.no_grad(), or compiled before regkit was attached? Was it not run at all, "
+    'and has zeros for gradients from zero_grad(set_to_none=False)? A rule with "optional": true may record nothing'
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 from torch import Tensor, nn
@@ -17,21 +17,23 @@ from regkit.weights import Block, ConstraintRule, PenaltyRule
 
 @dataclass(eq=False)
 class Rules:
-    """Every rule of a plan, and the recorders that its activity rules need."""
+    """Every rule of a plan, in the document's order, and the recorders that its activity rules need."""
 
-    penalties: list[PenaltyRule] = field(default_factory=list)
-    constraints: list[ConstraintRule] = field(default_factory=list)
-    activities: list[ActivityRule] = field(default_factory=list)
-    recorders: list[Recorder] = field(default_factory=list)
+    penalties: list[PenaltyRule]
+    constraints: list[ConstraintRule]
+    activities: list[ActivityRule]
+    recorders: list[Recorder]
 
-    def via(self, channel: str) -> list[PenaltyRule]:
-        """The weight penalties of one channel."""
-        return [rule for rule in self.penalties if rule.binding.via == channel]
+    def __post_init__(self) -> None:
+        self.by_gradient, self.by_loss, self.by_prox, self.by_decay = (
+            [rule for rule in self.penalties if rule.binding.via == via]
+            for via in ("gradient", "loss", "proximal", "decoupled")
+        )
 
     def loss_terms(self, index: int) -> list[Tensor]:
         """What goes through the loss at a step: activity penalties of what is recorded, weight penalties via loss."""
         terms = [rule.take(index) for rule in self.activities]
-        terms += [rule.value(index) for rule in self.via("loss")]
+        terms += [rule.value(index) for rule in self.by_loss]
         return [term for term in terms if term is not None]
 
 
@@ -39,19 +41,21 @@ def rules_of(plan: Plan, model: nn.Module, registry: Registry) -> Rules:
     """The plan's rules on this model. Nothing is hooked yet."""
     modules = dict(model.named_modules(remove_duplicate=False))
     recorders = _recorders(plan, modules, registry)
-    rules = Rules(recorders=list(recorders.values()))
+    penalties: list[PenaltyRule] = []
+    constraints: list[ConstraintRule] = []
+    activities: list[ActivityRule] = []
     for binding in plan.bindings:
         kind = binding.kind
         if isinstance(kind, ActivityPenalty):
             places = [(site, recorders[id(modules[site.path])]) for site in binding.outputs]
-            rules.activities.append(ActivityRule(binding, places))
+            activities.append(ActivityRule(binding, places))
             continue
         blocks = [Block(site, modules[site.path], kind.layout) for site in binding.weights]
         if isinstance(kind, Penalty):
-            rules.penalties.append(PenaltyRule(binding, blocks))
+            penalties.append(PenaltyRule(binding, blocks))
         else:
-            rules.constraints.append(ConstraintRule(binding, blocks))
-    return rules
+            constraints.append(ConstraintRule(binding, blocks))
+    return Rules(penalties, constraints, activities, list(recorders.values()))
 
 
 def _recorders(plan: Plan, modules: Mapping[str, nn.Module], registry: Registry) -> dict[int, Recorder]:
