@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from regkit.errors import StepError
+from regkit.errors import PluginError, StepError
 
 Reduction = Literal["mean", "batch", "sum"]
 Pairs = tuple[Tensor, Tensor, "Tensor | None"]
@@ -184,7 +184,10 @@ class Activity:
         return (segment.values()[0] for segment in self.segments)
 
     def reduce(self, f: Callable[[Tensor], Tensor], reduction: Reduction = "mean") -> Tensor:
-        """Σ or mean of f(h) over the valid elements.  f: (..., features) -> (..., features or 1)."""
+        """f(h), summed or averaged over the valid elements as `reduction` says.
+
+        f: (..., features) -> (..., features) or (..., 1). Raises PluginError where f returns another shape.
+        """
         parts = [(segment.batch, *segment.values()) for segment in self.segments]
         return _reduced([(batch, _masked(f, valid, h), valid) for batch, h, valid in parts], reduction)
 
@@ -199,11 +202,18 @@ class Activity:
 def _masked(f: Callable[..., Tensor], valid: Tensor | None, *tensors: Tensor) -> Tensor:
     wide = [at_least_float32(x) for x in tensors]
     if valid is None:
-        return f(*wide)
+        return _kept(f(*wide), wide[0])
     # Both sides of f are masked: the outside drops f(0) from the sum, the inside keeps a NaN in the padding from
     # reaching the gradient, where 0 · NaN would be NaN.
     inside = [torch.where(valid, x, 0.0) for x in wide]
-    return torch.where(valid, f(*inside), 0.0)
+    return torch.where(valid, _kept(f(*inside), wide[0]), 0.0)
+
+
+def _kept(values: Tensor, h: Tensor) -> Tensor:
+    """The values of f, if it kept h's shape up to the features: else a mask would be broadcast over the wrong axis."""
+    if values.shape[:-1] != h.shape[:-1] or values.size(-1) not in (1, h.size(-1)):
+        raise PluginError(f"reduce() was given a function of {tuple(h.shape)} that returns {tuple(values.shape)}")
+    return values
 
 
 def _reduced(parts: list[tuple[int, Tensor, Tensor | None]], reduction: Reduction) -> Tensor:

@@ -7,9 +7,8 @@ torch's global optimizer hooks, which go when the model goes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,9 +22,8 @@ from regkit.errors import AttachError, RegkitError, listing
 from regkit.ledger import Ticket
 from regkit.modules import Parameters
 from regkit.plan import Plan, resolve
-from regkit.registry import Registry, default
+from regkit.registry import Registry
 from regkit.rules import Rules, rules_of
-from regkit.sites import OutputSite, WeightSite
 from regkit.spec import Spec
 from regkit.steps import StepHooks, remove_retired
 
@@ -38,18 +36,21 @@ _attached: dict[int, list[Attachment]] = {}
 class Attachment:
     """Rules in force on a model. Made by `attach`; leaves with `detach`, or as a context manager, or with the model."""
 
-    def __init__(
-        self, model: nn.Module, plan: Plan, registry: Registry, optimizers: Iterable[Optimizer] | None
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, optimizers: Iterable[Optimizer] | None) -> None:
         self.plan = plan
         self._model = weakref.ref(model)
         self._key = id(model)
         self._parameters = Parameters(model)
         self._live = False
-        self._rules = rules_of(plan, model, registry)
+        self._rules = rules_of(plan, model)
         self._hooks = StepHooks(Engine(self._rules, model), optimizers)
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _prove(self) -> None:
+        for rule in (*self._rules.penalties, *self._rules.constraints):
+            rule.prove()
 
     def _install(self, model: nn.Module) -> None:
         remove_retired()
@@ -234,20 +235,32 @@ def attach(
     optimizer: act at the steps of these optimizers alone; left out, of every one that owns the weights.
 
     Raises SpecError for a bad document, ResolveError where a rule does not fit the model, AttachError where a plan was
-    made for another model, the same rules are attached already, or a rule acts on no weight of `optimizer`.
+    made for another model, a kind acts on the same places already, or a rule acts on no weight of `optimizer`;
+    PluginError where a kind returns something else than its contract says.
     """
-    registry = registry or default()
     plan = spec if isinstance(spec, Plan) else resolve(model, spec, registry=registry)
     if isinstance(spec, Plan):
-        _refuse_foreign(plan, model)
-    if any(other.plan == plan for other in _attached.get(id(model), [])):
-        raise AttachError("these rules are attached to this model already; detach() first, or they would count twice")
+        plan.check(model)
+    _refuse_twice(plan, _attached.get(id(model), []))
     only = None if optimizer is None else _optimizers(optimizer)
-    attachment = Attachment(model, plan, registry, only)
+    attachment = Attachment(model, plan, only)
+    attachment._prove()
     if only is not None:
         _refuse_idle(attachment._rules, only)
     attachment._install(model)
     return attachment
+
+
+def _refuse_twice(plan: Plan, others: Iterable[Attachment]) -> None:
+    """Raise AttachError where a kind acts on the same places already, whatever its options and its name are."""
+    live = {(b.kind.kind, b.weights, b.outputs): b.key for other in others for b in other.plan.bindings}
+    for b in plan.bindings:
+        there = live.get((b.kind.kind, b.weights, b.outputs))
+        if there is not None and (b.weights or b.outputs):
+            raise AttachError(
+                f"rule {b.key!r} ({b.kind.describe()}) acts where rule {there!r} of an attachment to this model acts "
+                "already: it would count twice. detach() that one first, or put both rules into one document"
+            )
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
@@ -265,28 +278,3 @@ def _refuse_idle(rules: Rules, optimizers: list[Optimizer]) -> None:
         if rule.blocks and not any(id(p) in owned for p in rule.parameters()):
             names = listing(type(one).__name__ for one in optimizers)
             raise AttachError(f"rule {rule.binding.key!r} acts on no weight that optimizer= ({names}) owns")
-
-
-def _refuse_foreign(plan: Plan, model: nn.Module) -> None:
-    """Raise AttachError unless every site of the plan is on the model, of its class and shape."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    sites: Callable[[Any], Iterable[WeightSite | OutputSite]] = lambda b: (*b.weights, *b.outputs)  # noqa: E731
-    for site in chain.from_iterable(map(sites, plan.bindings)):
-        module = modules.get(site.path)
-        if module is None or type(module).__name__ != site.module_class:
-            has = "nothing" if module is None else type(module).__name__
-            raise AttachError(
-                f"the plan is of another model: {site.path!r} is {has} here, {site.module_class} in the plan"
-            )
-        if isinstance(site, WeightSite):
-            _refuse_other_shape(site, module)
-
-
-def _refuse_other_shape(site: WeightSite, module: nn.Module) -> None:
-    for name in site.parameters:
-        parameter = module._parameters.get(name)
-        here = None if parameter is None else tuple(parameter.shape)
-        if here is None or here[1:] != site.shape[1:] or here[0] < site.start + site.rows:
-            raise AttachError(
-                f"the plan is of another model: {site.path}.{name} is {here} here, {site.shape} in the plan"
-            )

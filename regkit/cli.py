@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -16,9 +17,8 @@ from torch import nn
 from regkit.document import load
 from regkit.errors import PluginError, RegkitError
 from regkit.plan import resolve
-from regkit.registry import Entry, Registry, default
+from regkit.registry import CONTRACTS, Entry, Registry, default
 from regkit.schema import schema
-from regkit.table import table
 
 _KINDS = """Every kind that a document may name, from everything installed: its options (with = where one has a
 default), what it means, and the distribution it comes from."""
@@ -45,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         status: int = options.command(options)
-    except RegkitError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough (`regkit kinds | head`); Python would complain once more when it closes the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (RegkitError, OSError) as error:
         print(f"regkit: {error}", file=sys.stderr)
         return 1
     return status
@@ -62,8 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     kinds = commands.add_parser("kinds", help="list every kind that is installed", description=_KINDS)
-    families = ["penalty", "activity penalty", "constraint", "schedule"]
-    kinds.add_argument("--family", choices=families, help="only this family")
+    kinds.add_argument("--family", choices=list(CONTRACTS), help="only this family")
     kinds.set_defaults(command=_kinds)
 
     check = commands.add_parser("check", help="tell what is wrong with documents", description=_CHECK)
@@ -89,15 +93,17 @@ def _parser() -> argparse.ArgumentParser:
 def _kinds(options: argparse.Namespace) -> int:
     registry = default()
     entries = registry.entries(options.family) if options.family else registry.entries()
-    rows = [(e.family, e.name, _options(e), e.meaning, str(e.origin)) for e in entries]
-    print(table(("family", "kind", "options", "meaning", "from"), rows))
+    blocks = [f"{e.family}: {e.name}({_options(e)})  from {e.origin}\n    {e.meaning}" for e in entries]
+    print("\n".join(blocks))
     return 0
 
 
 def _options(entry: Entry) -> str:
-    """The options, each as `name` where it must be given or `name=default`."""
+    """The options, those that must be given first, the others as `name=default`."""
     fields = {name: field for name, field in entry.kind.model_fields.items() if name != "kind"}
-    return ", ".join(name if f.is_required() else f"{name}={f.get_default()}" for name, f in fields.items())
+    required = [name for name, field in fields.items() if field.is_required()]
+    defaults = [f"{name}={field.get_default()}" for name, field in fields.items() if not field.is_required()]
+    return ", ".join([*required, *defaults])
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -133,7 +139,7 @@ def _model(place: str) -> nn.Module:
         for part in name.split("."):
             made = getattr(made, part)
         model = made if isinstance(made, nn.Module) else made()
-    except Exception as error:  # it runs the user's code: anything can come out
+    except (Exception, SystemExit) as error:  # it runs the user's code: anything can come out
         raise PluginError(f"--model {place}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise PluginError(f"--model {place} gives {type(model).__name__}, not an nn.Module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 from pathlib import Path
 from typing import Any, Final
@@ -93,11 +94,16 @@ def _sentence(error: dict[str, Any], read: source.Source, registry: Registry) ->
     if kind == "regkit":
         return str(error["msg"])
     if kind in _IN_WORDS_OF_JSON:
-        return f"{_IN_WORDS_OF_JSON[kind]}, got {_echo.repr(given)}"
+        return f"{_IN_WORDS_OF_JSON[kind]}, got {_shown(given)}"
     if kind == "value_error":  # raised by a kind's own validator, which says what was given
         return str(error["ctx"]["error"])
     message = str(error["msg"]).replace("Input should be", "must be")
-    return f"{message}, got {_echo.repr(given)}"
+    return f"{message}, got {_shown(given)}"
+
+
+def _shown(value: Any) -> str:
+    """The value as JSON writes it where it is one of the three words, and not too long."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else _echo.repr(value)
 
 
 def _known_keys(path: tuple[str | int, ...], value: Any, registry: Registry) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is done at each optimizer step that is an attachment's own: check, then gradients; after it, projections."""
+"""What an attachment does at each of its optimizer steps: check, then gradients; after the update, projections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regkit.weights import PenaltyRule
 
 
 def total(terms: list[Tensor], device: torch.device) -> Tensor:
-    """The sum of scalars, in float32 or better, as the zero that it begins with.  -> ()."""
+    """The sum of scalars, starting from a float32 zero on `device`.  -> ()."""
     result = torch.zeros((), device=device)
     for term in terms:
         result = result + term.to(device)
@@ -87,6 +87,6 @@ class Engine:
 def _refuse_line_search(rule: PenaltyRule, step: Step) -> None:
     if rule.is_trained(step) and (isinstance(step.optimizer, LBFGS) or step.evaluations > 1):
         raise StepError(
-            f"rule {rule.binding.key!r} is {rule.binding.via}, which goes with one gradient step; "
+            f"rule {rule.binding.key!r} is {rule.binding.via}, which needs a single gradient evaluation per step; "
             f"{type(step.optimizer).__name__} evaluates its closure several times. Use via gradient"
         )

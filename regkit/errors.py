@@ -39,7 +39,7 @@ class Problem:
 
 
 class _ProblemsError(RegkitError):
-    """Several problems of one origin, told at once."""
+    """All problems found in one document."""
 
     verb = "wrong"
 
@@ -100,9 +100,9 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
     """The sentence for a name that does not exist.
 
     >>> unknown("role", "kernal", ["kernel", "bias"])
-    "unknown role 'kernal'; did you mean 'kernel'? There are: kernel, bias"
+    "unknown role 'kernal'; did you mean 'kernel'? Available: kernel, bias"
     """
     names = list(known)
     near = nearest(given, names)
     hint = f"; did you mean {near!r}?" if near is not None else "."
-    return f"unknown {what} {given!r}{hint} There are: {listing(names)}"
+    return f"unknown {what} {given!r}{hint} Available: {listing(names)}"

@@ -1,4 +1,7 @@
-"""Everything that a plugin can teach regkit. A plugin implements any of these with `@regkit.hookimpl`."""
+"""Everything that a plugin can teach regkit. A plugin implements any of these with `@regkit.hookimpl`.
+
+Each is called once, when a registry is made or the plugin is registered.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +21,24 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 
 @hookspec
 def regkit_penalties() -> list[type[Penalty]]:  # type: ignore[empty-body]  # a hookspec has no body
-    """Penalties on weights."""
+    """Return the `Penalty` classes that this plugin offers."""
 
 
 @hookspec
 def regkit_activity_penalties() -> list[type[ActivityPenalty]]:  # type: ignore[empty-body]
-    """Penalties on what a module puts out."""
+    """Return the `ActivityPenalty` classes that this plugin offers."""
 
 
 @hookspec
 def regkit_constraints() -> list[type[Constraint]]:  # type: ignore[empty-body]
-    """Constraints on weights."""
+    """Return the `Constraint` classes that this plugin offers."""
 
 
 @hookspec
 def regkit_schedules() -> list[type[Schedule]]:  # type: ignore[empty-body]
-    """Schedules of strengths and bounds."""
+    """Return the `Schedule` classes that this plugin offers."""
 
 
 @hookspec
 def regkit_adapters() -> list[Adapter]:  # type: ignore[empty-body]
-    """Adapters for classes of recurrent modules."""
+    """Return `Adapter` objects, one for each family of recurrent modules that this plugin knows."""

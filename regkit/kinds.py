@@ -14,18 +14,26 @@ import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
-from regkit.activity import Activity, at_least_float32
-from regkit.errors import PluginError
+from regkit.activity import Activity, Reduction, at_least_float32
+from regkit.errors import PluginError, StepError
 from regkit.fields import NonNegative
 
 Layout = Literal["matrix", "gate", "cell"]
 """How a stacked weight is shown to a kind: whole, one gate at a time, or as (gates, hidden, columns)."""
 
 
+Via = Literal["gradient", "loss", "proximal", "decoupled"]
+"""How a weight penalty reaches the weight: added to its gradient at the step; added to the loss; by its proximal
+operator after the step; or as a decoupled decay, as AdamW's.
+"""
+
+
 class Kind(BaseModel):
     """What all kinds share: frozen options, a name, a manual."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     kind: str
 
@@ -120,7 +128,7 @@ class ActivityPenalty(_Strong):
     sequence: ClassVar[bool] = False
     """Whether it compares neighbours in time, and so needs a role that has them."""
 
-    reduction: Literal["mean", "batch", "sum"] = "mean"
+    reduction: Reduction = "mean"
     """`mean` over valid elements; `batch`: the sum divided by the batch size, as Keras ≥ 3.14; `sum`."""
 
     @abstractmethod
@@ -143,7 +151,9 @@ class Constraint(_OnWeights):
         """How far outside w is, in the unit of the bound: 0 exactly where it is allowed.  -> ()."""
 
     def at(self, factor: float) -> Constraint:
-        """The same constraint with its bounds multiplied by a schedule's factor."""
+        """The same constraint with its bounds multiplied by a schedule's factor, which must be > 0."""
+        if factor <= 0:
+            raise StepError(f"{self.kind}: a schedule took the bound to 0, which would make every weight 0")
         return self.model_copy(update={bound: getattr(self, bound) * factor for bound in self.bounds})
 
 

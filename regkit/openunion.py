@@ -58,7 +58,7 @@ class OpenUnion:
     def _of_family(self, kind: Kind) -> Kind:
         """A kind that Python code has made: it need not be registered to be used, only to be saved."""
         if not any(isinstance(kind, CONTRACTS[family]) for family in self.families):
-            raise mistake(f"{type(kind).__name__} is no {' or '.join(self.families)}")
+            raise mistake(f"{type(kind).__name__} is not a {' or '.join(self.families)}")
         return kind
 
 

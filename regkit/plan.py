@@ -7,17 +7,19 @@ holds names and numbers, no tensors and no modules; `print(plan)` shows what wil
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from torch import nn
 
 from regkit import document
-from regkit.binding import Binding, Unbound, bind
-from regkit.errors import Problem, ResolveError, listing
+from regkit.binding import Binding
+from regkit.errors import AttachError, Problem, ResolveError, listing
 from regkit.modules import Recurrent, named_modules, recurrent_modules
 from regkit.registry import Registry, default
+from regkit.selection import Unbound, bind
+from regkit.sites import WeightSite
 from regkit.spec import Spec
 from regkit.table import table
 
@@ -31,19 +33,32 @@ _HEADER: Final = (
     "direction",
     "gate",
     "shape",
-    "reaches it",
+    "how it acts",
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every rule of a spec, bound to a model's sites, in the document's order."""
+    """Every rule of a spec, bound to a model's sites, in the document's order; the registry that knew its kinds."""
 
     bindings: tuple[Binding, ...]
+    registry: Registry = field(repr=False, compare=False)
 
     def rows(self) -> list[tuple[str, ...]]:
         """The cells of the table, a row for each site."""
         return [row for binding in self.bindings for row in _rows(binding)]
+
+    def check(self, model: nn.Module) -> None:
+        """Raise AttachError unless every site of the plan is on the model, of its class and shape."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for binding in self.bindings:
+            for site in binding.sites:
+                module = modules.get(site.path)
+                if module is None or type(module).__name__ != site.module_class:
+                    has = "nothing" if module is None else type(module).__name__
+                    raise _of_another_model(f"{site.path!r} is {has} here, {site.module_class} in the plan")
+                if isinstance(site, WeightSite):
+                    _check_shape(site, module)
 
     def __str__(self) -> str:
         return table(_HEADER, self.rows())
@@ -87,7 +102,7 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
             problems.append(Problem(key, _sentence(str(error), model, everywhere, registry)))
     if problems:
         raise ResolveError("the spec", problems)
-    return Plan(tuple(bindings))
+    return Plan(tuple(bindings), registry)
 
 
 def _sentence(reason: str, model: nn.Module, everywhere: list[Recurrent], registry: Registry) -> str:
@@ -95,3 +110,15 @@ def _sentence(reason: str, model: nn.Module, everywhere: list[Recurrent], regist
         return reason
     classes = listing(sorted({type(module).__name__ for _, _, module in named_modules(model)}))
     return f"the model has no recurrent module. It has: {classes}; known are: {listing(registry.module_classes)}"
+
+
+def _check_shape(site: WeightSite, module: nn.Module) -> None:
+    for name in site.parameters:
+        parameter = module._parameters.get(name)
+        here = None if parameter is None else tuple(parameter.shape)
+        if here is None or here[1:] != site.shape[1:] or here[0] < site.start + site.rows:
+            raise _of_another_model(f"{site.path}.{name} is {here} here, {site.shape} in the plan")
+
+
+def _of_another_model(difference: str) -> AttachError:
+    return AttachError(f"the plan is of another model: {difference}")

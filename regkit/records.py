@@ -40,8 +40,8 @@ _UNCONSUMED: Final = (
 )
 _UNRECORDED: Final = (
     "recorded nothing in this step, although its weights were trained: was the module run through its forward() "
-    "instead of being called, under torch.no_grad(), or compiled before regkit was attached? Was it not run at all, "
-    'and has zeros for gradients from zero_grad(set_to_none=False)? A rule with "optional": true may record nothing'
+    "instead of being called, under torch.no_grad(), or compiled before regkit was attached? Or was it not run, "
+    'and its gradients are zeros left by zero_grad(set_to_none=False)? A rule with "optional": true may record nothing'
 )
 
 
@@ -138,7 +138,7 @@ class ActivityRule:
 
     def value(self, index: int) -> Tensor | None:
         """strength · factor · Σ value over the sites with anything in store, None where there is nothing.  -> ()."""
-        penalty, schedule = self.binding.kind, self.binding.schedule
+        penalty = self.binding.kind
         assert isinstance(penalty, ActivityPenalty)
         total: Tensor | None = None
         for site, recorder in self.places:
@@ -147,7 +147,7 @@ class ActivityRule:
                 total = value if total is None else total + value.to(total.device)
         if total is None:
             return None
-        return total * (penalty.strength * (1.0 if schedule is None else schedule.factor(index)))
+        return total * (penalty.strength * self.binding.factor(index))
 
     def take(self, index: int) -> Tensor | None:
         """The same, kept for `values()`: the records are about to be consumed."""

@@ -122,7 +122,7 @@ class Registry:
         adapters: dict[type[nn.Module], tuple[Adapter, Origin]] = {}
         for adapter in self._call("regkit_adapters", plugin_name, origin):
             if not isinstance(adapter, Adapter):
-                raise PluginError(f"plugin {origin}: regkit_adapters offers {adapter!r}, which is no Adapter")
+                raise PluginError(f"plugin {origin}: regkit_adapters offers {adapter!r}, which is not an Adapter")
             for module_class in _classes(adapter, origin):
                 other = self._adapters.get(module_class) or adapters.get(module_class)
                 if other is not None:
@@ -144,6 +144,8 @@ class Registry:
     def _refuse_clash(self, entry: Entry, siblings: Iterable[Entry]) -> None:
         taken = [*siblings, *(table[entry.name] for table in self._kinds.values() if entry.name in table)]
         for other in taken:
+            if other.name == entry.name and other.origin == entry.origin:
+                raise PluginError(f"plugin {entry.origin} offers the kind {entry.name!r} twice")
             if other.name == entry.name:
                 raise PluginError(
                     f"two plugins offer the kind {entry.name!r}: {other.origin} ({other.kind.__module__}) and "
@@ -208,7 +210,7 @@ def _load(point: metadata.EntryPoint, origin: Origin) -> object:
 def _entry(offer: object, family: Family, origin: Origin) -> Entry:
     contract = CONTRACTS[family]
     if not (isinstance(offer, type) and issubclass(offer, contract)):
-        raise PluginError(f"plugin {origin}: {offer!r} is no {family}: it must be a subclass of {contract.__name__}")
+        raise PluginError(f"plugin {origin}: {offer!r} is not a {family}: it must be a subclass of {contract.__name__}")
     if missing := sorted(offer.__abstractmethods__):
         raise PluginError(f"plugin {origin}: {offer.__qualname__} lacks {', '.join(missing)}")
     name = offer.kind_name()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from regkit.kinds import ActivityPenalty, Penalty
 from regkit.plan import Plan
 from regkit.records import ActivityRule, Recorder
-from regkit.registry import Registry
 from regkit.weights import Block, ConstraintRule, PenaltyRule
 
 
@@ -37,10 +36,10 @@ class Rules:
         return [term for term in terms if term is not None]
 
 
-def rules_of(plan: Plan, model: nn.Module, registry: Registry) -> Rules:
+def rules_of(plan: Plan, model: nn.Module) -> Rules:
     """The plan's rules on this model. Nothing is hooked yet."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    recorders = _recorders(plan, modules, registry)
+    recorders = _recorders(plan, modules)
     penalties: list[PenaltyRule] = []
     constraints: list[ConstraintRule] = []
     activities: list[ActivityRule] = []
@@ -58,11 +57,11 @@ def rules_of(plan: Plan, model: nn.Module, registry: Registry) -> Rules:
     return Rules(penalties, constraints, activities, list(recorders.values()))
 
 
-def _recorders(plan: Plan, modules: Mapping[str, nn.Module], registry: Registry) -> dict[int, Recorder]:
+def _recorders(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[int, Recorder]:
     """One recorder for each module that an activity rule binds, by the module's id."""
     found: dict[int, Recorder] = {}
     for site in chain.from_iterable(binding.outputs for binding in plan.bindings):
         module = modules[site.path]
         if id(module) not in found:
-            found[id(module)] = Recorder(module, registry.adapter(module), site.name)
+            found[id(module)] = Recorder(module, plan.registry.adapter(module), site.name)
     return found

@@ -9,6 +9,7 @@ from typing import Any, Final
 from pydantic.json_schema import models_json_schema
 
 from regkit.registry import Entry, Family, Registry, default
+from regkit.sites import GATE_ALIASES
 from regkit.spec import Spec
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
@@ -41,11 +42,14 @@ def schema(registry: Registry | None = None) -> dict[str, Any]:
 
 
 def _fill(node: Any, unions: dict[str, Any], registry: Registry, references: dict[str, Any]) -> Any:
-    """The schema with each open union replaced by a reference to what the registry holds for it."""
+    """The schema with what the registry knows in the places left open for it: kinds, roles and gates."""
     if isinstance(node, list):
         return [_fill(item, unions, registry, references) for item in node]
     if not isinstance(node, dict):
         return node
+    if "x-names" in node:
+        known = registry.roles if node["x-names"] == "roles" else [*registry.gates, *GATE_ALIASES]
+        return {"enum": list(dict.fromkeys(known))}
     if "x-open-union" in node:
         families: list[Family] = node["x-open-union"]
         name = "any " + " or ".join(families)

@@ -75,7 +75,7 @@ def _entry(name: str, families: tuple[Family, ...], registry: Registry) -> Entry
 def _of_string(text: str, families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:
     match = _CALL.fullmatch(text)
     if match is None:
-        raise ShorthandError(f"{reprlib.repr(text)} is no shorthand; write {_example(text, families, registry)!r}")
+        raise ShorthandError(f"{reprlib.repr(text)} is not a shorthand; write {_example(text, families, registry)!r}")
     entry = _entry(match[1], families, registry)
     options: dict[str, Any] = {"kind": entry.name}
     arguments = (match[2] or "").strip()
@@ -126,7 +126,7 @@ def _of_object(value: dict[str, Any], families: tuple[Family, ...], registry: Re
     near = nearest("kind", value)
     hint = f"; did you mean {near!r} to be it?" if near else "."
     known = [entry.name for entry in registry.entries(*families)]
-    raise ShorthandError(f"no `kind` given{hint} There are: {listing(known)}")
+    raise ShorthandError(f"no `kind` given{hint} Available: {listing(known)}")
 
 
 def _of_pair(name: str, option: Any, families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:

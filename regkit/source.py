@@ -180,7 +180,7 @@ def _refuse_foreign(source: Source) -> None:
             deepest[id(item)] = len(path)
         if type(item) is dict:
             bad = [key for key in item if type(key) is not str]
-            problems += [source.problem(pointer(path), f"key {reprlib.repr(key)} is no string") for key in bad]
+            problems += [source.problem(pointer(path), f"key {reprlib.repr(key)} is not a string") for key in bad]
             pending += [((*path, key), inner) for key, inner in item.items() if type(key) is str]
         elif type(item) in (list, tuple):
             pending += [((*path, index), inner) for index, inner in enumerate(item)]
@@ -197,4 +197,4 @@ def _foreign(item: Any) -> str | None:
     if item is None or type(item) in (str, int, float, bool):
         return None
     name = f"{type(item).__module__}.{type(item).__qualname__}".removeprefix("builtins.")
-    return f"{name} is no JSON value; give a plain number, string, list or object"
+    return f"{name} is not a JSON value; give a plain number, string, list or object"

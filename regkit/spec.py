@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from regkit.errors import PluginError
 from regkit.fields import Count, mistake, mistakes_at
-from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty
+from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty, Schedule, Via
 from regkit.openunion import AnyConstraint, AnyPenalty, AnySchedule, OutputPenalty, WeightPenalty
 from regkit.registry import Entry, Registry, default
 from regkit.target import Frozen, Name, Pattern, Target, any_of
@@ -24,10 +24,7 @@ from regkit.target import Frozen, Name, Pattern, Target, any_of
 VERSION: Final = 1
 MOST_RULES: Final = 20_000
 
-Via = Literal["gradient", "loss", "proximal", "decoupled"]
-"""How a weight penalty reaches the weight: added to its gradient at the step; added to the loss; by its proximal
-operator after the step; or as a decoupled decay, as AdamW's.
-"""
+_LATEST: Final = 10**9  # optimizer steps: later than any run's last
 
 
 class Rule(Frozen):
@@ -101,6 +98,8 @@ def _constraint_mistakes(rule: Rule) -> Iterator[Mistake]:
         yield "via", rule.via, "`via` goes with a penalty"
     if rule.schedule is not None and isinstance(rule.constraint, Constraint) and not rule.constraint.bounds:
         yield "schedule", rule.schedule, f"{rule.kind.kind} has no bound that a schedule could scale"
+    elif isinstance(rule.schedule, Schedule) and min(rule.schedule.factor(0), rule.schedule.factor(_LATEST)) <= 0:
+        yield "schedule", rule.schedule, f"{rule.schedule.kind} takes the bound to 0, which would make every weight 0"
 
 
 class Layer(Frozen):
@@ -114,7 +113,7 @@ class Layer(Frozen):
     recurrent_regularizer: WeightPenalty | None = None
     """A penalty on the recurrent weights."""
     bias_regularizer: WeightPenalty | None = None
-    """A penalty on the biases."""
+    """A penalty on the biases, read as `bias` says."""
     activity_regularizer: OutputPenalty | None = None
     """A penalty on the output; `l2` means `activity_l2` here."""
     kernel_constraint: AnyConstraint | None = None
@@ -122,23 +121,28 @@ class Layer(Frozen):
     recurrent_constraint: AnyConstraint | None = None
     """A constraint on the recurrent weights."""
     bias_constraint: AnyConstraint | None = None
-    """A constraint on the biases."""
+    """A constraint on the biases, read as `bias` says."""
+
+    bias: Literal["each", "effective"] = "each"
+    """torch's two bias vectors one by one, or their sum, which is Keras' one bias."""
 
     def rules(self, place: str) -> Iterator[Rule]:
         """The rules it stands for, each named by its place in the document."""
         for field in type(self).model_fields:
             kind = getattr(self, field)
-            if field == "module" or kind is None:
+            if not isinstance(kind, Kind):
                 continue
             role, _, verb = field.partition("_")
             # Not validated again: that would ask for the registry once more.
-            target = Target.model_construct(module=self.module, role=("output" if role == "activity" else role,))
-            part = {"constraint": kind} if verb == "constraint" else {"penalty": kind}
-            yield Rule.model_construct(name=f"{place}/{field}", target=target, **part)
+            reading = self.bias if role == "bias" else "each"
+            role = "output" if role == "activity" else role
+            target = Target.model_construct(module=self.module, role=(role,), bias=reading)
+            penalty, constraint = (None, kind) if verb == "constraint" else (kind, None)
+            yield Rule.model_construct(name=f"{place}/{field}", target=target, penalty=penalty, constraint=constraint)
 
     @model_validator(mode="after")
     def _does_something(self) -> Layer:
-        kinds = {f: getattr(self, f) for f in type(self).model_fields if f != "module"}
+        kinds = {f: getattr(self, f) for f in type(self).model_fields if f not in ("module", "bias")}
         if all(kind is None for kind in kinds.values()):
             raise mistake(f"it regularizes nothing; give one of {', '.join(kinds)}")
         inert = [(field, kind, kind.inert()) for field, kind in kinds.items() if kind is not None and kind.inert()]

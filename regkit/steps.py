@@ -28,7 +28,7 @@ class Step:
     """One optimizer step that owns parameters of ours.
 
     groups: the parameter group of each owned parameter, by its id.
-    scale: what the gradients are multiplied by, where a GradScaler leaves the division to a fused optimizer.
+    scale: the loss scale still in the gradients; a fused optimizer divides by it itself.
     index: how many steps came before it.
     trained: the ids of owned parameters that have a gradient, once gradients are complete.
     """

@@ -71,7 +71,7 @@ def _known_direction(direction: Any) -> Any:
 
 def _well_formed_glob(pattern: str) -> str:
     if any(not part or ("**" in part and part != "**") for part in pattern.split(".")):
-        raise mistake(f"{pattern!r} is no pattern: dotted names, * within a part, ** for any number of parts")
+        raise mistake(f"{pattern!r} is not a pattern: dotted names, * within a part, ** for any number of parts")
     return pattern
 
 
@@ -80,8 +80,8 @@ _PRINTABLE = "^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$"
 
 Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=_PRINTABLE)]
 Pattern = Annotated[Name, AfterValidator(_well_formed_glob)]
-_Role = Annotated[Name, AfterValidator(_known_role)]
-_Gate = Annotated[Name, AfterValidator(_known_gate)]
+_Role = Annotated[Name, AfterValidator(_known_role), Field(json_schema_extra={"x-names": "roles"})]
+_Gate = Annotated[Name, AfterValidator(_known_gate), Field(json_schema_extra={"x-names": "gates"})]
 _Direction = Annotated[
     Literal["forward", "backward"],
     BeforeValidator(_known_direction, json_schema_input_type=Literal["forward", "backward", "reverse"]),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regkit.binding import Binding
-from regkit.errors import AttachError, StepError
+from regkit.errors import AttachError, PluginError, StepError
 from regkit.kinds import Constraint, Layout, Penalty
 from regkit.ledger import Ledger
 from regkit.sites import WeightSite
@@ -39,7 +39,7 @@ class Block:
         found = [module._parameters.get(name) for name in self.site.parameters]
         kept = [parameter for parameter in found if parameter is not None]
         if len(kept) < len(found):
-            raise AttachError(f"{self.site.name}.{' + '.join(self.site.parameters)} is no plain parameter any more")
+            raise AttachError(f"{self.site.name}.{' + '.join(self.site.parameters)} is not a plain parameter any more")
         return kept
 
     def rows(self, tensor: Tensor) -> Tensor:
@@ -81,11 +81,6 @@ class WeightRule:
     binding: Binding
     blocks: list[Block]
 
-    def factor(self, index: int) -> float:
-        """The schedule's factor at a step."""
-        schedule = self.binding.schedule
-        return 1.0 if schedule is None else schedule.factor(index)
-
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that it acts on."""
         for block in self.blocks:
@@ -94,6 +89,26 @@ class WeightRule:
     def is_trained(self, step: Step) -> bool:
         """Whether this step trains any of its parameters."""
         return any(id(parameter) in step.trained for parameter in self.parameters())
+
+    def _samples(self) -> Iterator[Tensor]:
+        """Ones in the place of a block, for each shape, dtype and device."""
+        seen = set()
+        for block in self.blocks:
+            w = block.weight(block.parameters())
+            if (key := (w.shape, w.dtype, w.device)) not in seen:
+                seen.add(key)
+                yield torch.ones_like(w)
+
+    def _expect(self, method: str, result: object, shape: tuple[int, ...]) -> None:
+        # A wrong shape would be broadcast, and change every weight without a word.
+        if isinstance(result, Tensor) and tuple(result.shape) == shape and result.is_floating_point():
+            return
+        got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        kind = type(self.binding.kind)
+        raise PluginError(
+            f"rule {self.binding.key!r}: {method} of {kind.__module__}.{kind.__qualname__} returns {got}, not a "
+            f"floating-point tensor of shape {shape}"
+        )
 
     def _trained(self, step: Step) -> Iterator[tuple[Block, list[nn.Parameter], list[nn.Parameter]]]:
         """Each block that this step trains, all its parameters, and those of them that it trains."""
@@ -110,6 +125,14 @@ class PenaltyRule(WeightRule):
 
     ledger: Ledger = field(default_factory=Ledger)
 
+    def prove(self) -> None:
+        """Raise PluginError unless the kind returns what its contract says, on a block of each shape."""
+        for w in self._samples():
+            self._expect("value", self.penalty.value(w), ())
+            self._expect("gradient", self.penalty.gradient(w), tuple(w.shape))
+            if self.binding.via == "proximal":
+                self._expect("prox", self.penalty.prox(w, 0.1), tuple(w.shape))
+
     @property
     def penalty(self) -> Penalty:
         """Its kind."""
@@ -121,7 +144,7 @@ class PenaltyRule(WeightRule):
         """strength · factor · Σ Ω over the blocks that are not frozen, None where all are.  -> ()."""
         everything = [(block, block.parameters()) for block in self.blocks]
         total = self._sum((block, ps) for block, ps in everything if any(p.requires_grad for p in ps))
-        return None if total is None else total * (self.penalty.strength * self.factor(index))
+        return None if total is None else total * (self.penalty.strength * self.binding.factor(index))
 
     def _sum(self, live: Iterable[tuple[Block, Sequence[Tensor]]]) -> Tensor | None:
         total: Tensor | None = None
@@ -133,11 +156,11 @@ class PenaltyRule(WeightRule):
     def trained_value(self, step: Step) -> Tensor | None:
         """The same over the blocks that this step trains."""
         total = self._sum((block, parameters) for block, parameters, _ in self._trained(step))
-        return None if total is None else total * (self.penalty.strength * self.factor(step.index))
+        return None if total is None else total * (self.penalty.strength * self.binding.factor(step.index))
 
     def add_gradient(self, step: Step) -> None:
         """grad += strength · factor · ∇Ω(w), times the scale that the gradients have."""
-        amount = self.penalty.strength * self.factor(step.index)
+        amount = self.penalty.strength * self.binding.factor(step.index)
         if amount == 0:
             return
         for block, parameters, mine in self._trained(step):
@@ -151,8 +174,10 @@ class PenaltyRule(WeightRule):
                 block.rows(parameter.grad).add_(gradient, alpha=signed)
 
     def decay(self, step: Step) -> None:
-        """w −= lr · strength · factor · ∇Ω(w), before the update, as AdamW (Loshchilov & Hutter 2019, algorithm 2)."""
-        amount = self.penalty.strength * self.factor(step.index)
+        """w −= lr · strength · factor · ∇Ω(w), before the update, as torch's AdamW."""
+        amount = self.penalty.strength * self.binding.factor(step.index)
+        if amount == 0:
+            return
         for block, parameters, mine in self._trained(step):
             gradient = self.penalty.gradient(block.weight(parameters))
             for parameter in mine:
@@ -163,7 +188,9 @@ class PenaltyRule(WeightRule):
 
         For a sum of n trained parameters the step counts n times: moving each by δ/n costs ½‖δ‖²/n.
         """
-        amount = self.penalty.strength * self.factor(step.index)
+        amount = self.penalty.strength * self.binding.factor(step.index)
+        if amount == 0:
+            return
         for block, parameters, mine in self._trained(step):
             size = _lr(step, mine[0]) * amount * len(mine)
             block.move(parameters, mine, self.penalty.prox(block.weight(parameters), size))
@@ -172,11 +199,17 @@ class PenaltyRule(WeightRule):
 class ConstraintRule(WeightRule):
     """A constraint on weights."""
 
+    def prove(self) -> None:
+        """Raise PluginError unless the kind returns what its contract says, on a block of each shape."""
+        for w in self._samples():
+            self._expect("project", self.at(0).project(w), tuple(w.shape))
+            self._expect("violation", self.at(0).violation(w), ())
+
     def at(self, index: int) -> Constraint:
         """The constraint, its bound scaled as the schedule says."""
         kind = self.binding.kind
         assert isinstance(kind, Constraint)
-        return kind if self.binding.schedule is None else kind.at(self.factor(index))
+        return kind if self.binding.schedule is None else kind.at(self.binding.factor(index))
 
     def project(self, step: Step) -> None:
         """Project the blocks that this step trains."""

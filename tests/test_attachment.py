@@ -151,7 +151,7 @@ def test_detach_leaves_no_hook_and_no_trace(make_model, batches):
 def test_attaching_the_same_spec_twice_is_an_error_and_another_spec_is_not(make_model, batches):
     model = make_model()
     regkit.attach(model, SPEC)
-    with pytest.raises(regkit.AttachError, match="attached to this model already"):
+    with pytest.raises(regkit.AttachError, match="acts already: it would count twice"):
         regkit.attach(model, SPEC)
     regkit.attach(model, {"rules": [{"target": {"role": "bias"}, "penalty": "l2(0.1)"}]})
     regkit.attach(make_model(), SPEC)

@@ -30,19 +30,30 @@ def test_kinds_lists_every_kind_with_options_meaning_and_origin(capsys):
     assert main(["kinds"]) == 0
     lines = capsys.readouterr().out.splitlines()
     entries = default().entries()
-    assert len(lines) == len(entries) + 2
-    for entry, line in zip(entries, lines[2:], strict=True):
-        assert line.startswith(entry.family)
-        assert f"  {entry.name}  " in line
-        assert entry.meaning in line
-        assert line.endswith(f"regkit {regkit.__version__}")
-    assert any("strength, reduction=mean" in line for line in lines)
+    assert len(lines) == 2 * len(entries)
+    for entry, line, meaning in zip(entries, lines[::2], lines[1::2], strict=True):
+        assert line.startswith(f"{entry.family}: {entry.name}(")
+        assert line.endswith(f"from {entry.origin}")
+        assert meaning.strip() == entry.meaning
+    assert f"constraint: max_norm(max_value, per=unit)  from regkit {regkit.__version__}" in lines
 
 
 def test_kinds_of_one_family(capsys):
     assert main(["kinds", "--family", "constraint"]) == 0
-    names = [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert names == ["max_norm", "min_max_norm", "non_negative", "unit_norm"]
+    names = [line.split("(")[0] for line in capsys.readouterr().out.splitlines()[::2]]
+    assert names == [f"constraint: {name}" for name in ("max_norm", "min_max_norm", "non_negative", "unit_norm")]
+
+
+def test_a_reader_that_stops_early_and_a_file_that_cannot_be_written_are_no_tracebacks(tmp_path):
+    command = f"{sys.executable} -m regkit kinds | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1
+    command = [sys.executable, "-m", "regkit", "schema", "-o", str(tmp_path / "no" / "such" / "folder")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("regkit: [Errno 2] No such file")
+    assert done.stderr.count("\n") == 1
 
 
 def test_check_tells_valid_and_invalid_documents_apart(folder, capsys):

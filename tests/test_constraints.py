@@ -82,7 +82,7 @@ def test_a_schedule_tightens_the_bound(make_model, batches):
 
 def test_per_cell_bounds_all_gate_rows_of_a_hidden_unit_together(make_model, batches):
     model = make_model()
-    constrained(model, "max_norm(0.5, per=cell)")
+    constrained(model, "max_norm(0.5, per=cell)", target={"role": ["kernel", "recurrent", "bias"]})
     train(model, torch.optim.SGD(model.parameters(), lr=1.0), batches)
     for name, weight in model.rnn.named_parameters():
         norms = weight.detach().reshape(4, 4, -1).norm(dim=(0, 2))

@@ -66,7 +66,7 @@ class L2(Penalty):
 
 @final
 class L1L2(Penalty):
-    """Elastic net: l1·Σ|w| + l2·Σw²  (Zou & Hastie 2005, without their ½; Keras L1L2).
+    """Elastic net: l1·Σ|w| + l2·Σw²  (Zou & Hastie 2005; Keras L1L2).
 
     w: (rows, columns) or (rows,) -> ().  Gradient: l1·sign(w) + 2·l2·w.
     prox: soft threshold by step·l1, then division by 1 + 2·step·l2.

@@ -20,7 +20,7 @@ def _off_identity(w: Tensor) -> Tensor:
 
 @final
 class Orthogonal(Penalty):
-    """Soft orthogonality: ‖WWᵀ − I‖_F², or ‖WᵀW − I‖_F² where W is tall  (Brock et al. 2017; Bansal et al. 2018).
+    """Soft orthogonality: ‖WWᵀ − I‖_F², or ‖WᵀW − I‖_F² where W is tall  (Bansal et al. 2018).
 
     w: (rows, columns) -> ().  Gradient: 4(WWᵀ − I)W, or 4W(WᵀW − I).
     """

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from typing import ClassVar, Literal, final
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from regkit import Schedule, hookimpl
 from regkit.fields import Count, NonNegative, Positive
@@ -112,10 +112,10 @@ class Piecewise(Schedule):
 
     kind: Literal["piecewise"] = "piecewise"
 
-    boundaries: tuple[Count, ...]
+    boundaries: tuple[Count, ...] = Field(strict=False)  # JSON has lists
     """The steps at which the next value begins, increasing. Range: ≥ 1."""
 
-    values: tuple[NonNegative, ...]
+    values: tuple[NonNegative, ...] = Field(strict=False)
     """The factors: one more than there are boundaries. Range: ≥ 0."""
 
     @model_validator(mode="after")
