@@ -6,7 +6,7 @@ for x, y in loader:
     optimizer.zero_grad(); loss.backward(); optimizer.step()
 """
 
-from regkit.activity import Activity, Segment, Validity
+from regkit.activity import Activity, Segment
 from regkit.attachment import Attachment, attach
 from regkit.document import load
 from regkit.errors import AttachError, PluginError, Problem, RegkitError, ResolveError, SpecError, StepError
@@ -18,6 +18,7 @@ from regkit.schema import schema
 from regkit.sites import Adapter, Output, OutputSite, Site, Weight, WeightSite
 from regkit.spec import Rule, Spec
 from regkit.target import Target
+from regkit.validity import Validity
 
 __version__ = "0.1.0"
 

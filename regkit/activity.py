@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from regkit.errors import PluginError, StepError
+from regkit.validity import Mask, Validity
 
 Reduction = Literal["mean", "batch", "sum"]
 Pairs = tuple[Tensor, Tensor, "Tensor | None"]
@@ -84,7 +85,7 @@ class Packed(Segment):
         # batch_sizes lives on the CPU by torch's own contract, so nothing waits for a GPU here.
         first = self.batch
         back = torch.repeat_interleave(self.batch_sizes[:-1], self.batch_sizes[1:])
-        earlier_rows = torch.arange(first, self.h.size(0)) - back
+        earlier_rows = torch.arange(first, self.h.size(0), device="cpu") - back
         later = self.h[first:]
         earlier = self.h.index_select(0, earlier_rows.to(self.h.device, non_blocking=True))
         return (earlier, later, None) if self.backward else (later, earlier, None)
@@ -97,6 +98,7 @@ class Stepped(Segment):
     h: Tensor
     previous: Tensor | None = None
     valid: Tensor | None = None
+    pair_valid: Tensor | None = None
 
     @property
     def batch(self) -> int:  # type: ignore[override]
@@ -106,71 +108,7 @@ class Stepped(Segment):
         return self.h, self.valid
 
     def pairs(self) -> Pairs | None:
-        return None if self.previous is None else (self.h, self.previous, self.valid)
-
-
-class Validity(ABC):
-    """Which positions of a padded batch hold data."""
-
-    @abstractmethod
-    def of_sequence(self, h: Tensor, batch_first: bool) -> Tensor:
-        """(time, batch, 1) for an output h: (time, batch, features)."""
-
-    @abstractmethod
-    def of_step(self, h: Tensor, step: int) -> Tensor:
-        """(batch, 1) for the step-th call of a cell, h: (batch, features)."""
-
-
-@dataclass(frozen=True)
-class Lengths(Validity):
-    """The valid length of each sequence.  lengths: (batch,)."""
-
-    lengths: Tensor
-
-    def _check(self, batch: int, time: int | None) -> None:
-        if self.lengths.numel() != batch:
-            raise StepError(f"lengths() was given {self.lengths.numel()} lengths for a batch of {batch} sequences")
-        # A length on the GPU is not read back: that would make the step wait.
-        if time is not None and self.lengths.device.type == "cpu" and int(self.lengths.max()) > time:
-            raise StepError(f"lengths() was given a length of {int(self.lengths.max())} for {time} time steps")
-
-    def of_sequence(self, h: Tensor, batch_first: bool) -> Tensor:
-        self._check(h.size(1), h.size(0))
-        lengths = self.lengths.to(h.device, non_blocking=True)
-        return (torch.arange(h.size(0), device=h.device)[:, None] < lengths).unsqueeze(-1)
-
-    def of_step(self, h: Tensor, step: int) -> Tensor:
-        self._check(h.size(0), None)
-        return (self.lengths.to(h.device, non_blocking=True) > step).unsqueeze(-1)
-
-
-@dataclass(frozen=True)
-class Mask(Validity):
-    """True where there is data, laid out as the output without its features.  mask: (time, batch) or as the module's
-    batch_first says; (batch,) around one call of a cell.
-    """
-
-    mask: Tensor
-
-    def of_sequence(self, h: Tensor, batch_first: bool) -> Tensor:
-        time, batch = h.shape[:2]
-        wanted = (batch, time) if batch_first else (time, batch)
-        if self.mask.shape not in {wanted, (time,) if batch == 1 else wanted}:
-            raise StepError(f"mask() was given {tuple(self.mask.shape)} for an output of {wanted}")
-        mask = self.mask.to(h.device, non_blocking=True)
-        if mask.dim() == 1:
-            mask = mask[:, None]
-        elif batch_first:
-            mask = mask.T
-        return mask.unsqueeze(-1)
-
-    def of_step(self, h: Tensor, step: int) -> Tensor:
-        if self.mask.shape != (h.size(0),):
-            raise StepError(
-                f"mask() was given {tuple(self.mask.shape)} around a cell's call of batch {h.size(0)}; "
-                "give (batch,) around each call, or lengths() around the loop"
-            )
-        return self.mask.to(h.device, non_blocking=True).unsqueeze(-1)
+        return None if self.previous is None else (self.h, self.previous, self.pair_valid)
 
 
 @dataclass(frozen=True)
@@ -220,7 +158,7 @@ def _reduced(parts: list[tuple[int, Tensor, Tensor | None]], reduction: Reductio
     if reduction == "sum":
         return _total([values.sum() for _, values, _ in parts])
     if reduction == "batch":
-        return _total([values.sum() / batch for batch, values, _ in parts])
+        return _total([values.sum() / max(batch, 1) for batch, values, _ in parts])
     total = _total([values.sum() for _, values, _ in parts])
     count = sum(_count(values, valid) for _, values, valid in parts)
     return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
@@ -246,6 +184,8 @@ def of_output(
 
     h: (time, batch, directions · features), or batch first, or (time, directions · features) unbatched, or packed.
     """
+    if isinstance(h, PackedSequence) and isinstance(valid, Mask):
+        raise StepError("mask() was given for a packed sequence, which knows what is data; leave the mask out")
     data = h.data if isinstance(h, PackedSequence) else h
     halves = zip(directions, data.chunk(len(directions), dim=-1), strict=True)
     kept = [(name == "backward", half) for name, half in halves if name in wanted]
@@ -272,4 +212,6 @@ def of_step(h: Tensor, previous: Tensor | None, valid: Validity | None, step: in
         previous = None
     if h.dim() == 1:
         h, previous = h.unsqueeze(0), None if previous is None else previous.unsqueeze(0)
-    return Stepped(h, previous, None if valid is None else valid.of_step(h, step))
+    if valid is None:
+        return Stepped(h, previous)
+    return Stepped(h, previous, valid.of_step(h, step), valid.of_pair(h, step))

@@ -7,8 +7,8 @@ torch's global optimizer hooks, which go when the model goes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regkit.activity import Lengths, Mask, Validity
+from regkit import hooks
 from regkit.engine import Engine, total
 from regkit.errors import AttachError, RegkitError, listing
 from regkit.ledger import Ticket
@@ -25,7 +25,8 @@ from regkit.plan import Plan, resolve
 from regkit.registry import Registry
 from regkit.rules import Rules, rules_of
 from regkit.spec import Spec
-from regkit.steps import StepHooks, remove_retired
+from regkit.steps import Steps
+from regkit.validity import Lengths, Mask, Validity
 
 _STATE_VERSION: Final = 1
 
@@ -43,9 +44,21 @@ class Attachment:
         self._parameters = Parameters(model)
         self._live = False
         self._rules = rules_of(plan, model)
-        self._hooks = StepHooks(Engine(self._rules, model), optimizers)
+        self._steps = Steps(Engine(self._rules, model), optimizers)
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
+
+    def _acts(self) -> Iterator[tuple[Hashable, str, str]]:
+        """Every place that a kind acts on, by what it is and not by its name; the name; the rule."""
+        for rule in (*self._rules.penalties, *self._rules.constraints):
+            for block in rule.blocks:
+                site, ids = block.site, tuple(map(id, block.parameters()))
+                name = f"{site.name}.{' + '.join(site.parameters)}".lstrip(".")
+                yield (rule.binding.kind.kind, ids, site.start, site.rows), name, rule.binding.key
+        for activity in self._rules.activities:
+            for output, recorder in activity.places:
+                place = (activity.binding.kind.kind, id(recorder.module), output.role, output.layers, output.directions)
+                yield place, f"the {output.role} of {output.name or 'the model'}", activity.binding.key
 
     @torch.no_grad()
     def _prove(self) -> None:
@@ -53,13 +66,12 @@ class Attachment:
             rule.prove()
 
     def _install(self, model: nn.Module) -> None:
-        remove_retired()
         try:
             for recorder in self._rules.recorders:
                 recorder.install()
-            self._hooks.install()
+            hooks.enlist(self._steps)
         except BaseException:
-            self._remove()
+            self.detach()
             raise
         self._live = True
         if self._key not in _attached:
@@ -68,15 +80,15 @@ class Attachment:
         _attached.setdefault(self._key, []).append(self)
 
     def _remove(self) -> None:
-        self._hooks.remove()
+        hooks.dismiss(self._steps)
         for recorder in self._rules.recorders:
             recorder.remove()
         self._live = False
 
     def detach(self) -> None:
         """Take every hook off the model. May be called again; afterwards the attachment can only be read."""
-        remove_retired()
         self._remove()
+        hooks.leave()
         siblings = _attached.get(self._key, [])
         if self in siblings:
             siblings.remove(self)
@@ -115,8 +127,17 @@ class Attachment:
         for recorder in self._rules.recorders:
             recorder.consume(ticket)
         for rule in self._rules.by_loss:
-            rule.ledger.tickets.append(ticket)
+            if torch.is_grad_enabled() and any(p.requires_grad for p in rule.parameters()):
+                rule.ledger.tickets.append(ticket)
         return result
+
+    def discard(self) -> None:
+        """Drop what is recorded and what `penalty()` has returned since the last step: for a batch that is skipped."""
+        for recorder in self._rules.recorders:
+            recorder.clear()
+            recorder.ledger.tickets.clear()
+        for rule in self._rules.by_loss:
+            rule.ledger.tickets.clear()
 
     def _device(self) -> torch.device:
         first = next(iter(self._parameters), None)
@@ -138,7 +159,7 @@ class Attachment:
             raise ValueError(f"lengths are whole numbers (batch,), got {values.dtype} {tuple(values.shape)}")
         if values.numel() == 0 or (values.device.type == "cpu" and int(values.min()) < 0):
             raise ValueError(f"lengths are whole numbers ≥ 0, one for each sequence, got {values.tolist()}")
-        with self._validity(Lengths(values.reshape(-1))):
+        with self._validity(Lengths(values.reshape(-1).clone())):
             yield
 
     @contextmanager
@@ -150,26 +171,22 @@ class Attachment:
         """
         if mask.dtype != torch.bool:
             raise ValueError(f"a mask is a bool tensor, got {mask.dtype}")
-        with self._validity(Mask(mask)):
+        with self._validity(Mask(mask.clone())):
             yield
 
     @contextmanager
     def _validity(self, validity: Validity) -> Iterator[None]:
-        before = {recorder: recorder.validity for recorder in self._rules.recorders}
-        for recorder in before:
-            recorder.validity = validity
-        try:
+        with ExitStack() as stack:
+            for recorder in self._rules.recorders:
+                stack.enter_context(recorder.under(validity))
             yield
-        finally:
-            for recorder, earlier in before.items():
-                recorder.validity = earlier
 
     # --- what is optimized -------------------------------------------------------------------------------------------
 
     @property
     def step_count(self) -> int:
         """Optimizer steps taken since attach, or since the state that was loaded."""
-        return self._hooks.count.count
+        return self._steps.count.count
 
     @torch.no_grad()
     def values(self) -> dict[str, Tensor]:
@@ -213,13 +230,12 @@ class Attachment:
             raise ValueError(f"not a state of an attachment: {dict(state)!r}")
         if state["version"] != _STATE_VERSION:
             raise ValueError(f"state version {state['version']!r} is unknown; this regkit reads {_STATE_VERSION}")
-        self._hooks.count.restore(count)
+        self._steps.count.restore(count)
 
 
 def _forget(model_id: int) -> None:
     for attachment in _attached.pop(model_id, []):
-        attachment._hooks.retire()
-        attachment._live = False
+        attachment._remove()
 
 
 def attach(
@@ -241,9 +257,9 @@ def attach(
     plan = spec if isinstance(spec, Plan) else resolve(model, spec, registry=registry)
     if isinstance(spec, Plan):
         plan.check(model)
-    _refuse_twice(plan, _attached.get(id(model), []))
     only = None if optimizer is None else _optimizers(optimizer)
     attachment = Attachment(model, plan, only)
+    _refuse_twice(attachment)
     attachment._prove()
     if only is not None:
         _refuse_idle(attachment._rules, only)
@@ -251,15 +267,14 @@ def attach(
     return attachment
 
 
-def _refuse_twice(plan: Plan, others: Iterable[Attachment]) -> None:
-    """Raise AttachError where a kind acts on the same places already, whatever its options and its name are."""
-    live = {(b.kind.kind, b.weights, b.outputs): b.key for other in others for b in other.plan.bindings}
-    for b in plan.bindings:
-        there = live.get((b.kind.kind, b.weights, b.outputs))
-        if there is not None and (b.weights or b.outputs):
+def _refuse_twice(attachment: Attachment) -> None:
+    """Raise AttachError where a kind acts on a place already, through this model or another that has it in it."""
+    live = {place: rule for others in _attached.values() for other in others for place, _, rule in other._acts()}
+    for place, name, rule in attachment._acts():
+        if place in live:
             raise AttachError(
-                f"rule {b.key!r} ({b.kind.describe()}) acts where rule {there!r} of an attachment to this model acts "
-                "already: it would count twice. detach() that one first, or put both rules into one document"
+                f"rule {rule!r} acts on {name}, where rule {live[place]!r} of another attachment acts already: it "
+                "would count twice. detach() that one first, or put both rules into one document"
             )
 
 

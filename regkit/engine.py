@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from itertools import chain
 
@@ -18,7 +19,7 @@ from regkit.weights import PenaltyRule
 
 def total(terms: list[Tensor], device: torch.device) -> Tensor:
     """The sum of scalars, starting from a float32 zero on `device`.  -> ()."""
-    result = torch.zeros((), device=device)
+    result = torch.zeros((), dtype=torch.float32, device=device)
     for term in terms:
         result = result + term.to(device)
     return result
@@ -29,7 +30,16 @@ class Engine:
 
     def __init__(self, rules: Rules, model: nn.Module) -> None:
         self._rules = rules
+        self._reference = weakref.ref(model)
         self._model = Parameters(model)
+
+    def hold(self) -> nn.Module | None:
+        """The model, while it lives."""
+        return self._reference()
+
+    def intact(self) -> bool:
+        """Whether every bound module is still where it was bound."""
+        return all(place.intact() for place in self._rules.places)
 
     def parameters(self) -> Iterator[Tensor]:
         """Every parameter that makes a step ours.
@@ -67,25 +77,28 @@ class Engine:
     def _check(self, step: Step) -> None:
         for activity in self._rules.activities:
             activity.check(step)
+        for recorder in self._rules.recorders:
+            recorder.pass_by(step)
         for rule in self._rules.by_loss:
-            reason = rule.ledger.missing() if rule.is_trained(step) else None
+            trained = rule.trained_by(step)
+            reason = rule.ledger.missing(trained) if trained else None
             if reason is not None:
                 raise StepError(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()}) {reason}")
         for rule in (*self._rules.by_prox, *self._rules.by_decay):
             _refuse_line_search(rule, step)
 
     def _settle(self, step: Step) -> None:
-        """Forget the tickets of what this step trained."""
+        """Settle the tickets of what this step trained."""
         for recorder in self._rules.recorders:
-            if recorder.is_trained(step):
-                recorder.ledger.tickets.clear()
+            if trained := recorder.trained_by(step):
+                recorder.ledger.settle(trained)
         for rule in self._rules.by_loss:
-            if rule.is_trained(step):
-                rule.ledger.tickets.clear()
+            if trained := rule.trained_by(step):
+                rule.ledger.settle(trained)
 
 
 def _refuse_line_search(rule: PenaltyRule, step: Step) -> None:
-    if rule.is_trained(step) and (isinstance(step.optimizer, LBFGS) or step.evaluations > 1):
+    if rule.trained_by(step) and (isinstance(step.optimizer, LBFGS) or step.evaluations > 1):
         raise StepError(
             f"rule {rule.binding.key!r} is {rule.binding.via}, which needs a single gradient evaluation per step; "
             f"{type(step.optimizer).__name__} evaluates its closure several times. Use via gradient"

@@ -19,17 +19,39 @@ class Ticket:
 
 @dataclass
 class Ledger:
-    """The tickets of one thing that must go through the loss, since the last step that trained it."""
+    """The tickets of one thing that must go through the loss.
+
+    Several optimizers may train it, each a part of its parameters: the first of them settles the tickets, and a step
+    that trains none of the same parameters answers to the same ones.
+    """
 
     tickets: list[Ticket] = field(default_factory=list)
+    settled: list[Ticket] = field(default_factory=list)
+    stepped: set[int] = field(default_factory=set)
 
-    def missing(self) -> str | None:
+    def _joins(self, trained: set[int]) -> bool:
+        return not self.tickets and bool(self.stepped) and self.stepped.isdisjoint(trained)
+
+    def of(self, trained: set[int]) -> list[Ticket]:
+        """The tickets that a step that trains these parameters answers to."""
+        return self.settled if self._joins(trained) else self.tickets
+
+    def missing(self, trained: set[int]) -> str | None:
         """Why it did not go through a loss that was backpropagated; None where it did."""
-        if not self.tickets:
+        tickets = self.of(trained)
+        if not tickets:
             return "was not part of the loss in this step; add attachment.penalty() to the loss"
-        if any(ticket.backpropagated for ticket in self.tickets):
-            return None
-        return (
-            "was taken by attachment.penalty(), but was not part of the loss that was backpropagated; add what it "
-            "returns to the loss (attachment.values() is for logging)"
-        )
+        return None if all(ticket.backpropagated for ticket in tickets) else _UNSTAMPED
+
+    def settle(self, trained: set[int]) -> None:
+        """These parameters have been stepped."""
+        if self._joins(trained):
+            self.stepped |= trained
+        else:
+            self.settled, self.tickets, self.stepped = self.tickets, [], set(trained)
+
+
+_UNSTAMPED = (
+    "was taken by attachment.penalty(), but what that returned was not part of a loss that was backpropagated; add it "
+    "to the loss (attachment.values() is for logging), or call attachment.discard() for a batch that is skipped"
+)

@@ -65,6 +65,22 @@ def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
     return [Recurrent(*at[0], module, adapter, tuple(at)) for at, module, adapter in found if adapter is not None]
 
 
+class Place:
+    """Where a module is in a model: to see whether it still is."""
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        parent, _, self._name = path.rpartition(".")
+        self._parent = weakref.ref(model.get_submodule(parent)) if path else None
+        self._module = weakref.ref(model.get_submodule(path))
+
+    def intact(self) -> bool:
+        """Whether its parent still has it under its name."""
+        if self._parent is None:
+            return True
+        parent, module = self._parent(), self._module()
+        return parent is not None and module is not None and parent._modules.get(self._name) is module
+
+
 class Parameters:
     """The parameters of a module and all in it, as they are at each reading, without a walk by name.
 

@@ -8,35 +8,44 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from regkit.activity import Activity, Segment, Validity
+from regkit.activity import Activity, Segment
 from regkit.binding import Binding
-from regkit.errors import StepError
+from regkit.errors import RegkitError, StepError
 from regkit.kinds import ActivityPenalty
 from regkit.ledger import Ledger, Ticket
 from regkit.modules import Parameters
 from regkit.sites import Adapter, OutputSite
 from regkit.steps import Step
+from regkit.validity import Validity
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one call of a module put out, and which of it is data."""
+    """What one call of a module put out, and which of it is data.
+
+    call: how many calls came before it under the same validity; versions: of the tensors, to see changes in place.
+    """
 
     observed: Mapping[str, Any]
     validity: Validity | None
+    call: int
     training: bool
+    versions: Mapping[str, int]
 
 
 _UNCONSUMED: Final = (
-    "recorded outputs that were not consumed before the optimizer's step; add attachment.penalty() to the loss, and "
-    "run forward passes that are not trained on under torch.no_grad()"
+    "recorded outputs that were not consumed before the optimizer's step; add attachment.penalty() to the loss, run "
+    "forward passes that are not trained on under torch.no_grad(), or call attachment.discard() for a skipped batch"
 )
 _UNRECORDED: Final = (
     "recorded nothing in this step, although its weights were trained: was the module run through its forward() "
@@ -56,7 +65,10 @@ class Recorder:
         self.name = name
         self.records: list[Record] = []
         self.ledger = Ledger()
-        self.validity: Validity | None = None
+        self._passed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._validity: Validity | None = None
+        self._before: Validity | None = None
+        self._calls = self._longest = 0
 
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
         return Recorder, ()  # what deepcopy and pickle make of a hook that travels with its model
@@ -65,7 +77,8 @@ class Recorder:
     def module(self) -> nn.Module:
         """The module that it records."""
         module = self._module()
-        assert module is not None  # the hook lives on it
+        if module is None:
+            raise RegkitError("the model that this attachment was on is gone")
         return module
 
     def install(self) -> None:
@@ -76,7 +89,7 @@ class Recorder:
         """Record no more, and drop what is stored. May be called again."""
         if self._handle is not None:
             self._handle.remove()
-        self.records.clear()
+        self.clear()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if self._adapter is None:
@@ -88,26 +101,63 @@ class Recorder:
                 f"{self.name or 'the model'} ({type(module).__name__}) returned what its adapter "
                 f"{type(self._adapter).__name__} cannot read ({error!r}); it needs an adapter of its own"
             ) from error
+        validity, call = self._validity, 0
+        if validity is not None:
+            validity, call = self._in_time(validity, observed)
         # What no gradient can reach (evaluation under no_grad) is no training data.
-        if any(_requires_grad(one) for one in observed.values()):
-            self.records.append(Record(observed, self.validity, module.training))
+        tracked = {role: data for role, one in observed.items() if (data := _tensor(one)) is not None}
+        if tracked:
+            # A compiler traces no versions, and lets no change in place through to what was recorded.
+            versions = {} if torch.compiler.is_compiling() else {r: data._version for r, data in tracked.items()}
+            self.records.append(Record(observed, validity, call, module.training, versions))
+
+    def _in_time(self, validity: Validity, observed: Mapping[str, Any]) -> tuple[Validity, int]:
+        """Which call this is under the validity: for a cell, its place in time. It need not be recorded to count."""
+        assert self._adapter is not None
+        if self._adapter.starts(observed):
+            self._calls, self._before = 0, None
+        call, before = self._calls, self._before
+        self._calls, self._before = call + 1, validity
+        self._longest = max(self._longest, self._calls)
+        return validity.following(before), call
+
+    @contextmanager
+    def under(self, validity: Validity) -> Iterator[None]:
+        """Inside, calls have this validity, counted from 0."""
+        outer = (self._validity, self._before, self._calls, self._longest)
+        self._validity, self._calls, self._longest = validity, 0, 0
+        try:
+            yield
+            if self._adapter is not None and self._adapter.steps and self._longest:
+                validity.check_calls(self._longest, self.name or "the model")
+        finally:
+            before = self._before
+            self._validity, self._before, self._calls, self._longest = outer
+            self._before = before  # masks stand around one call each: the next one is compared with this one
 
     def consume(self, ticket: Ticket) -> None:
         """What is in store has gone into the loss of this ticket."""
         if self.records:
             self.ledger.tickets.append(ticket)
-            self.records.clear()
+            self.clear()
+
+    def clear(self) -> None:
+        """Drop what is in store."""
+        self.records.clear()
+        self._passed.clear()
 
     def segments(self, site: OutputSite) -> Iterator[Segment]:
         """The segments of everything in store, for one site."""
         assert self._adapter is not None
         self._refuse_mixture()
-        seen: dict[int, int] = {}
         for record in self.records:
-            # Calls under the same validity are the steps of one loop: that is how a cell finds its place in time.
-            step = seen.get(id(record.validity), 0)
-            seen[id(record.validity)] = step + 1
-            yield from self._adapter.segments(self.module, site, record.observed, record.validity, step)
+            for role, version in record.versions.items():
+                if record.observed[role] is not None and _tensor(record.observed[role])._version != version:  # type: ignore[union-attr]
+                    raise StepError(
+                        f"the {role} of {self.name or 'the model'} was changed in place after it was recorded, so its "
+                        "penalty would be that of other values; change a copy"
+                    )
+            yield from self._adapter.segments(self.module, site, record.observed, record.validity, record.call)
 
     def _refuse_mixture(self) -> None:
         evaluated = sum(not record.training for record in self.records)
@@ -117,15 +167,28 @@ class Recorder:
                 "eval mode and would be counted with those of training; evaluate under torch.no_grad()"
             )
 
-    def is_trained(self, step: Step) -> bool:
-        """Whether this step trains the module; one without a trainable parameter is trained with the rest."""
-        mine = [id(p) for p in self._parameters if p.requires_grad]
-        return any(i in step.trained for i in mine) if mine else bool(step.trained)
+    def trained_by(self, step: Step) -> set[int]:
+        """The ids of what this step trains of the module; one without a trainable parameter goes with the rest."""
+        mine = {id(p) for p in self._parameters if p.requires_grad}
+        return step.trained & mine if mine else set(step.trained)
+
+    def pass_by(self, step: Step) -> None:
+        """A step that does not train the module leaves its records to a later one, but not twice."""
+        if not self.records or step.evaluations > 1 or self.trained_by(step):
+            return
+        if step.optimizer in self._passed:
+            raise StepError(
+                f"outputs of {self.name or 'the model'} recorded before the last step of this optimizer were never "
+                "consumed: add attachment.penalty() to the loss, or run forward passes that it is not trained on under "
+                "torch.no_grad(), or call attachment.discard()"
+            )
+        self._passed.add(step.optimizer)
 
 
-def _requires_grad(observed: Any) -> bool:
+def _tensor(observed: Any) -> Tensor | None:
+    """The tensor in an observation that a gradient can reach."""
     data = observed.data if isinstance(observed, PackedSequence) else observed
-    return isinstance(data, Tensor) and data.requires_grad
+    return data if isinstance(data, Tensor) and data.requires_grad else None
 
 
 @dataclass(eq=False)
@@ -158,14 +221,15 @@ class ActivityRule:
     def check(self, step: Step) -> None:
         """Raise StepError where this step trains a module whose activity is not in the loss."""
         for _, recorder in self.places:
-            reason = self._missing(recorder) if recorder.is_trained(step) else None
+            trained = recorder.trained_by(step)
+            reason = self._missing(recorder, trained) if trained else None
             if reason is not None:
                 what = f"rule {self.binding.key!r} ({self.binding.kind.describe()})"
                 raise StepError(f"{what} on {recorder.name or 'the model'} {reason}")
 
-    def _missing(self, recorder: Recorder) -> str | None:
+    def _missing(self, recorder: Recorder, trained: set[int]) -> str | None:
         if recorder.records:
             return _UNCONSUMED
-        if recorder.ledger.tickets:
-            return recorder.ledger.missing()
+        if recorder.ledger.of(trained):
+            return recorder.ledger.missing(trained)
         return None if self.binding.optional else _UNRECORDED

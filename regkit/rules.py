@@ -9,6 +9,7 @@ from itertools import chain
 from torch import Tensor, nn
 
 from regkit.kinds import ActivityPenalty, Penalty
+from regkit.modules import Place
 from regkit.plan import Plan
 from regkit.records import ActivityRule, Recorder
 from regkit.weights import Block, ConstraintRule, PenaltyRule
@@ -16,12 +17,14 @@ from regkit.weights import Block, ConstraintRule, PenaltyRule
 
 @dataclass(eq=False)
 class Rules:
-    """Every rule of a plan, in the document's order, and the recorders that its activity rules need."""
+    """Every rule of a plan, in the document's order, the recorders that its activity rules need, and
+    the places of all modules that they are bound to."""
 
     penalties: list[PenaltyRule]
     constraints: list[ConstraintRule]
     activities: list[ActivityRule]
     recorders: list[Recorder]
+    places: list[Place]
 
     def __post_init__(self) -> None:
         self.by_gradient, self.by_loss, self.by_prox, self.by_decay = (
@@ -54,7 +57,8 @@ def rules_of(plan: Plan, model: nn.Module) -> Rules:
             penalties.append(PenaltyRule(binding, blocks))
         else:
             constraints.append(ConstraintRule(binding, blocks))
-    return Rules(penalties, constraints, activities, list(recorders.values()))
+    paths = dict.fromkeys(site.path for binding in plan.bindings for site in binding.sites)
+    return Rules(penalties, constraints, activities, list(recorders.values()), [Place(model, path) for path in paths])
 
 
 def _recorders(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[int, Recorder]:

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from regkit.activity import Segment, Validity
+from regkit.activity import Segment
+from regkit.validity import Validity
 
 WEIGHT_ROLES = ("kernel", "recurrent", "bias", "projection")
 OUTPUT_ROLES = ("output", "state", "cell")
@@ -105,6 +106,9 @@ class Adapter(ABC):
     roles: ClassVar[tuple[str, ...]] = (*WEIGHT_ROLES, *OUTPUT_ROLES)
     """Every role it may give a weight or an output."""
 
+    steps: ClassVar[bool] = False
+    """Whether one call of the module is one step of time, as of a cell."""
+
     @abstractmethod
     def weights(self, module: nn.Module) -> Iterable[Weight]:
         """Every weight of the module; a pair of biases of which the sum acts comes once more as a pair."""
@@ -118,6 +122,10 @@ class Adapter(ABC):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> Mapping[str, Any]:
         """What to keep of one call, by role. Runs inside the forward pass: it picks, it computes nothing."""
+
+    def starts(self, observed: Mapping[str, Any]) -> bool:
+        """Whether an observed call begins a new sequence, as far as it can be told."""
+        return False
 
     @abstractmethod
     def segments(

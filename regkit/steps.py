@@ -1,14 +1,13 @@
-"""The optimizer hooks: which step is ours, when its gradients are complete, and at what scale they are.
+"""The steps of an attachment: which optimizer steps are its own, when gradients are complete, and at what scale.
 
-torch's global step hooks need no handle on an optimizer and see every optimizer in the process. A step is acted on
-where its optimizer owns parameters of ours, found anew at each step. Where optimizers wrap one another, both fire: the
-outermost that owns a parameter owns its step. Under `step(closure)` the pre-hook fires before the backward pass, so the
-closure is wrapped and the work done behind it.
+Every step of every optimizer in the process is heard of. One is acted on where its optimizer owns parameters of ours,
+found anew at each step. Where optimizers wrap one another, both are heard of: the outermost that owns a parameter owns
+its step. Under `step(closure)` a step is heard of before the backward pass, so the closure is wrapped and the work done
+behind it.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -17,10 +16,10 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
+
+from regkit.errors import AttachError, StepError
 
 
 @dataclass(eq=False)
@@ -38,13 +37,19 @@ class Step:
     scale: Tensor | None
     skipped: bool
     index: int
-    frame: FrameType
+    frame: FrameType | None
     trained: set[int] = field(default_factory=set)
     evaluations: int = 0
 
 
 class Work(Protocol):
     """What is to be done at a step. It is called without autograd."""
+
+    def hold(self) -> nn.Module | None:
+        """The model, to keep it alive for a moment; None where it is gone."""
+
+    def intact(self) -> bool:
+        """Whether every module that was bound is still where it was."""
 
     def parameters(self) -> Iterable[Tensor]:
         """Every parameter that makes a step ours, as the model has them now."""
@@ -60,25 +65,28 @@ class Work(Protocol):
 
 
 class StepCount:
-    """Optimizer steps, where several optimizers that take turns count once: a new step begins when one comes again."""
+    """Optimizer steps, where several optimizers that share the parameters out among them count once.
+
+    A step joins the one before if it trains none of the same parameters; one that does begins the next.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._stepped: set[int] = set()
 
-    def _joins(self, optimizer: Optimizer) -> bool:
-        return len(self._stepped) > 0 and optimizer not in self._stepped
+    def _joins(self, parameters: Iterable[int]) -> bool:
+        return bool(self._stepped) and self._stepped.isdisjoint(parameters)
 
-    def index(self, optimizer: Optimizer) -> int:
-        """The number, from 0, of the step that this optimizer is about to take part in."""
-        return self.count - 1 if self._joins(optimizer) else self.count
+    def index(self, parameters: Iterable[int]) -> int:
+        """The number, from 0, of the step that an optimizer of these parameters is about to take part in."""
+        return self.count - 1 if self._joins(parameters) else self.count
 
-    def advance(self, optimizer: Optimizer) -> None:
-        """This optimizer has stepped."""
-        if not self._joins(optimizer):
+    def advance(self, parameters: Iterable[int]) -> None:
+        """An optimizer of these parameters has stepped."""
+        if not self._joins(parameters):
             self.count += 1
             self._stepped.clear()
-        self._stepped.add(optimizer)
+        self._stepped.update(parameters)
 
     def restore(self, count: int) -> None:
         """Go on from a saved count."""
@@ -86,84 +94,66 @@ class StepCount:
         self._stepped.clear()
 
 
-_retired: list[StepHooks] = []
-
-
-def remove_retired() -> None:
-    """Take out the hooks of models that are gone. Not to be called within a step."""
-    while _retired:
-        _retired.pop().remove()
-
-
-class StepHooks:
-    """The two global hooks of one attachment."""
+class Steps:
+    """The optimizer steps of one attachment: hears of all, and acts on its own."""
 
     def __init__(self, work: Work, optimizers: Iterable[Optimizer] | None) -> None:
         self.count = StepCount()
         self._work = work
         self._only = None if optimizers is None else weakref.WeakSet(optimizers)
         self._thread = threading.local()
-        self._handles: list[RemovableHandle] = []
-        self._retired = False
 
-    def install(self) -> None:
-        """Begin to see steps."""
-        self._handles = [
-            register_optimizer_step_pre_hook(self._before),
-            register_optimizer_step_post_hook(self._after),
-        ]
-
-    def retire(self) -> None:
-        """Do nothing at any further step: the model is gone.
-
-        Garbage is collected at any moment, in the middle of torch's loop over these hooks too, and would break it by
-        taking one out. The hooks leave when the next attachment comes or goes.
-        """
-        self._retired = True
-        _retired.append(self)
-
-    def remove(self) -> None:
-        """See no more steps. May be called again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _running(self) -> list[Step]:
+    def _running(self, frame: FrameType) -> list[Step]:
         """The steps that this thread is in, outermost first.
 
-        A step that raised never reaches its post-hook, and would claim its parameters for ever. It is told by its
-        frame: one that is not on the stack any more is over.
+        A step that raised never ends, and would claim its parameters for ever. It is told by its frame: one that is
+        not on the stack any more is over.
         """
         running: list[Step] = getattr(self._thread, "running", [])
         if running:
-            on_stack: set[FrameType] = set()
-            frame: FrameType | None = sys._getframe()
-            while frame is not None:
-                on_stack.add(frame)
-                frame = frame.f_back
+            on_stack = set()
+            above: FrameType | None = frame
+            while above is not None:
+                on_stack.add(above)
+                above = above.f_back
             running = [step for step in running if step.frame in on_stack]
         self._thread.running = running
         return running
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self._retired or (self._only is not None and optimizer not in self._only):
+    def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
+        """Begin a step, if it is ours."""
+        model = self._work.hold()  # or it could be collected while its parameters are looked at
+        if model is None:
             return None
-        running = self._running()
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        if not self._work.intact():
+            if any(id(p) in groups for p in model.parameters()):
+                raise AttachError("a recurrent module was replaced or removed after attach(); detach() and attach anew")
+            return None
+        running = self._running(frame)
         ours = {i: groups[i] for i in map(id, self._work.parameters()) if i in groups}
         for outer in running:
             ours = {i: group for i, group in ours.items() if i not in outer.groups}
-        if not ours:
+        if not ours or not self._concerns(optimizer):
             return None
         # Both attributes are set by GradScaler around the step of an optimizer that unscales by itself, and only there.
+        # Reading found_inf waits for the GPU; so does GradScaler itself at the step of every other optimizer.
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         skipped = found_inf is not None and bool(found_inf)
-        step = Step(optimizer, ours, scale, skipped, self.count.index(optimizer), sys._getframe(1))
+        step = Step(optimizer, ours, scale, skipped, self.count.index(ours), frame)
         closure, put_back = _closure(args, kwargs)
         if closure is None and not skipped:
             self._at_gradients(step)
         running.append(step)
         return None if closure is None or skipped else put_back(_Closure(self, step, closure))
+
+    def _concerns(self, optimizer: Optimizer) -> bool:
+        """Whether the attachment was restricted to this optimizer, or to none."""
+        if self._only is None:
+            return True
+        if not self._only:
+            raise StepError("the optimizer that attach(optimizer=...) was restricted to is gone; attach anew")
+        return optimizer in self._only
 
     def _at_gradients(self, step: Step) -> None:
         step.evaluations += 1
@@ -172,15 +162,17 @@ class StepHooks:
             step.trained = {id(p) for p in mine if p.requires_grad and p.grad is not None}
             self._work.at_gradients(step)
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        running = self._running()
-        if not running or running[-1].optimizer is not optimizer:
+    def after(self, frame: FrameType) -> None:
+        """End the step of this frame, if it was ours. Another step of the same optimizer may run within it."""
+        running = self._running(frame)
+        if not running or running[-1].frame is not frame:
             return
         step = running.pop()
+        step.frame = None  # the frame holds the closure, which holds the step: a circle that would keep a batch alive
         if not step.skipped:
             with torch.no_grad():
                 self._work.after(step)
-            self.count.advance(optimizer)
+            self.count.advance(step.groups)
 
 
 def _closure(args: Any, kwargs: Any) -> tuple[Callable[[], Any] | None, Callable[[Any], tuple[Any, Any]]]:
@@ -196,7 +188,7 @@ def _closure(args: Any, kwargs: Any) -> tuple[Callable[[], Any] | None, Callable
 class _Closure:
     """A training closure with the work of a step behind it."""
 
-    hooks: StepHooks
+    hooks: Steps
     step: Step
     closure: Callable[[], Any]
 

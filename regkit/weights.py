@@ -6,6 +6,7 @@ Nothing here is decided: a rule's kind, its sites and its factor come from the p
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -75,7 +76,7 @@ def _lr(step: Step, parameter: Tensor) -> float | Tensor:
 
 
 @dataclass(eq=False)
-class WeightRule:
+class WeightRule(ABC):
     """A rule on weights, with its live blocks."""
 
     binding: Binding
@@ -86,9 +87,13 @@ class WeightRule:
         for block in self.blocks:
             yield from block.parameters()
 
-    def is_trained(self, step: Step) -> bool:
-        """Whether this step trains any of its parameters."""
-        return any(id(parameter) in step.trained for parameter in self.parameters())
+    @abstractmethod
+    def prove(self) -> None:
+        """Raise PluginError unless the kind returns what its contract says, on a block of each shape."""
+
+    def trained_by(self, step: Step) -> set[int]:
+        """The ids of its parameters that this step trains."""
+        return {id(parameter) for parameter in self.parameters()} & step.trained
 
     def _samples(self) -> Iterator[Tensor]:
         """Ones in the place of a block, for each shape, dtype and device."""
@@ -126,7 +131,6 @@ class PenaltyRule(WeightRule):
     ledger: Ledger = field(default_factory=Ledger)
 
     def prove(self) -> None:
-        """Raise PluginError unless the kind returns what its contract says, on a block of each shape."""
         for w in self._samples():
             self._expect("value", self.penalty.value(w), ())
             self._expect("gradient", self.penalty.gradient(w), tuple(w.shape))
@@ -192,7 +196,10 @@ class PenaltyRule(WeightRule):
         if amount == 0:
             return
         for block, parameters, mine in self._trained(step):
-            size = _lr(step, mine[0]) * amount * len(mine)
+            rate = _lr(step, mine[0])
+            if any(_lr(step, other) is not rate and bool(_lr(step, other) != rate) for other in mine[1:]):
+                raise StepError(f"rule {self.binding.key!r}: the two biases of a sum have different learning rates")
+            size = rate * amount * len(mine)
             block.move(parameters, mine, self.penalty.prox(block.weight(parameters), size))
 
 
@@ -200,7 +207,6 @@ class ConstraintRule(WeightRule):
     """A constraint on weights."""
 
     def prove(self) -> None:
-        """Raise PluginError unless the kind returns what its contract says, on a block of each shape."""
         for w in self._samples():
             self._expect("project", self.at(0).project(w), tuple(w.shape))
             self._expect("violation", self.at(0).violation(w), ())

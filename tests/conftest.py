@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regkit import attachment as attachment_room
-from regkit.steps import remove_retired
+from regkit.hooks import leave
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def isolation() -> Iterator[None]:
     for attachments in list(attachment_room._attached.values()):
         for attachment in list(attachments):
             attachment.detach()
-    remove_retired()
+    leave()
 
 
 class Tagger(nn.Module):

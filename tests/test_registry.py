@@ -118,7 +118,7 @@ class Twofold(Penalty):
         ({"regkit_constraints": [Halfway]}, ["Halfway", "violation"]),
         ({"regkit_penalties": [Nameless]}, ["Nameless", "kind: Literal"]),
         ({"regkit_penalties": [Twofold]}, ["Twofold", "kind: Literal"]),
-        ({"regkit_penalties": [penalty("one")(strength=1.0)]}, ["no penalty", "subclass of Penalty"]),
+        ({"regkit_penalties": [penalty("one")(strength=1.0)]}, ["not a penalty", "subclass of Penalty"]),
         ({"regkit_penalties": [nn.LSTM]}, ["LSTM", "subclass of Penalty"]),
         ({"regkit_constraints": [penalty("one")]}, ["One", "subclass of Constraint"]),
         ({"regkit_penalties": ["l2"]}, ["'l2'", "subclass of Penalty"]),

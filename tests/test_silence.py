@@ -63,7 +63,7 @@ def test_a_penalty_that_was_taken_but_not_added_to_the_loss_is_an_error(model, o
     out = model(x)
     attachment.penalty()
     out.sum().backward()
-    refused(optimizer, model, "but was not part of the loss that was backpropagated")
+    refused(optimizer, model, "was not part of a loss that was backpropagated")
 
 
 @pytest.mark.parametrize("taken", [False, True])
@@ -72,7 +72,7 @@ def test_a_weight_rule_via_the_loss_must_be_in_the_loss(taken, model, optimizer,
     if taken:
         attachment.penalty()
     model(x).sum().backward()
-    refused(optimizer, model, "'decay'.*was not part of the loss")
+    refused(optimizer, model, "'decay'.*was not part of (the|a) loss")
 
 
 @pytest.mark.parametrize("spec", [AR, VIA_LOSS])
@@ -152,7 +152,7 @@ def test_a_frozen_module_is_checked_with_the_rest_of_the_model(model, x):
     inputs = x.clone().requires_grad_()
     model(inputs).sum().backward()
     refused(optimizer, model, "not consumed")
-    attachment.penalty()  # drops what the refused step left behind
+    attachment.discard()  # what the refused step left behind
     (model(inputs).sum() + attachment.penalty()).backward()
     optimizer.step()
 
@@ -271,4 +271,4 @@ def test_a_penalty_of_an_earlier_step_does_not_excuse_this_one(model, optimizer,
     out = model(x)
     attachment.penalty()
     out.sum().backward()
-    refused(optimizer, model, "but was not part of the loss")
+    refused(optimizer, model, "was not part of a loss")

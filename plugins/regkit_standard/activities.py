@@ -23,7 +23,7 @@ class ActivityL1(ActivityPenalty):
 
 @final
 class ActivityL2(ActivityPenalty):
-    """h², reduced over the valid outputs: AR  (Merity et al. 2017, §4.6, there after dropout; Keras activity_regularizer L2, at `batch`)."""
+    """h², reduced over the valid outputs: AR  (Merity et al. 2017, §4.6, there after dropout; Keras L2, at `batch`)."""
 
     kind: Literal["activity_l2"] = "activity_l2"
 

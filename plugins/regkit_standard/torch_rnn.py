@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
-from regkit import Adapter, Output, OutputSite, Weight, hookimpl
-from regkit.activity import Segment, Stepped, Validity, of_output, of_step
+from regkit import Adapter, Output, OutputSite, StepError, Validity, Weight, hookimpl
+from regkit.activity import Segment, Stepped, of_output, of_step
 
 # The order in which torch stacks the gates in the rows of weight_ih and weight_hh.
 _LSTM_GATES: Final = ("input", "forget", "cell", "output")
@@ -90,6 +91,8 @@ class SequenceAdapter(Adapter):
             return of_output(
                 h, batch_first=module.batch_first, directions=directions, wanted=site.directions, valid=valid
             )
+        if valid is not None and not isinstance(observed["output"], PackedSequence):
+            raise StepError(f"the {site.role} of a padded batch is computed from its padding; pack the sequences")
         h = h.unsqueeze(1) if h.dim() == 2 else h  # unbatched: (layers · directions, features)
         places = [(layer, direction) for layer in range(module.num_layers) for direction in directions]
         kept = [
@@ -104,6 +107,7 @@ class CellAdapter(Adapter):
     """nn.RNNCell, nn.LSTMCell and nn.GRUCell, called in a loop: each call is one step of time."""
 
     modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+    steps: ClassVar[bool] = True
     gates: ClassVar[tuple[str, ...]] = (*_LSTM_GATES, *_GRU_GATES)
 
     def weights(self, module: nn.Module) -> Iterator[Weight]:
@@ -122,6 +126,9 @@ class CellAdapter(Adapter):
             previous, previous_cell = (None, None) if hx is None else hx
             return {"output": h, "cell": c, "output before": previous, "cell before": previous_cell}
         return {"output": result, "output before": hx}
+
+    def starts(self, observed: Mapping[str, Any]) -> bool:
+        return observed["output before"] is None
 
     def segments(
         self,

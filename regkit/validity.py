@@ -1,0 +1,102 @@
+"""Which positions of a padded batch hold data: from lengths, or from a mask."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from regkit.errors import StepError
+
+
+class Validity(ABC):
+    """Which positions of a padded batch hold data."""
+
+    @abstractmethod
+    def of_sequence(self, h: Tensor, batch_first: bool) -> Tensor:
+        """(time, batch, 1) for an output h: (time, batch, features)."""
+
+    @abstractmethod
+    def of_step(self, h: Tensor, step: int) -> Tensor:
+        """(batch, 1) for the step-th call of a cell, h: (batch, features)."""
+
+    def of_pair(self, h: Tensor, step: int) -> Tensor:
+        """The same for the pair of that call and the one before it."""
+        return self.of_step(h, step)  # lengths: what is data now was data before
+
+    def following(self, before: Validity | None) -> Validity:
+        """The same for a call that came after one under `before`."""
+        return self
+
+    def check_calls(self, calls: int, name: str) -> None:
+        """Raise StepError where a cell was not called often enough to mean what was said."""
+        return
+
+
+@dataclass(frozen=True)
+class Lengths(Validity):
+    """The valid length of each sequence.  lengths: (batch,)."""
+
+    lengths: Tensor
+
+    def _check(self, batch: int, time: int | None) -> None:
+        if self.lengths.numel() != batch:
+            raise StepError(f"lengths() was given {self.lengths.numel()} lengths for a batch of {batch} sequences")
+        # A length on the GPU is not read back: that would make the step wait.
+        if time is not None and self.lengths.device.type == "cpu" and int(self.lengths.max()) > time:
+            raise StepError(f"lengths() was given a length of {int(self.lengths.max())} for {time} time steps")
+
+    def of_sequence(self, h: Tensor, batch_first: bool) -> Tensor:
+        self._check(h.size(1), h.size(0))
+        lengths = self.lengths.to(h.device, non_blocking=True)
+        return (torch.arange(h.size(0), device=h.device)[:, None] < lengths).unsqueeze(-1)
+
+    def check_calls(self, calls: int, name: str) -> None:
+        if self.lengths.device.type == "cpu" and int(self.lengths.max()) > calls:
+            raise StepError(
+                f"lengths() was given a length of {int(self.lengths.max())}, but {name} was called {calls} times; put "
+                "the context around the whole loop over a cell"
+            )
+
+    def of_step(self, h: Tensor, step: int) -> Tensor:
+        self._check(h.size(0), None)
+        return (self.lengths.to(h.device, non_blocking=True) > step).unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class Mask(Validity):
+    """True where there is data, laid out as the output without its features.  mask: (time, batch) or as the module's
+    batch_first says; (batch,) around one call of a cell.
+    """
+
+    mask: Tensor
+    before: Tensor | None = None
+
+    def following(self, before: Validity | None) -> Validity:
+        return replace(self, before=before.mask) if isinstance(before, Mask) else self
+
+    def of_pair(self, h: Tensor, step: int) -> Tensor:
+        valid = self.of_step(h, step)
+        return valid if self.before is None else valid & replace(self, mask=self.before).of_step(h, step)
+
+    def of_sequence(self, h: Tensor, batch_first: bool) -> Tensor:
+        time, batch = h.shape[:2]
+        wanted = (batch, time) if batch_first else (time, batch)
+        if self.mask.shape not in {wanted, (time,) if batch == 1 else wanted}:
+            raise StepError(f"mask() was given {tuple(self.mask.shape)} for an output of {wanted}")
+        mask = self.mask.to(h.device, non_blocking=True)
+        if mask.dim() == 1:
+            mask = mask[:, None]
+        elif batch_first:
+            mask = mask.T
+        return mask.unsqueeze(-1)
+
+    def of_step(self, h: Tensor, step: int) -> Tensor:
+        if self.mask.shape != (h.size(0),):
+            raise StepError(
+                f"mask() was given {tuple(self.mask.shape)} around a cell's call of batch {h.size(0)}; "
+                "give (batch,) around each call, or lengths() around the loop"
+            )
+        return self.mask.to(h.device, non_blocking=True).unsqueeze(-1)
