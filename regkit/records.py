@@ -105,11 +105,8 @@ class Recorder:
         if validity is not None:
             validity, call = self._in_time(validity, observed)
         # What no gradient can reach (evaluation under no_grad) is no training data.
-        tracked = {role: data for role, one in observed.items() if (data := _tensor(one)) is not None}
-        if tracked:
-            # A compiler traces no versions, and lets no change in place through to what was recorded.
-            versions = {} if torch.compiler.is_compiling() else {r: data._version for r, data in tracked.items()}
-            self.records.append(Record(observed, validity, call, module.training, versions))
+        if any(_tracked(one) for one in observed.values()):
+            self.records.append(Record(observed, validity, call, module.training, _versions(observed)))
 
     def _in_time(self, validity: Validity, observed: Mapping[str, Any]) -> tuple[Validity, int]:
         """Which call this is under the validity: for a cell, its place in time. It need not be recorded to count."""
@@ -152,7 +149,7 @@ class Recorder:
         self._refuse_mixture()
         for record in self.records:
             for role, version in record.versions.items():
-                if record.observed[role] is not None and _tensor(record.observed[role])._version != version:  # type: ignore[union-attr]
+                if _data(record.observed[role])._version != version:
                     raise StepError(
                         f"the {role} of {self.name or 'the model'} was changed in place after it was recorded, so its "
                         "penalty would be that of other values; change a copy"
@@ -185,10 +182,20 @@ class Recorder:
         self._passed.add(step.optimizer)
 
 
-def _tensor(observed: Any) -> Tensor | None:
-    """The tensor in an observation that a gradient can reach."""
-    data = observed.data if isinstance(observed, PackedSequence) else observed
-    return data if isinstance(data, Tensor) and data.requires_grad else None
+def _data(observed: Any) -> Any:
+    return observed.data if isinstance(observed, PackedSequence) else observed
+
+
+def _tracked(observed: Any) -> bool:
+    data = _data(observed)
+    return isinstance(data, Tensor) and data.requires_grad
+
+
+def _versions(observed: Mapping[str, Any]) -> dict[str, int]:
+    """The versions of the tensors that gradients reach. Compiled code cannot be asked for them: it goes unchecked."""
+    if torch.compiler.is_compiling():
+        return {}
+    return {role: _data(one)._version for role, one in observed.items() if _tracked(one)}
 
 
 @dataclass(eq=False)
