@@ -1,0 +1,162 @@
+"""Traps around activity: what waits, what is skipped, what is changed in place, and where time and padding go wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import regkit
+
+AR = {"rules": [{"name": "ar", "penalty": "activity_l2(1)"}]}
+TAR = {"rules": [{"name": "tar", "penalty": "temporal(1)"}]}
+
+
+def test_a_generators_outputs_may_wait_while_its_critic_is_trained():
+    model = nn.ModuleDict({"generator": nn.GRU(2, 3), "critic": nn.Linear(3, 1)})
+    attachment = regkit.attach(model, AR)
+    critic, generator = SGD(model["critic"].parameters(), lr=0.1), SGD(model["generator"].parameters(), lr=0.1)
+    for _ in range(3):
+        made, _ = model["generator"](torch.randn(4, 1, 2))
+        critic.zero_grad()
+        model["critic"](made.detach()).sum().backward()
+        critic.step()
+        generator.zero_grad()
+        (model["critic"](made).sum() + attachment.penalty()).backward()
+        generator.step()
+
+
+def test_lengths_around_a_loop_hold_over_chunks_of_it():
+    cell = nn.GRUCell(3, 4)
+    attachment = regkit.attach(cell, AR)
+    x, lengths, h = torch.randn(6, 2, 3), torch.tensor([6, 3]), None
+    with attachment.lengths(lengths):
+        for start in (0, 3):
+            outputs = []
+            for time in range(start, start + 3):
+                h = cell(x[time], h)
+                outputs.append(h)
+            valid = (torch.arange(start, start + 3)[:, None] < lengths)[..., None]
+            wanted = (torch.stack(outputs).square() * valid).sum() / (valid.sum() * 4)
+            torch.testing.assert_close(attachment.penalty(), wanted)
+            h = h.detach()
+
+
+def test_steps_that_are_not_recorded_count_in_time():
+    cell = nn.GRUCell(3, 4)
+    attachment = regkit.attach(cell, AR)
+    x = torch.randn(4, 2, 3)
+    with attachment.lengths([4, 3]):
+        with torch.no_grad():
+            h = cell(x[1], cell(x[0]))
+        third = cell(x[2], h)
+        fourth = cell(x[3], third)
+    rows = torch.cat([third, fourth[:1]])
+    torch.testing.assert_close(attachment.penalty(), rows.square().mean())
+
+
+def test_lengths_around_each_call_of_a_cell_are_refused():
+    cell = nn.GRUCell(3, 4)
+    attachment = regkit.attach(cell, AR)
+    with pytest.raises(regkit.StepError, match="around the whole loop"), attachment.lengths([4, 1]):
+        cell(torch.randn(2, 3))
+
+
+def test_a_mask_with_holes_counts_the_same_pairs_for_a_cell_and_a_layer():
+    cell, layer = nn.RNNCell(3, 4), nn.RNN(3, 4)
+    layer.load_state_dict({f"{name}_l0": value for name, value in cell.state_dict().items()})
+    attachments = regkit.attach(cell, TAR), regkit.attach(layer, TAR)
+    x, mask = torch.randn(4, 2, 3), torch.tensor([[0, 1], [1, 1], [1, 0], [1, 1]]).bool()
+    h = None
+    for time in range(4):
+        with attachments[0].mask(mask[time]):
+            h = cell(x[time], h)
+    with attachments[1].mask(mask):
+        layer(x)
+    torch.testing.assert_close(attachments[0].penalty(), attachments[1].penalty())
+
+
+def test_an_output_changed_in_place_before_it_is_penalized_is_an_error():
+    model = nn.GRU(3, 4)
+    attachment = regkit.attach(model, AR)
+    h = model(torch.randn(5, 2, 3))[0]
+    h.masked_fill_(torch.ones_like(h).bool(), 7.0)
+    with pytest.raises(regkit.StepError, match="output of the model was changed in place"):
+        attachment.penalty()
+
+
+def test_lengths_and_masks_are_taken_as_they_were_given():
+    model = nn.GRU(3, 4)
+    attachment = regkit.attach(model, AR)
+    lengths = torch.tensor([5, 1])
+    with attachment.lengths(lengths):
+        h, _ = model(torch.randn(5, 2, 3))
+    lengths.fill_(5)
+    rows = torch.cat([h[:, 0], h[:1, 1]])
+    torch.testing.assert_close(attachment.penalty(), rows.square().mean())
+
+
+def test_a_skipped_batch_is_discarded():
+    model = nn.LSTM(3, 4)
+    attachment = regkit.attach(model, AR)
+    x = torch.randn(2, 2, 3)
+    model(x * torch.nan)
+    attachment.discard()
+    h, _ = model(x)
+    torch.testing.assert_close(attachment.penalty(), h.square().mean())
+
+
+def test_every_penalty_must_be_in_a_loss_not_just_one():
+    model = nn.LSTM(3, 4)
+    attachment = regkit.attach(model, AR)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    (model(torch.randn(2, 2, 3))[0].sum() + attachment.penalty()).backward()
+    loss = model(torch.randn(2, 2, 3))[0].sum()
+    attachment.penalty()
+    loss.backward()
+    with pytest.raises(regkit.StepError, match="was not part of a loss"):
+        optimizer.step()
+
+
+def test_what_padding_would_reach_is_refused():
+    model = nn.GRU(3, 4)
+    attachment = regkit.attach(model, {"rules": [{"target": {"role": "state"}, "penalty": "activity_l2(1)"}]})
+    with attachment.lengths([5, 2]):
+        model(torch.randn(5, 2, 3))
+    with pytest.raises(regkit.StepError, match="state of a padded batch is computed from its padding"):
+        attachment.penalty()
+    attachment.detach()
+    attachment = regkit.attach(model, AR)
+    with attachment.mask(torch.ones(5, 2).bool()):
+        model(nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 2])))
+    with pytest.raises(regkit.StepError, match=r"mask\(\) was given for a packed sequence"):
+        attachment.penalty()
+
+
+def test_two_loops_over_a_cell_each_begin_their_time_anew():
+    cell = nn.GRUCell(3, 4)
+    attachment = regkit.attach(cell, {"rules": [{"penalty": "activity_l2(1, reduction=sum)"}]})
+    x, wanted = torch.randn(3, 2, 3), torch.zeros(())
+    with attachment.lengths([3, 1]):
+        for _ in range(2):
+            h = None
+            for time in range(3):
+                h = cell(x[time], h)
+                wanted = wanted + h[: 2 if time == 0 else 1].square().sum()
+    torch.testing.assert_close(attachment.penalty(), wanted)
+
+
+def test_a_line_search_on_one_network_may_pass_by_what_another_has_recorded():
+    model = nn.ModuleDict({"generator": nn.GRU(2, 3), "critic": nn.Linear(3, 1)})
+    regkit.attach(model, AR)
+    made, _ = model["generator"](torch.randn(4, 1, 2))
+    critic = torch.optim.LBFGS(model["critic"].parameters(), max_iter=4)
+
+    def closure() -> Tensor:
+        critic.zero_grad()
+        loss = model["critic"](made.detach()).square().sum()
+        loss.backward()
+        return loss
+
+    critic.step(closure)
