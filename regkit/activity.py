@@ -31,8 +31,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 class Segment(ABC):
     """A stretch of activity of one direction of one module."""
 
-    batch: int
-    """How many sequences it holds."""
+    @property
+    @abstractmethod
+    def batch(self) -> int:
+        """How many sequences it holds."""
 
     @abstractmethod
     def values(self) -> tuple[Tensor, Tensor | None]:
@@ -52,7 +54,7 @@ class Sequenced(Segment):
     backward: bool = False
 
     @property
-    def batch(self) -> int:  # type: ignore[override]  # a read-only view of the tensor's own size
+    def batch(self) -> int:
         return self.h.size(1)
 
     def values(self) -> tuple[Tensor, Tensor | None]:
@@ -74,7 +76,7 @@ class Packed(Segment):
     backward: bool = False
 
     @property
-    def batch(self) -> int:  # type: ignore[override]
+    def batch(self) -> int:
         return int(self.batch_sizes[0])
 
     def values(self) -> tuple[Tensor, Tensor | None]:
@@ -101,7 +103,7 @@ class Stepped(Segment):
     pair_valid: Tensor | None = None
 
     @property
-    def batch(self) -> int:  # type: ignore[override]
+    def batch(self) -> int:
         return self.h.size(-2)
 
     def values(self) -> tuple[Tensor, Tensor | None]:

@@ -20,25 +20,30 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 
 
 @hookspec
-def regkit_penalties() -> list[type[Penalty]]:  # type: ignore[empty-body]  # a hookspec has no body
+def regkit_penalties() -> list[type[Penalty]]:
     """Return the `Penalty` classes that this plugin offers."""
+    return []
 
 
 @hookspec
-def regkit_activity_penalties() -> list[type[ActivityPenalty]]:  # type: ignore[empty-body]
+def regkit_activity_penalties() -> list[type[ActivityPenalty]]:
     """Return the `ActivityPenalty` classes that this plugin offers."""
+    return []
 
 
 @hookspec
-def regkit_constraints() -> list[type[Constraint]]:  # type: ignore[empty-body]
+def regkit_constraints() -> list[type[Constraint]]:
     """Return the `Constraint` classes that this plugin offers."""
+    return []
 
 
 @hookspec
-def regkit_schedules() -> list[type[Schedule]]:  # type: ignore[empty-body]
+def regkit_schedules() -> list[type[Schedule]]:
     """Return the `Schedule` classes that this plugin offers."""
+    return []
 
 
 @hookspec
-def regkit_adapters() -> list[Adapter]:  # type: ignore[empty-body]
+def regkit_adapters() -> list[Adapter]:
     """Return `Adapter` objects, one for each family of recurrent modules that this plugin knows."""
+    return []
