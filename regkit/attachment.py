@@ -44,7 +44,8 @@ class Attachment:
         self._parameters = Parameters(model)
         self._live = False
         self._rules = rules_of(plan, model)
-        self._steps = Steps(Engine(self._rules, model), optimizers)
+        self._engine = Engine(self._rules, model)
+        self._steps = Steps(self._engine, optimizers)
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
@@ -269,7 +270,9 @@ def attach(
 
 def _refuse_twice(attachment: Attachment) -> None:
     """Raise AttachError where a kind acts on a place already, through this model or another that has it in it."""
-    live = {place: rule for others in _attached.values() for other in others for place, _, rule in other._acts()}
+    # A copy, for a model may be collected meanwhile. One whose modules have moved is an error at its own next step.
+    others = [other for siblings in list(_attached.values()) for other in siblings if other._engine.moved() is None]
+    live = {place: rule for other in others for place, _, rule in other._acts()}
     for place, name, rule in attachment._acts():
         if place in live:
             raise AttachError(

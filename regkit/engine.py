@@ -8,13 +8,11 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS
 
 from regkit.errors import StepError
 from regkit.modules import Parameters
 from regkit.rules import Rules
 from regkit.steps import Step
-from regkit.weights import PenaltyRule
 
 
 def total(terms: list[Tensor], device: torch.device) -> Tensor:
@@ -37,9 +35,9 @@ class Engine:
         """The model, while it lives."""
         return self._reference()
 
-    def intact(self) -> bool:
-        """Whether every bound module is still where it was bound."""
-        return all(place.intact() for place in self._rules.places)
+    def moved(self) -> str | None:
+        """The name of a bound module that is not where it was bound any more, if there is one."""
+        return next((place.name for place in self._rules.places if not place.intact()), None)
 
     def parameters(self) -> Iterator[Tensor]:
         """Every parameter that makes a step ours.
@@ -85,7 +83,7 @@ class Engine:
             if reason is not None:
                 raise StepError(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()}) {reason}")
         for rule in (*self._rules.by_prox, *self._rules.by_decay):
-            _refuse_line_search(rule, step)
+            rule.check(step)
 
     def _settle(self, step: Step) -> None:
         """Settle the tickets of what this step trained."""
@@ -95,11 +93,3 @@ class Engine:
         for rule in self._rules.by_loss:
             if trained := rule.trained_by(step):
                 rule.ledger.settle(trained)
-
-
-def _refuse_line_search(rule: PenaltyRule, step: Step) -> None:
-    if rule.trained_by(step) and (isinstance(step.optimizer, LBFGS) or step.evaluations > 1):
-        raise StepError(
-            f"rule {rule.binding.key!r} is {rule.binding.via}, which needs a single gradient evaluation per step; "
-            f"{type(step.optimizer).__name__} evaluates its closure several times. Use via gradient"
-        )

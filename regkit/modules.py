@@ -69,7 +69,8 @@ class Place:
     """Where a module is in a model: to see whether it still is."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
-        parent, _, self._name = path.rpartition(".")
+        self.name = path
+        parent, _, self._leaf = path.rpartition(".")
         self._parent = weakref.ref(model.get_submodule(parent)) if path else None
         self._module = weakref.ref(model.get_submodule(path))
 
@@ -78,7 +79,7 @@ class Place:
         if self._parent is None:
             return True
         parent, module = self._parent(), self._module()
-        return parent is not None and module is not None and parent._modules.get(self._name) is module
+        return parent is not None and module is not None and parent._modules.get(self._leaf) is module
 
 
 class Parameters:

@@ -17,8 +17,10 @@ from regkit.weights import Block, ConstraintRule, PenaltyRule
 
 @dataclass(eq=False)
 class Rules:
-    """Every rule of a plan, in the document's order, the recorders that its activity rules need, and
-    the places of all modules that they are bound to."""
+    """Every rule of a plan, in the document's order.
+
+    recorders: what the activity rules need; places: of all modules that rules are bound to.
+    """
 
     penalties: list[PenaltyRule]
     constraints: list[ConstraintRule]

@@ -19,7 +19,6 @@ from regkit.validity import Validity
 
 WEIGHT_ROLES = ("kernel", "recurrent", "bias", "projection")
 OUTPUT_ROLES = ("output", "state", "cell")
-DIRECTIONS = ("forward", "backward")
 
 GATE_ALIASES: Mapping[str, str] = {
     "i": "input", "f": "forget", "g": "cell", "c": "cell", "o": "output",

@@ -19,7 +19,7 @@ from regkit.fields import Count, mistake, mistakes_at
 from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty, Schedule, Via
 from regkit.openunion import AnyConstraint, AnyPenalty, AnySchedule, OutputPenalty, WeightPenalty
 from regkit.registry import Entry, Registry, default
-from regkit.target import Frozen, Name, Pattern, Target, any_of
+from regkit.target import AnyOf, Frozen, Name, Pattern, Target
 
 VERSION: Final = 1
 MOST_RULES: Final = 20_000
@@ -105,7 +105,7 @@ def _constraint_mistakes(rule: Rule) -> Iterator[Mistake]:
 class Layer(Frozen):
     """Keras' seven names for one module, or for all that match."""
 
-    module: any_of(Pattern) | None = None  # type: ignore[valid-type]
+    module: AnyOf[Pattern] | None = None
     """Globs over dotted module names; left out: every recurrent module."""
 
     kernel_regularizer: WeightPenalty | None = None

@@ -48,8 +48,8 @@ class Work(Protocol):
     def hold(self) -> nn.Module | None:
         """The model, to keep it alive for a moment; None where it is gone."""
 
-    def intact(self) -> bool:
-        """Whether every module that was bound is still where it was."""
+    def moved(self) -> str | None:
+        """The name of a bound module that is not where it was bound any more, if there is one."""
 
     def parameters(self) -> Iterable[Tensor]:
         """Every parameter that makes a step ours, as the model has them now."""
@@ -126,9 +126,10 @@ class Steps:
         if model is None:
             return None
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        if not self._work.intact():
+        moved = self._work.moved()
+        if moved is not None:
             if any(id(p) in groups for p in model.parameters()):
-                raise AttachError("a recurrent module was replaced or removed after attach(); detach() and attach anew")
+                raise AttachError(f"the module {moved!r} was replaced or removed after attach(); detach(), attach anew")
             return None
         running = self._running(frame)
         ours = {i: groups[i] for i in map(id, self._work.parameters()) if i in groups}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -10,10 +10,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainSerializer,
     StringConstraints,
     ValidationInfo,
 )
+from pydantic_core import CoreSchema
 
 from regkit.errors import unknown
 from regkit.fields import Index, mistake
@@ -35,15 +37,25 @@ def _one_or_list(values: tuple[Any, ...] | None) -> Any:
     return values[0] if values is not None and len(values) == 1 else values
 
 
-def any_of(item: Any) -> Any:
-    """One item or a list of them, kept as a tuple and saved as one item where there is one."""
-    return Annotated[
-        tuple[item, ...],
-        Field(max_length=1000),
-        BeforeValidator(_as_list, json_schema_input_type=item | list[item]),
-        AfterValidator(_distinct),
-        PlainSerializer(_one_or_list),
-    ]
+class _OneOrMany:
+    """Lets the JSON Schema of a list say that one item may stand without it."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        many = handler(schema)
+        return {"anyOf": [many["items"], many]}
+
+
+T = TypeVar("T")
+
+AnyOf = Annotated[
+    tuple[T, ...],
+    Field(max_length=1000),
+    BeforeValidator(_as_list),
+    AfterValidator(_distinct),
+    PlainSerializer(_one_or_list),
+    _OneOrMany(),
+]
+"""One item or a list of them, kept as a tuple and saved as one item where there is one."""
 
 
 def _known_role(role: str, info: ValidationInfo) -> str:
@@ -97,19 +109,19 @@ class Frozen(BaseModel):
 class Target(Frozen):
     """Where a rule binds. What is left out means any; a list means any of its items."""
 
-    module: any_of(Pattern) | None = None  # type: ignore[valid-type]  # pydantic's own idiom for a made-up type
+    module: AnyOf[Pattern] | None = None
     """Globs over dotted module names: `*` within a part, `**` across parts."""
 
-    role: any_of(_Role) | None = None  # type: ignore[valid-type]
+    role: AnyOf[_Role] | None = None
     """kernel, recurrent, bias, projection; output, state, cell. Left out: every weight, or the output."""
 
-    layer: any_of(Index) | None = None  # type: ignore[valid-type]
+    layer: AnyOf[Index] | None = None
     """Layers of a stacked module, from 0."""
 
-    direction: any_of(_Direction) | None = None  # type: ignore[valid-type]
+    direction: AnyOf[_Direction] | None = None
     """forward or backward."""
 
-    gate: any_of(_Gate) | None = None  # type: ignore[valid-type]
+    gate: AnyOf[_Gate] | None = None
     """Gates: LSTM input, forget, cell, output; GRU reset, update, new; or their letters."""
 
     bias: Literal["each", "effective"] = "each"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.optim import LBFGS
 
 from regkit.binding import Binding
 from regkit.errors import AttachError, PluginError, StepError
@@ -30,7 +31,7 @@ class Block:
         self.site = site
         self._module = weakref.ref(module)
         self._layout = layout
-        self._whole = site.shape[0] == module._parameters[site.parameters[0]].shape[0]  # type: ignore[union-attr]
+        self._whole = site.gate is None
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters as they are now."""
@@ -162,6 +163,18 @@ class PenaltyRule(WeightRule):
         total = self._sum((block, parameters) for block, parameters, _ in self._trained(step))
         return None if total is None else total * (self.penalty.strength * self.binding.factor(step.index))
 
+    def check(self, step: Step) -> None:
+        """Raise StepError where a proximal or decoupled rule cannot act in this step, before anything is changed."""
+        for _, _, mine in self._trained(step):
+            if isinstance(step.optimizer, LBFGS) or step.evaluations > 1:
+                raise StepError(
+                    f"rule {self.binding.key!r} is {self.binding.via}, which needs a single gradient evaluation per "
+                    f"step; {type(step.optimizer).__name__} evaluates its closure several times. Use via gradient"
+                )
+            first, *others = [_lr(step, parameter) for parameter in mine]
+            if self.binding.via == "proximal" and any(bool(other != first) for other in others):
+                raise StepError(f"rule {self.binding.key!r}: the two biases of a sum have different learning rates")
+
     def add_gradient(self, step: Step) -> None:
         """grad += strength · factor · ∇Ω(w), times the scale that the gradients have."""
         amount = self.penalty.strength * self.binding.factor(step.index)
@@ -196,10 +209,7 @@ class PenaltyRule(WeightRule):
         if amount == 0:
             return
         for block, parameters, mine in self._trained(step):
-            rate = _lr(step, mine[0])
-            if any(_lr(step, other) is not rate and bool(_lr(step, other) != rate) for other in mine[1:]):
-                raise StepError(f"rule {self.binding.key!r}: the two biases of a sum have different learning rates")
-            size = rate * amount * len(mine)
+            size = _lr(step, mine[0]) * amount * len(mine)
             block.move(parameters, mine, self.penalty.prox(block.weight(parameters), size))
 
 

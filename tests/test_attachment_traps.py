@@ -38,9 +38,17 @@ def test_a_module_replaced_after_attach_is_an_error_at_the_models_next_step(held
     gc.collect()
     SGD(nn.Linear(2, 2).parameters(), lr=0.1).step()  # no concern of others
     model["b"](model["a"](torch.randn(2, 2, 3))[0]).sum().backward()
-    with pytest.raises(regkit.AttachError, match="replaced or removed after attach"):
+    with pytest.raises(regkit.AttachError, match="the module 'a' was replaced or removed after attach"):
         SGD(model.parameters(), lr=0.1).step()
     assert held == (old is not None)
+
+
+def test_a_model_that_has_come_apart_does_not_keep_others_from_being_attached():
+    broken = nn.ModuleDict({"a": nn.LSTM(3, 4)})
+    regkit.attach(broken, L2)
+    del broken["a"]
+    gc.collect()
+    assert regkit.attach(nn.LSTM(3, 4), L2).step_count == 0
 
 
 def test_a_restriction_to_an_optimizer_that_is_gone_is_an_error():

@@ -67,7 +67,7 @@ def torch_weights(cell: str, weights: list[np.ndarray], suffix: str = "_l0") -> 
 def torch_module(cell: str, layer: Any) -> nn.RNNBase:
     halves = [layer.forward_layer, layer.backward_layer] if isinstance(layer, keras.layers.Bidirectional) else [layer]
     bias, two = len(halves[0].get_weights()) == 3, len(halves) == 2
-    module = MODULES[cell](INPUT, HIDDEN, batch_first=True, bias=bias, bidirectional=two).double()  # type: ignore[arg-type]
+    module = MODULES[cell](INPUT, HIDDEN, batch_first=True, bias=bias, bidirectional=two).double()
     state = {}
     for half, suffix in zip(halves, ("_l0", "_l0_reverse"), strict=False):
         state.update(torch_weights(cell, half.get_weights(), suffix))
@@ -84,8 +84,8 @@ def total_of(layer: Any, x: np.ndarray) -> float:
 
 def close(ours: Any, wanted: Any, rtol: float = 1e-6) -> None:
     """Equal as far as Keras goes: on torch its matmul, maximum and division by the batch compute in float32."""
-    as_array = lambda x: np.asarray(keras.ops.convert_to_numpy(x), np.float64)  # noqa: E731
-    np.testing.assert_allclose(as_array(ours), as_array(wanted), rtol=rtol, atol=rtol)
+    arrays = [np.asarray(keras.ops.convert_to_numpy(x), np.float64) for x in (ours, wanted)]
+    np.testing.assert_allclose(*arrays, rtol=rtol, atol=rtol)
 
 
 @pytest.fixture(autouse=True)

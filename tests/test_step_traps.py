@@ -200,10 +200,13 @@ def test_two_biases_of_a_sum_with_different_learning_rates_have_no_prox():
     model = nn.LSTM(3, 4)
     rule = {"target": {"role": "bias", "bias": "effective"}, "penalty": "l1(1)", "via": "proximal"}
     regkit.attach(model, {"rules": [rule]})
-    zero(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = model.bias_ih_l0.detach().clone()
     groups = [{"params": [model.bias_ih_l0], "lr": 1.0}, {"params": [model.bias_hh_l0], "lr": 0.0}]
     with pytest.raises(regkit.StepError, match="different learning rates"):
         SGD(groups).step()
+    assert torch.equal(model.bias_ih_l0, before)  # told before the step, not after it
 
 
 def test_the_second_optimizer_of_a_module_cannot_step_twice_on_one_penalty():
