@@ -243,7 +243,7 @@ def test_keras_epsilon_shrinks_weights_inside_the_ball_and_regkit_leaves_them_bi
     kernel = torch.from_numpy(0.05 * random(INPUT, 4 * HIDDEN))
     theirs = keras.constraints.MaxNorm(3.0, axis=axis)(kernel)
     ours = default().kind("max_norm", "constraint")(max_value=3.0, per=per)
-    assert torch.equal(ours.project(kernel.T), kernel.T)  # type: ignore[attr-defined]
+    assert torch.equal(ours.project(kernel.T), kernel.T)
     assert (theirs.abs() < kernel.abs()).all()
     norms = torch.linalg.vector_norm(kernel, dim=axis, keepdim=True)
     close(theirs, kernel * norms / (norms + keras.config.epsilon()), 1e-12)

@@ -37,7 +37,7 @@ def test_a_kind_survives_json_pickle_and_deepcopy(case: Case) -> None:
 def test_every_option_is_described_in_the_schema_and_the_kind_itself_in_one_line(case: Case) -> None:
     properties = type(case.kind).model_json_schema()["properties"]
     assert [name for name, option in properties.items() if name != "kind" and not option.get("description")] == []
-    meaning = default().find(case.kind.kind).meaning  # type: ignore[union-attr]
+    meaning = default().find(case.kind.kind).meaning
     assert meaning.endswith(".")
 
 
@@ -138,6 +138,10 @@ def test_a_kind_on_weights_never_waits_for_the_device(case: Case) -> None:
             assert case.kind.prox(w, torch.empty((), device="meta")).shape == shape
 
 
+def proximal_objective(case: Case, x: Tensor, w: Tensor, step: float) -> Tensor:
+    return (x - w).square().sum() / 2 + step * case.kind.value(x)
+
+
 @each(PROXIMAL)
 def test_prox_is_the_minimum_of_its_strongly_convex_objective(case: Case) -> None:
     """F(x) = ½‖x − w‖² + step·Ω(x) has F(x* + d) ≥ F(x*) + ½‖d‖² for all d, and for no other x*."""
@@ -145,10 +149,10 @@ def test_prox_is_the_minimum_of_its_strongly_convex_objective(case: Case) -> Non
         w = random((5, 7), seed)
         point = case.kind.prox(w, step)
         assert torch.equal(case.kind.prox(w, torch.tensor(step, dtype=w.dtype)), point)
-        objective = lambda x: (x - w).square().sum() / 2 + step * case.kind.value(x)  # noqa: E731, B023
+        least = proximal_objective(case, point, w, step)
         for trial in range(60):
             d = random(w.shape, 100 + trial, 10.0 ** -(trial % 5))
-            assert objective(point + d) - objective(point) >= d.square().sum() / 2 * (1 - 1e-4) - 1e-12
+            assert proximal_objective(case, point + d, w, step) - least >= d.square().sum() / 2 * (1 - 1e-4) - 1e-12
 
 
 @each(PROXIMAL)

@@ -79,7 +79,7 @@ class Erratic(regkit.Schedule):
     """What it gives then."""
 
     def factor(self, step: int) -> float:
-        return 1.0 if step < 2 else self.bad  # type: ignore[return-value]
+        return 1.0 if step < 2 else self.bad
 
 
 class Stranger:
