@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import CASES, CONS, HALVES, PENS, PROXIMAL, SCHEDS, Case, close, each, make, numbers, random, shapes
+from torch import Tensor
 
 from regkit import Penalty, PluginError, Registry, Schedule
 from regkit.kinds import Kind

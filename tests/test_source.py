@@ -227,7 +227,7 @@ def test_an_integer_of_thousands_of_digits_in_a_text_is_refused(place):
 
 def test_digits_in_a_name_are_not_taken_for_the_number_that_is_too_long():
     digits = "9" * 400
-    text = '{"rules": [{"name": "%s",\n "every": %s}]}' % (digits, digits)  # noqa: UP031  # braces of JSON: format() would want each doubled
+    text = '{"rules": [{"name": "%s",\n "every": %s}]}' % (digits, digits)  # noqa: UP031  # JSON has braces
     assert (only(text).line, only(text).column) == (2, 11)
 
 
@@ -247,7 +247,7 @@ def test_an_integer_of_thousands_of_digits_in_a_dict_is_refused_at_its_place(doc
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
 def test_numbers_that_are_not_finite_are_refused_where_they_stand(number):
-    problem = only('{"rules": [{"penalty": {"kind": "l2", "strength":\n %s}}]}' % number)  # noqa: UP031  # braces of JSON: format() would want each doubled
+    problem = only('{"rules": [{"penalty": {"kind": "l2", "strength":\n %s}}]}' % number)  # noqa: UP031  # JSON has braces
     assert (problem.where, problem.line, problem.column) == ("/rules/0/penalty/strength", 2, 2)
 
 
