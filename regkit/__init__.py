@@ -7,7 +7,8 @@ for x, y in loader:
 """
 
 from regkit.activity import Activity, Segment
-from regkit.attachment import Attachment, attach
+from regkit.attaching import attach, attachments
+from regkit.attachment import Attachment
 from regkit.document import load
 from regkit.errors import AttachError, PluginError, Problem, RegkitError, ResolveError, SpecError, StepError
 from regkit.hookspecs import hookimpl
@@ -50,6 +51,7 @@ __all__ = [
     "Weight",
     "WeightSite",
     "attach",
+    "attachments",
     "hookimpl",
     "load",
     "resolve",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -17,18 +16,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regkit import hooks
+from regkit.copies import Attach, Companion
 from regkit.engine import Engine, total
-from regkit.errors import AttachError, RegkitError, listing
+from regkit.errors import RegkitError, listing
 from regkit.ledger import Ticket
-from regkit.modules import Parameters
-from regkit.plan import Plan, resolve
-from regkit.registry import Registry
-from regkit.rules import Rules, rules_of
-from regkit.spec import Spec
-from regkit.steps import Steps
+from regkit.modules import Parameters, named_modules
+from regkit.plan import Plan
+from regkit.rules import named, rules_of
+from regkit.steps import ByHand, Steps
 from regkit.validity import Lengths, Mask, Validity
+from regkit.watch import Watch
 
-_STATE_VERSION: Final = 1
+_STATE_VERSION: Final = 2
+
 
 _attached: dict[int, list[Attachment]] = {}
 """The attachments of each living model, by its id; a model need not be hashable."""
@@ -44,18 +44,19 @@ class Attachment:
         self._parameters = Parameters(model)
         self._live = False
         self._rules = rules_of(plan, model)
-        self._engine = Engine(self._rules, model)
+        self._engine = Engine(self._rules, model, optimizers is not None)
         self._steps = Steps(self._engine, optimizers)
+        self._watch = self._engine.watch = Watch(self._engine.watched, self._steps.inside)
+        self._companion: Companion | None = None
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
     def _acts(self) -> Iterator[tuple[Hashable, str, str]]:
         """Every place that a kind acts on, by what it is and not by its name; the name; the rule."""
-        for rule in (*self._rules.penalties, *self._rules.constraints):
+        for rule in self._rules.on_weights:
             for block in rule.blocks:
-                site, ids = block.site, tuple(map(id, block.parameters()))
-                name = f"{site.name}.{' + '.join(site.parameters)}".lstrip(".")
-                yield (rule.binding.kind.kind, ids, site.start, site.rows), name, rule.binding.key
+                site, ids = block.site, tuple(map(id, block.leaves()))
+                yield (rule.binding.kind.kind, ids, site.start, site.rows), block.name, rule.binding.key
         for activity in self._rules.activities:
             for output, recorder in activity.places:
                 place = (activity.binding.kind.kind, id(recorder.module), output.role, output.layers, output.directions)
@@ -63,27 +64,38 @@ class Attachment:
 
     @torch.no_grad()
     def _prove(self) -> None:
-        for rule in (*self._rules.penalties, *self._rules.constraints):
+        for rule in self._rules.on_weights:
             rule.prove()
 
-    def _install(self, model: nn.Module) -> None:
+    def _install(self, model: nn.Module, attach_copy: Attach) -> None:
         try:
-            for recorder in self._rules.recorders:
-                recorder.install()
-            hooks.enlist(self._steps)
+            self._hook()
         except BaseException:
             self.detach()
             raise
         self._live = True
+        self._companion = Companion(model, self.plan, lambda: self.step_count, attach_copy)
         if self._key not in _attached:
             # The model's end takes the hooks along; the attachment itself never keeps the model alive.
             weakref.finalize(model, _forget, self._key).atexit = False
         _attached.setdefault(self._key, []).append(self)
 
-    def _remove(self) -> None:
+    def _hook(self) -> None:
+        for recorder in self._rules.recorders:
+            recorder.install()
+        self._watch.arm()
+        hooks.enlist(self._steps)
+
+    def _unhook(self) -> None:
         hooks.dismiss(self._steps)
+        self._watch.disarm()
         for recorder in self._rules.recorders:
             recorder.remove()
+
+    def _remove(self) -> None:
+        self._unhook()
+        if self._companion is not None:
+            self._companion.leave()
         self._live = False
 
     def detach(self) -> None:
@@ -93,6 +105,24 @@ class Attachment:
         siblings = _attached.get(self._key, [])
         if self in siblings:
             siblings.remove(self)
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Inside, no hook is on the model and no step is acted in: for what can bear no hooks, as `torch.export`.
+
+        What was recorded and not consumed is dropped. Raises RegkitError after detach.
+        """
+        self._refuse_dead("nothing to take off")
+        self._unhook()
+        try:
+            yield
+        finally:
+            if self._live:
+                self._hook()
+
+    def _refuse_dead(self, so: str) -> None:
+        if not self._live:
+            raise RegkitError(f"the attachment is detached: there is {so}")
 
     def __enter__(self) -> Attachment:
         return self
@@ -106,7 +136,28 @@ class Attachment:
         return f"<regkit.Attachment of {len(self.plan.bindings)} rules, {state}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        raise RegkitError("an attachment cannot be copied or pickled; save attachment.state_dict() and attach anew")
+        raise RegkitError(
+            "an attachment cannot be copied or pickled; its model can, with the rules in force on the copy "
+            "(regkit.attachments(copy)); what a resumed run needs is attachment.state_dict()"
+        )
+
+    # --- updates that no torch optimizer makes -----------------------------------------------------------------------
+
+    def step(self, lr: float | Tensor | None = None) -> ByHand:
+        """The context of an update that no torch optimizer makes: all that is done at a step is done around it.
+
+        `with attachment.step(lr=0.1): update(model)`, with the gradients of the backward pass in `.grad`.
+        lr: what proximal and decoupled rules multiply by; only they need it.
+
+        Raises RegkitError after detach, StepError as an optimizer's step would.
+        """
+        self._refuse_dead("no rule in force at a step")
+        self._engine.by_hand = True
+        return ByHand(self._steps, lr)
+
+    def weights_changed(self) -> None:
+        """Say that the weights were changed on purpose and not by a step: a new initialization, copied weights."""
+        self._watch.accept()
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -118,8 +169,7 @@ class Attachment:
 
         Raises RegkitError after detach.
         """
-        if not self._live:
-            raise RegkitError("the attachment is detached: there is nothing to add to the loss")
+        self._refuse_dead("nothing to add to the loss")
         with self._no_autocast():
             result = total(self._rules.loss_terms(self.step_count), self._device())
         ticket = Ticket()
@@ -155,12 +205,7 @@ class Attachment:
         For a loop over a cell, the context stands around the whole loop: its n-th call is time n. Packed sequences know
         their lengths and need no context.
         """
-        values = torch.as_tensor(lengths)
-        if values.dim() > 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-            raise ValueError(f"lengths are whole numbers (batch,), got {values.dtype} {tuple(values.shape)}")
-        if values.numel() == 0 or (values.device.type == "cpu" and int(values.min()) < 0):
-            raise ValueError(f"lengths are whole numbers ≥ 0, one for each sequence, got {values.tolist()}")
-        with self._validity(Lengths(values.reshape(-1).clone())):
+        with self._validity(Lengths.of(lengths)):
             yield
 
     @contextmanager
@@ -170,9 +215,7 @@ class Attachment:
         mask: bool, laid out as the output without its features: (time, batch), or (batch, time) with batch_first, or
         (time,) unbatched; (batch,) around one call of a cell.
         """
-        if mask.dtype != torch.bool:
-            raise ValueError(f"a mask is a bool tensor, got {mask.dtype}")
-        with self._validity(Mask(mask.clone())):
+        with self._validity(Mask.of(mask)):
             yield
 
     @contextmanager
@@ -197,9 +240,11 @@ class Attachment:
         weights are not counted: nothing optimizes them.
         """
         with self._no_autocast():
-            values: dict[str, Tensor | None] = {r.binding.key: r.value(self.step_count) for r in self._rules.penalties}
+            values: dict[str, Tensor | None] = {
+                rule.binding.key: named(rule, rule.value, self.step_count) for rule in self._rules.penalties
+            }
             for rule in self._rules.activities:
-                value = rule.value(self.step_count)
+                value = named(rule, rule.value, self.step_count)
                 missing = torch.full((), torch.nan, device=self._device()) if rule.last is None else rule.last
                 values[rule.binding.key] = missing if value is None else value
         zero = torch.zeros((), device=self._device())
@@ -210,89 +255,46 @@ class Attachment:
     def violations(self) -> dict[str, Tensor]:
         """For each constraint rule, how far its worst weight is outside, in the unit of its bound.  -> () each."""
         zero = torch.zeros((), device=self._device())
-        return {r.binding.key: r.violation(self.step_count) if r.blocks else zero for r in self._rules.constraints}
+        return {
+            rule.binding.key: named(rule, rule.violation, self.step_count) if rule.blocks else zero
+            for rule in self._rules.constraints
+        }
 
     @torch.no_grad()
     def apply_constraints(self) -> None:
         """Project every constrained weight now, frozen ones excepted: say, before the first step."""
         for rule in self._rules.constraints:
-            rule.project_all(self.step_count)
+            named(rule, rule.project_all, self.step_count)
 
     # --- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model: the step count."""
-        return {"version": _STATE_VERSION, "step_count": self.step_count}
+        """What a resumed run needs besides the model: the step count, and what several optimizers have stepped of it."""
+        stepped = [name for name, parameter in self._named() if id(parameter) in self._steps.count.stepped]
+        return {"version": _STATE_VERSION, "step_count": self.step_count, "stepped": stepped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state. Raises ValueError for anything that `state_dict` does not return."""
-        count = state.get("step_count")
-        if set(state) != {"version", "step_count"} or type(count) is not int or count < 0:
+        count, stepped = state.get("step_count"), state.get("stepped")
+        fits = set(state) == {"version", "step_count", "stepped"} and isinstance(stepped, Iterable)
+        if not fits or type(count) is not int or count < 0:
             raise ValueError(f"not a state of an attachment: {dict(state)!r}")
         if state["version"] != _STATE_VERSION:
             raise ValueError(f"state version {state['version']!r} is unknown; this regkit reads {_STATE_VERSION}")
-        self._steps.count.restore(count)
+        here = {name: id(parameter) for name, parameter in self._named()}
+        if missing := [name for name in stepped or () if name not in here]:
+            raise ValueError(f"the state is of another model: here is no parameter {listing(missing)}")
+        self._steps.count.restore(count, (here[name] for name in stepped or ()))
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters by names that wrapping it does not change."""
+        model = self._model()
+        for _, name, module in () if model is None else named_modules(model):
+            for own, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield f"{name}.{own}".lstrip("."), parameter
 
 
 def _forget(model_id: int) -> None:
     for attachment in _attached.pop(model_id, []):
         attachment._remove()
-
-
-def attach(
-    model: nn.Module,
-    spec: str | Path | dict[str, Any] | Spec | Plan,
-    *,
-    optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    registry: Registry | None = None,
-) -> Attachment:
-    """Put a spec's rules in force on a model: all of them, or, where one fails, none.
-
-    spec: a path, a JSON text, a dict, a Spec, or a Plan that was resolved for this model.
-    optimizer: act at the steps of these optimizers alone; left out, of every one that owns the weights.
-
-    Raises SpecError for a bad document, ResolveError where a rule does not fit the model, AttachError where a plan was
-    made for another model, a kind acts on the same places already, or a rule acts on no weight of `optimizer`;
-    PluginError where a kind returns something else than its contract says.
-    """
-    plan = spec if isinstance(spec, Plan) else resolve(model, spec, registry=registry)
-    if isinstance(spec, Plan):
-        plan.check(model)
-    only = None if optimizer is None else _optimizers(optimizer)
-    attachment = Attachment(model, plan, only)
-    _refuse_twice(attachment)
-    attachment._prove()
-    if only is not None:
-        _refuse_idle(attachment._rules, only)
-    attachment._install(model)
-    return attachment
-
-
-def _refuse_twice(attachment: Attachment) -> None:
-    """Raise AttachError where a kind acts on a place already, through this model or another that has it in it."""
-    # A copy, for a model may be collected meanwhile. One whose modules have moved is an error at its own next step.
-    others = [other for siblings in list(_attached.values()) for other in siblings if other._engine.moved() is None]
-    live = {place: rule for other in others for place, _, rule in other._acts()}
-    for place, name, rule in attachment._acts():
-        if place in live:
-            raise AttachError(
-                f"rule {rule!r} acts on {name}, where rule {live[place]!r} of another attachment acts already: it "
-                "would count twice. detach() that one first, or put both rules into one document"
-            )
-
-
-def _optimizers(given: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
-    found = [given] if isinstance(given, Optimizer) else list(given)
-    for one in found:
-        if not isinstance(one, Optimizer):
-            raise TypeError(f"optimizer= takes torch optimizers, got {type(one).__name__}")
-    return found
-
-
-def _refuse_idle(rules: Rules, optimizers: list[Optimizer]) -> None:
-    """Raise AttachError for a rule that none of the only optimizers to act at could ever reach."""
-    owned = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
-    for rule in (*rules.penalties, *rules.constraints):
-        if rule.blocks and not any(id(p) in owned for p in rule.parameters()):
-            names = listing(type(one).__name__ for one in optimizers)
-            raise AttachError(f"rule {rule.binding.key!r} acts on no weight that optimizer= ({names}) owns")

@@ -13,7 +13,7 @@ from regkit.sites import OutputSite, Site, WeightSite
 
 @dataclass(frozen=True)
 class Binding:
-    """One rule, bound: what acts, on which sites, and how it reaches them."""
+    """One rule, bound: what acts, on which sites, and how it reaches them. origin: the plugin that it comes from."""
 
     key: str
     kind: Penalty | ActivityPenalty | Constraint
@@ -23,6 +23,7 @@ class Binding:
     optional: bool
     weights: tuple[WeightSite, ...] = ()
     outputs: tuple[OutputSite, ...] = ()
+    origin: str = ""
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -33,7 +34,12 @@ class Binding:
         """The schedule's factor at a step. Raises StepError where a schedule gives no finite number ≥ 0."""
         if self.schedule is None:
             return 1.0
-        factor = self.schedule.factor(index)
+        try:
+            factor = self.schedule.factor(index)
+        except Exception as error:  # a schedule is a stranger's code: anything can come out
+            raise StepError(
+                f"rule {self.key!r}: {self.schedule.describe()} failed at step {index}: {error!r}"
+            ) from error
         if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
             raise StepError(f"rule {self.key!r}: {self.schedule.describe()} gives {factor!r} at step {index}")
         return factor

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from regkit.errors import StepError
+from regkit.errors import StepError, listing
+from regkit.health import Health
 from regkit.modules import Parameters
-from regkit.rules import Rules
+from regkit.rules import Rules, named
 from regkit.steps import Step
+from regkit.watch import Watch, owned_by_any
 
 
 def total(terms: list[Tensor], device: torch.device) -> Tensor:
@@ -23,13 +28,37 @@ def total(terms: list[Tensor], device: torch.device) -> Tensor:
     return result
 
 
-class Engine:
-    """The rules at work. It holds the model weakly, as everything does that torch's global hooks hold."""
+@dataclass
+class _Mark:
+    """That gradients hold what was added to them, until the step ends: the first of them, as it was then."""
 
-    def __init__(self, rules: Rules, model: nn.Module) -> None:
+    leaf: nn.Parameter
+    gradient: Tensor
+    version: int
+    complete: bool
+
+    def fits(self, step: Step) -> bool:
+        """Whether this is the same step taken again, on the same gradients."""
+        same = id(self.leaf) in step.trained and self.leaf.grad is self.gradient
+        return same and self.gradient._version == self.version
+
+
+class Engine:
+    """The rules at work. It holds the model weakly, as everything does that torch's global hooks hold.
+
+    restricted: whether `attach(optimizer=...)` said which steps to act in.
+    """
+
+    def __init__(self, rules: Rules, model: nn.Module, restricted: bool) -> None:
         self._rules = rules
         self._reference = weakref.ref(model)
         self._model = Parameters(model)
+        self._restricted = restricted
+        self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._mark: _Mark | None = None
+        self._health = Health(block for rule in rules.on_weights for block in rule.blocks)
+        self.watch: Watch | None = None
+        self.by_hand = False
 
     def hold(self) -> nn.Module | None:
         """The model, while it lives."""
@@ -39,38 +68,96 @@ class Engine:
         """The name of a bound module that is not where it was bound any more, if there is one."""
         return next((place.name for place in self._rules.places if not place.intact()), None)
 
-    def parameters(self) -> Iterator[Tensor]:
+    def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that makes a step ours.
 
         Activity rules make every step ours that trains any part of the model: their gradient may flow anywhere.
         """
-        weight_rules = chain(self._rules.penalties, self._rules.constraints)
-        yield from chain.from_iterable(rule.parameters() for rule in weight_rules)
+        yield from chain.from_iterable(rule.parameters() for rule in self._rules.on_weights)
         if self._rules.activities:
             yield from self._model
 
+    def watched(self) -> tuple[str, nn.Module, nn.Parameter] | None:
+        """The first parameter under a rule that is trained: its name, its module, itself."""
+        for block in chain.from_iterable(rule.blocks for rule in self._rules.on_weights):
+            for leaf in block.leaves():
+                if leaf.requires_grad:
+                    return block.name, block.module, leaf
+        for recorder in self._rules.recorders:
+            for parameter in recorder.module.parameters():
+                if parameter.requires_grad:
+                    return f"a weight of {recorder.title}", recorder.module, parameter
+        return None
+
+    def met(self, optimizer: Optimizer, groups: Mapping[int, Any], acts: bool) -> None:
+        """Tell the watchdog; at an optimizer's first step, raise StepError for a weight that no optimizer owns."""
+        if self.watch is not None:
+            self.watch.heard(groups, acts)
+        if optimizer in self._met or self._restricted or self.by_hand:
+            return
+        self._met.add(optimizer)
+        if any(id(p) in groups for p in self._model):
+            self._refuse_unowned(groups)
+
+    def _refuse_unowned(self, groups: Mapping[int, Any]) -> None:
+        blocks = chain.from_iterable(rule.blocks for rule in self._rules.on_weights if not rule.binding.optional)
+        trained = [(block, leaf) for block in blocks for leaf in block.leaves() if leaf.requires_grad]
+        missing = [(block, leaf) for block, leaf in trained if id(leaf) not in groups]
+        if not missing:
+            return
+        owned = owned_by_any()
+        names = listing(block.name for block, leaf in missing if id(leaf) not in owned)
+        if names != "none":
+            raise StepError(
+                f"no optimizer owns {names}, though its neighbours are being trained: a rule on it can never act. Give "
+                "it to an optimizer, freeze it (requires_grad_(False)), update it inside `with attachment.step():`, or "
+                'narrow the rule\'s target; a rule with "optional": true may act on nothing'
+            )
+
     def at_gradients(self, step: Step) -> None:
         """Add gradients and decay, once it is sure that nothing the document says is left out of this step."""
+        if step.evaluations == 1 and self._mark is not None and self._mark.fits(step):
+            if self._mark.complete:
+                return  # the optimizer failed, and the step is taken again: all is in the gradients
+            raise StepError("the last step failed halfway; call zero_grad() and run the backward pass again")
         self._check(step)
-        for rule in self._rules.by_gradient:
-            rule.add_gradient(step)
-        for rule in self._rules.by_decay:
-            rule.decay(step)
+        self._health.look(step.index)
+        complete = False
+        try:
+            for rule in self._rules.by_gradient:
+                named(rule, rule.add_gradient, step)
+            for rule in self._rules.by_decay:
+                named(rule, rule.decay, step)
+            complete = True
+        finally:
+            self._mark = self._marked(step, complete)
+
+    def _marked(self, step: Step, complete: bool) -> _Mark | None:
+        rules = (*self._rules.by_gradient, *self._rules.by_decay)
+        leaves = (leaf for rule in rules for leaf in rule.parameters() if id(leaf) in step.trained)
+        leaf = next(leaves, None)
+        if leaf is None or leaf.grad is None:
+            return None
+        return _Mark(leaf, leaf.grad, leaf.grad._version, complete)
 
     def value(self, step: Step) -> Tensor:
         """The value of what `at_gradients` added to gradients."""
         terms = [rule.trained_value(step) for rule in self._rules.by_gradient]
-        device = step.optimizer.param_groups[0]["params"][0].device
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
         return total([term for term in terms if term is not None], device)
 
     def after(self, step: Step) -> None:
         """Proximal operators, then constraints in the document's order."""
+        self._mark = None
         for rule in self._rules.by_prox:
-            rule.shrink(step)
+            named(rule, rule.shrink, step)
         for constraint in self._rules.constraints:
             if (step.index + 1) % constraint.binding.every == 0:
-                constraint.project(step)
+                named(constraint, constraint.project, step)
         self._settle(step)
+        if self.watch is not None:
+            self.watch.accept()
+            self.watch.arm()
 
     def _check(self, step: Step) -> None:
         for activity in self._rules.activities:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from regkit.registry import Registry
 from regkit.sites import Adapter
@@ -28,9 +30,20 @@ class Recurrent:
     module: nn.Module
     adapter: Adapter
     places: tuple[tuple[str, str], ...]
+    parent: nn.Module | None
 
     def __str__(self) -> str:
-        return f"{self.name or '(the model itself)'} ({type(self.module).__name__})"
+        return f"{self.name or '(the model itself)'} ({class_name(self.module)})"
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of the class that its author gave the module: parametrizing and sharding put a made one above it."""
+    made = (parametrize.type_before_parametrizations(module), *type(module).__mro__)
+    room = sys.modules.get("torch.distributed.fsdp")
+    sharding = None if room is None else getattr(room, "FSDPModule", None)
+    if sharding is not None and isinstance(module, sharding):
+        made = tuple(cls for cls in made if not issubclass(cls, sharding))
+    return made[0].__name__
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
@@ -58,11 +71,16 @@ def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
     """Every module that an adapter knows, each once, in the model's order."""
     places: dict[int, list[tuple[str, str]]] = {}
     modules: dict[int, nn.Module] = {}
+    by_path: dict[str, nn.Module] = {}
     for path, name, module in named_modules(model):
         places.setdefault(id(module), []).append((path, name))
-        modules[id(module)] = module
+        modules[id(module)] = by_path[path] = module
     found = ((places[key], module, registry.adapter(module)) for key, module in modules.items())
-    return [Recurrent(*at[0], module, adapter, tuple(at)) for at, module, adapter in found if adapter is not None]
+    return [
+        Recurrent(*at[0], module, adapter, tuple(at), by_path[at[0][0].rpartition(".")[0]] if at[0][0] else None)
+        for at, module, adapter in found
+        if adapter is not None
+    ]
 
 
 class Place:

@@ -7,20 +7,22 @@ holds names and numbers, no tensors and no modules; `print(plan)` shows what wil
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 from regkit import document
 from regkit.binding import Binding
 from regkit.errors import AttachError, Problem, ResolveError, listing
-from regkit.modules import Recurrent, named_modules, recurrent_modules
+from regkit.modules import Recurrent, class_name, named_modules, recurrent_modules
 from regkit.registry import Registry, default
 from regkit.selection import Unbound, bind
 from regkit.sites import WeightSite
 from regkit.spec import Spec
+from regkit.storage import storage_of
 from regkit.table import table
 
 _HEADER: Final = (
@@ -54,14 +56,25 @@ class Plan:
         for binding in self.bindings:
             for site in binding.sites:
                 module = modules.get(site.path)
-                if module is None or type(module).__name__ != site.module_class:
-                    has = "nothing" if module is None else type(module).__name__
+                has = "nothing" if module is None else class_name(module)
+                if module is None or has != site.module_class:
                     raise _of_another_model(f"{site.path!r} is {has} here, {site.module_class} in the plan")
                 if isinstance(site, WeightSite):
-                    _check_shape(site, module)
+                    _check_shape(site, module, modules.get(site.path.rpartition(".")[0]))
 
     def __str__(self) -> str:
         return table(_HEADER, self.rows())
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self  # frozen
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _installed, (self.bindings,)
+
+
+def _installed(bindings: tuple[Binding, ...]) -> Plan:
+    """A plan that was pickled: its kinds came along, its adapters are those of what is installed here."""
+    return Plan(bindings, default())
 
 
 def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:
@@ -97,7 +110,9 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
     problems: list[Problem] = []
     for key, rule in spec.keyed_rules().items():
         try:
-            bindings.append(bind(key, rule, everywhere))
+            entry = registry.find(rule.kind.kind)
+            origin = rule.kind.__class__.__module__ if entry is None else str(entry.origin)
+            bindings.append(replace(bind(key, rule, everywhere), origin=origin))
         except Unbound as error:
             problems.append(Problem(key, _sentence(str(error), model, everywhere, registry)))
     if problems:
@@ -112,11 +127,14 @@ def _sentence(reason: str, model: nn.Module, everywhere: list[Recurrent], regist
     return f"the model has no recurrent module. It has: {classes}; known are: {listing(registry.module_classes)}"
 
 
-def _check_shape(site: WeightSite, module: nn.Module) -> None:
+def _check_shape(site: WeightSite, module: nn.Module, parent: nn.Module | None) -> None:
     for name in site.parameters:
-        parameter = module._parameters.get(name)
-        here = None if parameter is None else tuple(parameter.shape)
-        if here is None or here[1:] != site.shape[1:] or here[0] < site.start + site.rows:
+        try:
+            with torch.no_grad():
+                here = tuple(storage_of(module, parent, name).read().shape)
+        except AttachError as error:
+            raise _of_another_model(f"{site.path}: {error}") from None
+        if here[1:] != site.shape[1:] or here[0] < site.start + site.rows:
             raise _of_another_model(f"{site.path}.{name} is {here} here, {site.shape} in the plan")
 
 

@@ -7,19 +7,22 @@ copy of a hook is an inert one, which records nothing and writes into no one's s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from regkit import modes
 from regkit.activity import Activity, Segment
 from regkit.binding import Binding
+from regkit.calls import Call, Calls, Record
 from regkit.errors import RegkitError, StepError
 from regkit.kinds import ActivityPenalty
 from regkit.ledger import Ledger, Ticket
@@ -27,21 +30,6 @@ from regkit.modules import Parameters
 from regkit.sites import Adapter, OutputSite
 from regkit.steps import Step
 from regkit.validity import Validity
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one call of a module put out, and which of it is data.
-
-    call: how many calls came before it under the same validity; versions: of the tensors, to see changes in place.
-    """
-
-    observed: Mapping[str, Any]
-    validity: Validity | None
-    call: int
-    training: bool
-    versions: Mapping[str, int]
-
 
 _UNCONSUMED: Final = (
     "recorded outputs that were not consumed before the optimizer's step; add attachment.penalty() to the loss, run "
@@ -63,15 +51,18 @@ class Recorder:
         self._adapter = adapter
         self._handle: RemovableHandle | None = None
         self.name = name
-        self.records: list[Record] = []
+        self.title = name or "the model"
         self.ledger = Ledger()
-        self._passed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._validity: Validity | None = None
-        self._before: Validity | None = None
-        self._calls = self._longest = 0
+        self._calls = Calls()
+        self._passed: weakref.WeakSet[Optimizer | Recorder] = weakref.WeakSet()
 
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
         return Recorder, ()  # what deepcopy and pickle make of a hook that travels with its model
+
+    @property
+    def inert(self) -> bool:
+        """Whether it is a copy of a recorder, and records nothing."""
+        return self._adapter is None
 
     @property
     def module(self) -> nn.Module:
@@ -83,6 +74,9 @@ class Recorder:
 
     def install(self) -> None:
         """Begin to record."""
+        # Hooks that came with a pickled module have numbers that this process knows nothing of: keep clear of them.
+        taken = max((*self.module._forward_hooks, *self.module._forward_pre_hooks), default=-1)
+        RemovableHandle.next_id = max(RemovableHandle.next_id, taken + 1)
         self._handle = self.module.register_forward_hook(self, with_kwargs=True)
 
     def remove(self) -> None:
@@ -92,45 +86,40 @@ class Recorder:
         self.clear()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if self._adapter is None:
+        compiling = torch.compiler.is_compiling()
+        if self._adapter is None or modes.is_rehearsal(self.title, compiling):
             return
         try:
             observed = self._adapter.observe(module, args, kwargs, result)
         except Exception as error:  # a subclass may return what it likes; its user must learn what does not fit
             raise StepError(
-                f"{self.name or 'the model'} ({type(module).__name__}) returned what its adapter "
-                f"{type(self._adapter).__name__} cannot read ({error!r}); it needs an adapter of its own"
+                f"{self.title} ({type(module).__name__}) returned what its adapter {type(self._adapter).__name__} "
+                f"cannot read ({error!r}); it needs an adapter of its own"
             ) from error
-        validity, call = self._validity, 0
-        if validity is not None:
-            validity, call = self._in_time(validity, observed)
-        # What no gradient can reach (evaluation under no_grad) is no training data.
-        if any(_tracked(one) for one in observed.values()):
-            self.records.append(Record(observed, validity, call, module.training, _versions(observed)))
+        starts = self._adapter.starts(observed)
+        carrying = [role for role, one in observed.items() if _carries_gradient(one)]
+        if not carrying:  # what no gradient can reach (evaluation under no_grad) is no training data
+            if self._calls.timed:
+                self._calls.add(Call(None, {}, module.training, starts), compiling)
+            return
+        if not compiling:
+            modes.check(module, self.title)
+        # Compiled code cannot be asked for the versions of tensors: changes in place go unchecked there.
+        versions = {} if compiling else {role: _data(observed[role])._version for role in carrying}
+        self._calls.add(Call(observed, versions, module.training, starts), compiling)
 
-    def _in_time(self, validity: Validity, observed: Mapping[str, Any]) -> tuple[Validity, int]:
-        """Which call this is under the validity: for a cell, its place in time. It need not be recorded to count."""
-        assert self._adapter is not None
-        if self._adapter.starts(observed):
-            self._calls, self._before = 0, None
-        call, before = self._calls, self._before
-        self._calls, self._before = call + 1, validity
-        self._longest = max(self._longest, self._calls)
-        return validity.following(before), call
+    @property
+    def records(self) -> list[Record]:
+        """What is in store."""
+        return self._calls.records
 
     @contextmanager
     def under(self, validity: Validity) -> Iterator[None]:
         """Inside, calls have this validity, counted from 0."""
-        outer = (self._validity, self._before, self._calls, self._longest)
-        self._validity, self._calls, self._longest = validity, 0, 0
-        try:
+        with self._calls.under(validity):
             yield
-            if self._adapter is not None and self._adapter.steps and self._longest:
-                validity.check_calls(self._longest, self.name or "the model")
-        finally:
-            before = self._before
-            self._validity, self._before, self._calls, self._longest = outer
-            self._before = before  # masks stand around one call each: the next one is compared with this one
+            if self._adapter is not None and self._adapter.steps and self._calls.longest:
+                validity.check_calls(self._calls.longest, self.title)
 
     def consume(self, ticket: Ticket) -> None:
         """What is in store has gone into the loss of this ticket."""
@@ -140,7 +129,7 @@ class Recorder:
 
     def clear(self) -> None:
         """Drop what is in store."""
-        self.records.clear()
+        self._calls.clear()
         self._passed.clear()
 
     def segments(self, site: OutputSite) -> Iterator[Segment]:
@@ -151,7 +140,7 @@ class Recorder:
             for role, version in record.versions.items():
                 if _data(record.observed[role])._version != version:
                     raise StepError(
-                        f"the {role} of {self.name or 'the model'} was changed in place after it was recorded, so its "
+                        f"the {role} of {self.title} was changed in place after it was recorded, so its "
                         "penalty would be that of other values; change a copy"
                     )
             yield from self._adapter.segments(self.module, site, record.observed, record.validity, record.call)
@@ -160,7 +149,7 @@ class Recorder:
         evaluated = sum(not record.training for record in self.records)
         if 0 < evaluated < len(self.records):
             raise StepError(
-                f"{evaluated} of {len(self.records)} recorded outputs of {self.name or 'the model'} were made in "
+                f"{evaluated} of {len(self.records)} recorded outputs of {self.title} were made in "
                 "eval mode and would be counted with those of training; evaluate under torch.no_grad()"
             )
 
@@ -173,38 +162,41 @@ class Recorder:
         """A step that does not train the module leaves its records to a later one, but not twice."""
         if not self.records or step.evaluations > 1 or self.trained_by(step):
             return
-        if step.optimizer in self._passed:
+        by = step.optimizer or self  # an update that no optimizer makes is always the same one
+        if by in self._passed:
             raise StepError(
-                f"outputs of {self.name or 'the model'} recorded before the last step of this optimizer were never "
+                f"outputs of {self.title} recorded before the last step of this optimizer were never "
                 "consumed: add attachment.penalty() to the loss, or run forward passes that it is not trained on under "
                 "torch.no_grad(), or call attachment.discard()"
             )
-        self._passed.add(step.optimizer)
+        self._passed.add(by)
 
 
 def _data(observed: Any) -> Any:
     return observed.data if isinstance(observed, PackedSequence) else observed
 
 
-def _tracked(observed: Any) -> bool:
+def _carries_gradient(observed: Any) -> bool:
     data = _data(observed)
-    return isinstance(data, Tensor) and data.requires_grad
+    return isinstance(data, Tensor) and data.requires_grad and type(data) is not FakeTensor
 
 
-def _versions(observed: Mapping[str, Any]) -> dict[str, int]:
-    """The versions of the tensors that gradients reach. Compiled code cannot be asked for them: it goes unchecked."""
-    if torch.compiler.is_compiling():
-        return {}
-    return {role: _data(one)._version for role, one in observed.items() if _tracked(one)}
+def drop_copied_hooks(model: nn.Module) -> None:
+    """Take the inert hooks off a copied model that its original's recorders left on it."""
+    for module in model.modules():
+        for number in [n for n, hook in module._forward_hooks.items() if isinstance(hook, Recorder) and hook.inert]:
+            del module._forward_hooks[number]
+            module._forward_hooks_with_kwargs.pop(number, None)
 
 
 @dataclass(eq=False)
 class ActivityRule:
-    """A rule on activity, with the recorders that see its sites."""
+    """A rule on activity, with the recorders that see its sites. at: the one it works on, for an error's sentence."""
 
     binding: Binding
     places: list[tuple[OutputSite, Recorder]]
     last: Tensor | None = None
+    at: OutputSite | None = None
 
     def value(self, index: int) -> Tensor | None:
         """strength · factor · Σ value over the sites with anything in store, None where there is nothing.  -> ()."""
@@ -212,6 +204,7 @@ class ActivityRule:
         assert isinstance(penalty, ActivityPenalty)
         total: Tensor | None = None
         for site, recorder in self.places:
+            self.at = site
             if recorder.records:
                 value = penalty.value(Activity(tuple(recorder.segments(site))))
                 total = value if total is None else total + value.to(total.device)
@@ -232,7 +225,7 @@ class ActivityRule:
             reason = self._missing(recorder, trained) if trained else None
             if reason is not None:
                 what = f"rule {self.binding.key!r} ({self.binding.kind.describe()})"
-                raise StepError(f"{what} on {recorder.name or 'the model'} {reason}")
+                raise StepError(f"{what} on {recorder.title} {reason}")
 
     def _missing(self, recorder: Recorder, trained: set[int]) -> str | None:
         if recorder.records:

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
-from regkit.kinds import ActivityPenalty, Penalty
+from regkit.blocks import Block
+from regkit.errors import RegkitError, StepError
+from regkit.kinds import ActivityPenalty, Layout, Penalty
 from regkit.modules import Place
 from regkit.plan import Plan
 from regkit.records import ActivityRule, Recorder
-from regkit.weights import Block, ConstraintRule, PenaltyRule
+from regkit.sites import WeightSite
+from regkit.weights import ConstraintRule, PenaltyRule, WeightRule
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def named(rule: WeightRule | ActivityRule, run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `run` returns. What a plugin's mathematics raises becomes a StepError that says whose it was, and where."""
+    try:
+        return run(*args, **kwargs)
+    except RegkitError:
+        raise
+    except Exception as error:  # a kind is a stranger's code: anything can come out
+        binding = rule.binding
+        where = "" if rule.at is None else f" on {rule.at.name or 'the model'}"
+        raise StepError(
+            f"rule {binding.key!r}: {binding.title}, of plugin {binding.origin}, failed{where}: {error!r}"
+        ) from error
 
 
 @dataclass(eq=False)
@@ -34,10 +55,15 @@ class Rules:
             for via in ("gradient", "loss", "proximal", "decoupled")
         )
 
+    @property
+    def on_weights(self) -> list[PenaltyRule | ConstraintRule]:
+        """The rules on weights."""
+        return [*self.penalties, *self.constraints]
+
     def loss_terms(self, index: int) -> list[Tensor]:
         """What goes through the loss at a step: activity penalties of what is recorded, weight penalties via loss."""
-        terms = [rule.take(index) for rule in self.activities]
-        terms += [rule.value(index) for rule in self.by_loss]
+        terms = [named(rule, rule.take, index) for rule in self.activities]
+        terms += [named(rule, rule.value, index) for rule in self.by_loss]
         return [term for term in terms if term is not None]
 
 
@@ -54,13 +80,18 @@ def rules_of(plan: Plan, model: nn.Module) -> Rules:
             places = [(site, recorders[id(modules[site.path])]) for site in binding.outputs]
             activities.append(ActivityRule(binding, places))
             continue
-        blocks = [Block(site, modules[site.path], kind.layout) for site in binding.weights]
+        blocks = [_block(site, modules, kind.layout) for site in binding.weights]
         if isinstance(kind, Penalty):
             penalties.append(PenaltyRule(binding, blocks))
         else:
             constraints.append(ConstraintRule(binding, blocks))
     paths = dict.fromkeys(site.path for binding in plan.bindings for site in binding.sites)
     return Rules(penalties, constraints, activities, list(recorders.values()), [Place(model, path) for path in paths])
+
+
+def _block(site: WeightSite, modules: Mapping[str, nn.Module], layout: Layout) -> Block:
+    parent = modules[site.path.rpartition(".")[0]] if site.path else None
+    return Block(site, modules[site.path], parent, layout)
 
 
 def _recorders(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[int, Recorder]:

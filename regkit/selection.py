@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from regkit.binding import Binding
-from regkit.errors import listing, nearest
+from regkit.errors import AttachError, listing, nearest
 from regkit.kinds import ActivityPenalty, Constraint, Layout, Penalty, Schedule, Via
-from regkit.modules import Recurrent, matches
+from regkit.modules import Recurrent, class_name, matches
 from regkit.sites import OUTPUT_ROLES, OutputSite, Weight, WeightSite
 from regkit.spec import Rule
+from regkit.storage import storage_of
 from regkit.target import Target
 
 # Of a stacked module only the top layer's sequence comes out; the others stay inside.
@@ -151,7 +153,7 @@ def _of_fitting_rank(
     """The candidates that the kind is defined for. A constraint takes biases only where the target names them."""
     spared = ("bias",) if isinstance(kind, Constraint) and not wanted else ()
     candidates = [(r, w) for r, w in candidates if w.role not in spared]
-    fitting = [(r, w) for r, w in candidates if _parameter(r, w.parameters[0]).dim() in kind.ranks]
+    fitting = [(r, w) for r, w in candidates if _weight(r, w.parameters[0]).dim() in kind.ranks]
     unfit = sorted({w.role for _, w in candidates} - {w.role for _, w in fitting})
     if wanted and unfit:
         raise Unbound(f"{kind.kind} is not defined for the {listing(unfit)}: it takes {_ranks(kind)}")
@@ -165,37 +167,28 @@ def _ranks(kind: Penalty | Constraint) -> str:
     return " and ".join(names.get(rank, f"{rank}-dimensional weights") for rank in kind.ranks)
 
 
-def _parameter(recurrent: Recurrent, name: str) -> nn.Parameter:
-    """The parameter of this name, as a plain, real one. Raises Unbound where it is something else."""
-    parameter = recurrent.module._parameters.get(name)
-    where = f"{recurrent.name}.{name}".lstrip(".")
-    if parameter is None:
-        made = (
-            "is computed from another (parametrized, pruned or wrapped)"
-            if hasattr(recurrent.module, name)
-            else "is missing"
-        )
-        raise Unbound(f"{where} {made}; regkit acts on plain parameters")
-    if nn.parameter.is_lazy(parameter) or parameter.is_meta:
-        raise Unbound(f"{where} has no memory yet (lazy or meta); attach once it is real")
-    if hasattr(parameter, "placements"):  # a DTensor; its class is not imported for the question
-        raise Unbound(f"{where} is sharded (a DTensor), which regkit does not support yet")
-    if not parameter.is_floating_point():
-        raise Unbound(f"{where} holds {parameter.dtype}, not floating-point numbers")
-    return parameter
+def _weight(recurrent: Recurrent, name: str) -> Tensor:
+    """The weight of this name, as it acts. Raises Unbound where there is none that can be read and followed."""
+    try:
+        with torch.no_grad():
+            weight = storage_of(recurrent.module, recurrent.parent, name).read()
+    except AttachError as error:
+        raise Unbound(f"{recurrent}: {error}") from None
+    if not weight.is_floating_point():
+        raise Unbound(f"{recurrent}: {name} holds {weight.dtype}, not floating-point numbers")
+    return weight
 
 
 def _blocks(recurrent: Recurrent, weight: Weight, target: Target, layout: Layout) -> Iterator[WeightSite]:
     """The sites of one weight: whole, or one for each gate where the target or the kind tells gates apart."""
-    parameters = [_parameter(recurrent, name) for name in weight.parameters]
-    shape = tuple(parameters[0].shape)
+    shape, *_ = [tuple(_weight(recurrent, name).shape) for name in weight.parameters]
     gates = len(weight.gates) or 1
     hidden, left = divmod(shape[0], gates)
     if left:
         where = f"{recurrent.name}.{weight.parameters[0]}".lstrip(".")
         raise Unbound(f"{where} has {shape[0]} rows, which do not divide into {gates} gates: {listing(weight.gates)}")
     whole = WeightSite(
-        recurrent.path, recurrent.name, type(recurrent.module).__name__, weight.parameters, weight.role,
+        recurrent.path, recurrent.name, class_name(recurrent.module), weight.parameters, weight.role,
         weight.layer, weight.direction, None, 0, shape[0], gates, shape,
     )  # fmt: skip
     apart = bool(target.gate) or layout == "gate"
@@ -221,11 +214,12 @@ def _refuse_separate(recurrent: Recurrent, weight: Weight, gates: tuple[str, ...
 
 def _once(sites: list[WeightSite], recurrents: Iterable[Recurrent]) -> tuple[WeightSite, ...]:
     """The sites without those that are another's tied weight: one tensor counts once in a rule."""
-    modules = {r.path: r.module for r in recurrents}
+    by_path = {r.path: r for r in recurrents}
     seen: dict[tuple[Any, ...], WeightSite] = {}
     for site in sites:
-        tensors: list[Tensor | None] = [modules[site.path]._parameters[name] for name in site.parameters]
-        seen.setdefault((*map(id, tensors), site.start, site.rows), site)
+        at = by_path[site.path]
+        leaves = [leaf for name in site.parameters for leaf in storage_of(at.module, at.parent, name).leaves]
+        seen.setdefault((*map(id, leaves), site.start, site.rows), site)
     return tuple(seen.values())
 
 
@@ -255,7 +249,7 @@ def _outputs(target: Target, kind: ActivityPenalty, modules: list[Recurrent]) ->
         OutputSite(
             r.path,
             r.name,
-            type(r.module).__name__,
+            class_name(r.module),
             o.role,
             tuple(layer for layer in o.layers if layer in (target.layer or o.layers)),
             tuple(direction for direction in o.directions if direction in (target.direction or o.directions)),

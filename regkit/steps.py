@@ -8,9 +8,10 @@ behind it.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -26,13 +27,14 @@ from regkit.errors import AttachError, StepError
 class Step:
     """One optimizer step that owns parameters of ours.
 
+    optimizer: None for an update that is not made by a torch optimizer, inside `attachment.step()`.
     groups: the parameter group of each owned parameter, by its id.
     scale: the loss scale still in the gradients; a fused optimizer divides by it itself.
     index: how many steps came before it.
     trained: the ids of owned parameters that have a gradient, once gradients are complete.
     """
 
-    optimizer: Optimizer
+    optimizer: Optimizer | None
     groups: dict[int, dict[str, Any]]
     scale: Tensor | None
     skipped: bool
@@ -40,6 +42,11 @@ class Step:
     frame: FrameType | None
     trained: set[int] = field(default_factory=set)
     evaluations: int = 0
+
+    @property
+    def by(self) -> str:
+        """Who makes the step, for a sentence."""
+        return "attachment.step()" if self.optimizer is None else type(self.optimizer).__name__
 
 
 class Work(Protocol):
@@ -51,8 +58,11 @@ class Work(Protocol):
     def moved(self) -> str | None:
         """The name of a bound module that is not where it was bound any more, if there is one."""
 
-    def parameters(self) -> Iterable[Tensor]:
+    def parameters(self) -> Iterable[nn.Parameter]:
         """Every parameter that makes a step ours, as the model has them now."""
+
+    def met(self, optimizer: Optimizer, groups: Mapping[int, Any], acts: bool) -> None:
+        """An optimizer of these parameters is about to step; whether it is one that the attachment acts with."""
 
     def at_gradients(self, step: Step) -> None:
         """Gradients are complete, weights not yet updated. Comes once for each evaluation of a closure."""
@@ -72,10 +82,10 @@ class StepCount:
 
     def __init__(self) -> None:
         self.count = 0
-        self._stepped: set[int] = set()
+        self.stepped: set[int] = set()
 
     def _joins(self, parameters: Iterable[int]) -> bool:
-        return bool(self._stepped) and self._stepped.isdisjoint(parameters)
+        return bool(self.stepped) and self.stepped.isdisjoint(parameters)
 
     def index(self, parameters: Iterable[int]) -> int:
         """The number, from 0, of the step that an optimizer of these parameters is about to take part in."""
@@ -85,13 +95,13 @@ class StepCount:
         """An optimizer of these parameters has stepped."""
         if not self._joins(parameters):
             self.count += 1
-            self._stepped.clear()
-        self._stepped.update(parameters)
+            self.stepped.clear()
+        self.stepped.update(parameters)
 
-    def restore(self, count: int) -> None:
-        """Go on from a saved count."""
+    def restore(self, count: int, stepped: Iterable[int]) -> None:
+        """Go on from a saved count, of which these parameters have been stepped."""
         self.count = count
-        self._stepped.clear()
+        self.stepped = set(stepped)
 
 
 class Steps:
@@ -133,9 +143,12 @@ class Steps:
             return None
         running = self._running(frame)
         ours = {i: groups[i] for i in map(id, self._work.parameters()) if i in groups}
+        acts = self._concerns(optimizer) if ours else False
         for outer in running:
             ours = {i: group for i, group in ours.items() if i not in outer.groups}
-        if not ours or not self._concerns(optimizer):
+        if not running:
+            self._work.met(optimizer, groups, acts)
+        if not ours or not acts:
             return None
         # Both attributes are set by GradScaler around the step of an optimizer that unscales by itself, and only there.
         # Reading found_inf waits for the GPU; so does GradScaler itself at the step of every other optimizer.
@@ -166,14 +179,53 @@ class Steps:
     def after(self, frame: FrameType) -> None:
         """End the step of this frame, if it was ours. Another step of the same optimizer may run within it."""
         running = self._running(frame)
-        if not running or running[-1].frame is not frame:
-            return
-        step = running.pop()
+        if running and running[-1].frame is frame:
+            self._end(running.pop())
+
+    def _end(self, step: Step) -> None:
         step.frame = None  # the frame holds the closure, which holds the step: a circle that would keep a batch alive
         if not step.skipped:
-            with torch.no_grad():
-                self._work.after(step)
-            self.count.advance(step.groups)
+            try:
+                with torch.no_grad():
+                    self._work.after(step)
+            finally:  # whatever fails behind it, the weights are updated
+                self.count.advance(step.groups)
+
+    def inside(self) -> bool:
+        """Whether this thread is in a step that the attachment acts in."""
+        return bool(getattr(self._thread, "running", None))
+
+
+@dataclass(eq=False)
+class ByHand:
+    """The context of an update that no torch optimizer makes: what is before and after a step is done around it.
+
+    lr: what proximal and decoupled rules multiply by.
+    """
+
+    hooks: Steps
+    lr: float | Tensor | None
+    step: Step | None = None
+
+    def __enter__(self) -> None:
+        frame = sys._getframe(1)
+        running = self.hooks._running(frame)
+        if running:
+            raise StepError("attachment.step() was entered within a step")
+        group = {} if self.lr is None else {"lr": self.lr}
+        groups = {id(parameter): group for parameter in self.hooks._work.parameters()}
+        self.step = Step(None, groups, None, False, self.hooks.count.index(groups), frame)
+        self.hooks._at_gradients(self.step)
+        running.append(self.step)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        step, self.step = self.step, None
+        running = self.hooks._running(sys._getframe(1))
+        if step is None or step not in running:
+            return
+        running.remove(step)
+        if kind is None:
+            self.hooks._end(step)
 
 
 def _closure(args: Any, kwargs: Any) -> tuple[Callable[[], Any] | None, Callable[[Any], tuple[Any, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +42,16 @@ class Lengths(Validity):
 
     lengths: Tensor
 
+    @classmethod
+    def of(cls, lengths: Tensor | Sequence[int]) -> Lengths:
+        """Lengths as a user gives them. Raises ValueError unless they are whole numbers ≥ 0, one for each sequence."""
+        values = torch.as_tensor(lengths)
+        if values.dim() > 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise ValueError(f"lengths are whole numbers (batch,), got {values.dtype} {tuple(values.shape)}")
+        if values.numel() == 0 or (values.device.type == "cpu" and int(values.min()) < 0):
+            raise ValueError(f"lengths are whole numbers ≥ 0, one for each sequence, got {values.tolist()}")
+        return cls(values.reshape(-1).clone())
+
     def _check(self, batch: int, time: int | None) -> None:
         if self.lengths.numel() != batch:
             raise StepError(f"lengths() was given {self.lengths.numel()} lengths for a batch of {batch} sequences")
@@ -73,6 +84,13 @@ class Mask(Validity):
 
     mask: Tensor
     before: Tensor | None = None
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Mask:
+        """A mask as a user gives it. Raises ValueError unless it is boolean."""
+        if mask.dtype != torch.bool:
+            raise ValueError(f"a mask is a bool tensor, got {mask.dtype}")
+        return cls(mask.clone())
 
     def following(self, before: Validity | None) -> Validity:
         return replace(self, before=before.mask) if isinstance(before, Mask) else self

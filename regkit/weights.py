@@ -5,7 +5,6 @@ Nothing here is decided: a rule's kind, its sites and its factor come from the p
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,114 +14,86 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from regkit.binding import Binding
+from regkit.blocks import Block
 from regkit.errors import AttachError, PluginError, StepError
-from regkit.kinds import Constraint, Layout, Penalty
+from regkit.kinds import Constraint, Penalty
 from regkit.ledger import Ledger
-from regkit.sites import WeightSite
 from regkit.steps import Step
-
-
-class Block:
-    """A site on the live model. The module is held weakly, and its parameters are looked up at each use: they may be
-    replaced (`load_state_dict(assign=True)`, `to_empty`), and an attachment keeps no model alive.
-    """
-
-    def __init__(self, site: WeightSite, module: nn.Module, layout: Layout) -> None:
-        self.site = site
-        self._module = weakref.ref(module)
-        self._layout = layout
-        self._whole = site.gate is None
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters as they are now."""
-        module = self._module()
-        if module is None:
-            raise AttachError(f"the module {self.site.name!r} is gone")
-        found = [module._parameters.get(name) for name in self.site.parameters]
-        kept = [parameter for parameter in found if parameter is not None]
-        if len(kept) < len(found):
-            raise AttachError(f"{self.site.name}.{' + '.join(self.site.parameters)} is not a plain parameter any more")
-        return kept
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """A view of the block's rows in a parameter or its gradient, in the layout that the kind asked for."""
-        block = tensor if self._whole else tensor.narrow(0, self.site.start, self.site.rows)
-        return torch.unflatten(block, 0, (self.site.gates, -1)) if self._layout == "cell" else block
-
-    def weight(self, parameters: Sequence[Tensor]) -> Tensor:
-        """The weight that acts: a view of the one parameter, or the sum of two biases."""
-        first = self.rows(parameters[0])
-        return first if len(parameters) == 1 else first + self.rows(parameters[1])
-
-    def move(self, parameters: Sequence[Tensor], mine: Sequence[Tensor], point: Tensor) -> None:
-        """Make the weight that acts equal to a point, by changing the parameters in `mine`.
-
-        For a sum a + b the change is shared equally, which is the nearest pair: ‖Δa‖² + ‖Δb‖² is least under a given
-        Δa + Δb where Δa = Δb.
-        """
-        if len(parameters) == 1:
-            self.rows(parameters[0]).copy_(point)
-            return
-        share = (point - self.weight(parameters)) / len(mine)
-        for parameter in mine:
-            self.rows(parameter).add_(share)
+from regkit.storage import Storage
 
 
 def _lr(step: Step, parameter: Tensor) -> float | Tensor:
     group = step.groups[id(parameter)]
     if "lr" not in group:
-        raise StepError(f"{type(step.optimizer).__name__} has no `lr`, which a proximal or decoupled rule multiplies")
+        raise StepError(f"{step.by} has no `lr`, which a proximal or decoupled rule multiplies")
     lr: float | Tensor = group["lr"]
     return lr
 
 
 @dataclass(eq=False)
 class WeightRule(ABC):
-    """A rule on weights, with its live blocks."""
+    """A rule on weights, with its live blocks. at: the block that it works on, for the sentence of an error."""
 
     binding: Binding
     blocks: list[Block]
+    at: Block | None = field(default=None, init=False)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that it acts on."""
         for block in self.blocks:
-            yield from block.parameters()
+            yield from block.leaves()
 
     @abstractmethod
     def prove(self) -> None:
-        """Raise PluginError unless the kind returns what its contract says, on a block of each shape."""
+        """Raise PluginError unless the kind returns what its contract says, on a block of each shape.
+
+        Raises AttachError where a weight is not finite, or cannot be written as the rule needs.
+        """
 
     def trained_by(self, step: Step) -> set[int]:
         """The ids of its parameters that this step trains."""
         return {id(parameter) for parameter in self.parameters()} & step.trained
 
-    def _samples(self) -> Iterator[Tensor]:
-        """Ones in the place of a block, for each shape, dtype and device."""
-        seen = set()
+    def _each(self) -> Iterator[tuple[Block, list[Storage]]]:
         for block in self.blocks:
-            w = block.weight(block.parameters())
-            if (key := (w.shape, w.dtype, w.device)) not in seen:
+            self.at = block
+            yield block, block.storages()
+        self.at = None
+
+    def _unfrozen(self) -> Iterator[tuple[Block, list[Storage], list[Storage]]]:
+        """Each block that is not frozen, its storages, and those of them with a leaf that is not."""
+        for block, storages in self._each():
+            mine = [storage for storage in storages if any(leaf.requires_grad for leaf in storage.leaves)]
+            if mine:
+                yield block, storages, mine
+
+    def _trained(self, step: Step) -> Iterator[tuple[Block, list[Storage], list[Storage]]]:
+        """Each block that this step trains, its storages, and those of them that it trains."""
+        for block, storages in self._each():
+            mine = [storage for storage in storages if any(id(leaf) in step.trained for leaf in storage.leaves)]
+            if mine:
+                yield block, storages, mine
+
+    def _samples(self) -> Iterator[Tensor]:
+        """Ones, then zeros, in the place of a block, for each shape and dtype; on the CPU where there is no memory."""
+        seen = set()
+        for block, storages in self._each():
+            w = block.weight(storages)
+            device = torch.device("cpu") if w.is_meta else w.device
+            if (key := (w.shape, w.dtype, device)) not in seen:
                 seen.add(key)
-                yield torch.ones_like(w)
+                yield torch.ones_like(w, device=device)
+                yield torch.zeros_like(w, device=device)
 
     def _expect(self, method: str, result: object, shape: tuple[int, ...]) -> None:
-        # A wrong shape would be broadcast, and change every weight without a word.
-        if isinstance(result, Tensor) and tuple(result.shape) == shape and result.is_floating_point():
-            return
-        got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         kind = type(self.binding.kind)
-        raise PluginError(
-            f"rule {self.binding.key!r}: {method} of {kind.__module__}.{kind.__qualname__} returns {got}, not a "
-            f"floating-point tensor of shape {shape}"
-        )
-
-    def _trained(self, step: Step) -> Iterator[tuple[Block, list[nn.Parameter], list[nn.Parameter]]]:
-        """Each block that this step trains, all its parameters, and those of them that it trains."""
-        for block in self.blocks:
-            parameters = block.parameters()
-            mine = [p for p in parameters if id(p) in step.trained]
-            if mine:
-                yield block, parameters, mine
+        whose = f"rule {self.binding.key!r}: {method} of {kind.__module__}.{kind.__qualname__} returns"
+        # A wrong shape would be broadcast, and change every weight without a word.
+        if not isinstance(result, Tensor) or tuple(result.shape) != shape or not result.is_floating_point():
+            got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise PluginError(f"{whose} {got}, not a floating-point tensor of shape {shape}")
+        if not bool(result.isfinite().all()):
+            raise PluginError(f"{whose} NaN or infinity for a weight of ones or zeros")
 
 
 @dataclass(eq=False)
@@ -137,6 +108,11 @@ class PenaltyRule(WeightRule):
             self._expect("gradient", self.penalty.gradient(w), tuple(w.shape))
             if self.binding.via == "proximal":
                 self._expect("prox", self.penalty.prox(w, 0.1), tuple(w.shape))
+        if self.binding.via in ("proximal", "decoupled"):
+            for block, storages in self._each():
+                w = block.weight(storages)
+                if not w.is_meta:
+                    _prove_writes(self, block, storages, [w * 0.5])
 
     @property
     def penalty(self) -> Penalty:
@@ -145,23 +121,26 @@ class PenaltyRule(WeightRule):
         assert isinstance(kind, Penalty)
         return kind
 
+    def amount(self, index: int) -> float:
+        """strength · factor at a step."""
+        return self.penalty.strength * self.binding.factor(index)
+
     def value(self, index: int) -> Tensor | None:
         """strength · factor · Σ Ω over the blocks that are not frozen, None where all are.  -> ()."""
-        everything = [(block, block.parameters()) for block in self.blocks]
-        total = self._sum((block, ps) for block, ps in everything if any(p.requires_grad for p in ps))
-        return None if total is None else total * (self.penalty.strength * self.binding.factor(index))
+        total = self._sum((block, storages) for block, storages, _ in self._unfrozen())
+        return None if total is None else total * self.amount(index)
 
-    def _sum(self, live: Iterable[tuple[Block, Sequence[Tensor]]]) -> Tensor | None:
+    def _sum(self, live: Iterable[tuple[Block, Sequence[Storage]]]) -> Tensor | None:
         total: Tensor | None = None
-        for block, parameters in live:
-            value = self.penalty.value(block.weight(parameters))
+        for block, storages in live:
+            value = self.penalty.value(block.weight(storages))
             total = value if total is None else total + value.to(total.device)
         return total
 
     def trained_value(self, step: Step) -> Tensor | None:
         """The same over the blocks that this step trains."""
-        total = self._sum((block, parameters) for block, parameters, _ in self._trained(step))
-        return None if total is None else total * (self.penalty.strength * self.binding.factor(step.index))
+        total = self._sum((block, storages) for block, storages, _ in self._trained(step))
+        return None if total is None else total * self.amount(step.index)
 
     def check(self, step: Step) -> None:
         """Raise StepError where a proximal or decoupled rule cannot act in this step, before anything is changed."""
@@ -169,59 +148,89 @@ class PenaltyRule(WeightRule):
             if isinstance(step.optimizer, LBFGS) or step.evaluations > 1:
                 raise StepError(
                     f"rule {self.binding.key!r} is {self.binding.via}, which needs a single gradient evaluation per "
-                    f"step; {type(step.optimizer).__name__} evaluates its closure several times. Use via gradient"
+                    f"step; {step.by} evaluates its closure several times. Use via gradient"
                 )
-            first, *others = [_lr(step, parameter) for parameter in mine]
-            if self.binding.via == "proximal" and any(bool(other != first) for other in others):
-                raise StepError(f"rule {self.binding.key!r}: the two biases of a sum have different learning rates")
+            # A decoupled rule decays each of two biases at its own rate; behind one weight there can be but one.
+            for together in [mine] if self.binding.via == "proximal" else [[storage] for storage in mine]:
+                first, *others = [_lr(step, leaf) for leaf in _leaves(step, together)]
+                if any(bool(other != first) for other in others):
+                    raise StepError(
+                        f"rule {self.binding.key!r} is {self.binding.via}, but what makes up one weight has different "
+                        "learning rates"
+                    )
 
     def add_gradient(self, step: Step) -> None:
         """grad += strength · factor · ∇Ω(w), times the scale that the gradients have."""
-        amount = self.penalty.strength * self.binding.factor(step.index)
+        amount = self.amount(step.index)
         if amount == 0:
             return
-        for block, parameters, mine in self._trained(step):
-            gradient = self.penalty.gradient(block.weight(parameters))
+        for block, storages, mine in self._trained(step):
+            gradient = self.penalty.gradient(block.weight(storages))
             if step.scale is not None:
                 gradient = gradient * step.scale.to(gradient.device)
-            for parameter in mine:
-                assert parameter.grad is not None  # or it would not be trained
-                # An optimizer that maximizes turns the gradient around; the penalty is made small all the same.
-                signed = -amount if step.groups[id(parameter)].get("maximize") else amount
-                block.rows(parameter.grad).add_(gradient, alpha=signed)
+            for storage in mine:
+                storage.add(block.view, gradient, list(_signed(step, storage, amount)))
 
     def decay(self, step: Step) -> None:
         """w −= lr · strength · factor · ∇Ω(w), before the update, as torch's AdamW."""
-        amount = self.penalty.strength * self.binding.factor(step.index)
+        amount = self.amount(step.index)
         if amount == 0:
             return
-        for block, parameters, mine in self._trained(step):
-            gradient = self.penalty.gradient(block.weight(parameters))
-            for parameter in mine:
-                block.rows(parameter).sub_(gradient * (_lr(step, parameter) * amount))
+        for block, storages, mine in self._trained(step):
+            gradient = self.penalty.gradient(block.weight(storages))
+            for storage in mine:
+                lr = _lr(step, _leaves(step, [storage])[0])
+                storage.write(block.view, block.view(storage.read()) - gradient * (lr * amount))
 
     def shrink(self, step: Step) -> None:
         """w = prox(w, lr · strength · factor), after the update.
 
         For a sum of n trained parameters the step counts n times: moving each by δ/n costs ½‖δ‖²/n.
         """
-        amount = self.penalty.strength * self.binding.factor(step.index)
+        amount = self.amount(step.index)
         if amount == 0:
             return
-        for block, parameters, mine in self._trained(step):
-            size = _lr(step, mine[0]) * amount * len(mine)
-            block.move(parameters, mine, self.penalty.prox(block.weight(parameters), size))
+        for block, storages, mine in self._trained(step):
+            size = _lr(step, _leaves(step, mine)[0]) * amount * len(mine)
+            block.move(storages, mine, self.penalty.prox(block.weight(storages), size))
+
+
+def _leaves(step: Step, mine: Sequence[Storage]) -> list[nn.Parameter]:
+    """The leaves that this step trains."""
+    return [leaf for storage in mine for leaf in storage.leaves if id(leaf) in step.trained]
+
+
+def _signed(step: Step, storage: Storage, amount: float) -> Iterator[tuple[nn.Parameter, float]]:
+    """The leaves that this step trains, with the amount to add for each."""
+    for leaf in storage.leaves:
+        if id(leaf) in step.trained:
+            # An optimizer that maximizes turns the gradient around; the penalty is made small all the same.
+            yield leaf, -amount if step.groups[id(leaf)].get("maximize") else amount
+
+
+def _prove_writes(rule: WeightRule, block: Block, storages: Sequence[Storage], points: Sequence[Tensor]) -> None:
+    for storage in storages:
+        try:
+            storage.prove(block.view, points)
+        except AttachError as error:
+            raise AttachError(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()}): {error}") from None
 
 
 class ConstraintRule(WeightRule):
     """A constraint on weights."""
 
     def prove(self) -> None:
+        constraint = self.at_step(0)
         for w in self._samples():
-            self._expect("project", self.at(0).project(w), tuple(w.shape))
-            self._expect("violation", self.at(0).violation(w), ())
+            self._expect("project", constraint.project(w), tuple(w.shape))
+            self._expect("violation", constraint.violation(w), ())
+        for block, storages in self._each():
+            w = block.weight(storages)
+            if not w.is_meta:
+                # One of the points is far outside, so that the projection is sure to move it.
+                _prove_writes(self, block, storages, [constraint.project(w), constraint.project(w * 1e3)])
 
-    def at(self, index: int) -> Constraint:
+    def at_step(self, index: int) -> Constraint:
         """The constraint, its bound scaled as the schedule says."""
         kind = self.binding.kind
         assert isinstance(kind, Constraint)
@@ -229,21 +238,18 @@ class ConstraintRule(WeightRule):
 
     def project(self, step: Step) -> None:
         """Project the blocks that this step trains."""
-        constraint = self.at(step.index)
-        for block, parameters, mine in self._trained(step):
-            block.move(parameters, mine, constraint.project(block.weight(parameters)))
+        constraint = self.at_step(step.index)
+        for block, storages, mine in self._trained(step):
+            block.move(storages, mine, constraint.project(block.weight(storages)))
 
     def project_all(self, index: int) -> None:
         """Project every block that is not frozen."""
-        constraint = self.at(index)
-        for block in self.blocks:
-            parameters = block.parameters()
-            mine = [p for p in parameters if p.requires_grad]
-            if mine:
-                block.move(parameters, mine, constraint.project(block.weight(parameters)))
+        constraint = self.at_step(index)
+        for block, storages, mine in self._unfrozen():
+            block.move(storages, mine, constraint.project(block.weight(storages)))
 
     def violation(self, index: int) -> Tensor:
         """The largest violation over its blocks.  -> ()."""
-        constraint = self.at(index)
-        found = [constraint.violation(block.weight(block.parameters())) for block in self.blocks]
+        constraint = self.at_step(index)
+        found = [constraint.violation(block.weight(storages)) for block, storages in self._each()]
         return torch.stack([one.to(found[0].device) for one in found]).amax()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -110,15 +108,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_model, batch
     whole = run(make_model(), batches, None)
     torch.save(run(make_model(), batches[:3], None), tmp_path / "checkpoint.pt")
     resumed = run(make_model(), batches[3:], tmp_path / "checkpoint.pt")
-    assert resumed["regkit"] == whole["regkit"] == {"version": 1, "step_count": 4}
+    assert resumed["regkit"] == whole["regkit"]
+    assert whole["regkit"]["step_count"] == 4
+    assert set(whole["regkit"]["stepped"]) == {name for name, _ in make_model().named_parameters()}
     for name, weight in whole["model"].items():
         assert torch.equal(weight, resumed["model"][name]), name
 
 
 @pytest.mark.parametrize(
-    "state", [{}, {"step_count": 3}, {"version": 1, "step_count": -1}, {"version": 1, "step_count": True},
-              {"version": 1, "step_count": 2.0}, {"version": 2, "step_count": 2},
-              {"version": 1, "step_count": 2, "more": 0}],
+    "state", [{}, {"step_count": 3}, {"version": 2, "step_count": -1, "stepped": []},
+              {"version": 2, "step_count": True, "stepped": []}, {"version": 2, "step_count": 2.0, "stepped": []},
+              {"version": 3, "step_count": 2, "stepped": []}, {"version": 2, "step_count": 2, "stepped": 1},
+              {"version": 2, "step_count": 2, "stepped": ["rnn.weight_hh_l7"]},
+              {"version": 2, "step_count": 2, "stepped": [], "more": 0}],
 )  # fmt: skip
 def test_a_state_that_is_none_is_refused(state, make_model):
     attachment = regkit.attach(make_model(), SPEC)
@@ -289,9 +291,6 @@ def test_a_copy_of_a_hooked_model_records_nothing_into_the_original(how, make_mo
     torch.testing.assert_close(copied(x), original)
     copied(x).sum().backward()
     torch.testing.assert_close(attachment.values()["ar"], 2.0 * model.rnn(x)[0].detach().square().mean())
-    with regkit.attach(copied, SPEC) as other:
-        copied(x)
-        other.penalty()
 
 
 def make_copyable(model: nn.Module) -> nn.Module:
@@ -300,24 +299,10 @@ def make_copyable(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_a_saved_model_loads_in_a_new_process(make_model, tmp_path, batches):
-    lstm = nn.Sequential(nn.LSTM(3, 4))
-    attachment = regkit.attach(lstm, {"rules": [SPEC["rules"][2]]})
-    lstm(torch.zeros(2, 1, 3))
-    torch.save(lstm, tmp_path / "model.pt")
-    code = (
-        "import sys, torch; m = torch.load(sys.argv[1], weights_only=False);"
-        "m(torch.zeros(2, 1, 3))[0].sum().backward(); torch.optim.SGD(m.parameters(), lr=0.1).step(); print('stepped')"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], capture_output=True, text=True)
-    assert done.stdout == "stepped\n", done.stderr
-    assert attachment.penalty() > 0
-
-
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_an_attachment_itself_cannot_be_copied(how, make_model):
     attachment = regkit.attach(make_model(), SPEC)
-    with pytest.raises(regkit.RegkitError, match="attach anew"):
+    with pytest.raises(regkit.RegkitError, match="its model can"):
         how(attachment)
 
 

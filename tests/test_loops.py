@@ -268,7 +268,8 @@ def test_a_decoupled_rule_uses_each_groups_own_learning_rate(make_model, batches
         ]
 
     decayed, regularized = make_model(), make_model()
-    rule = {"penalty": {"kind": "l2", "strength": DECAY / 2}, "via": "decoupled"}
+    weights = {"role": ["kernel", "recurrent"]}
+    rule = {"target": weights, "penalty": {"kind": "l2", "strength": DECAY / 2}, "via": "decoupled"}
     train(decayed, torch.optim.AdamW(groups(decayed, DECAY)), batches)
     regkit.attach(regularized, {"rules": [rule]})
     train(regularized, torch.optim.AdamW(groups(regularized, 0.0)), batches)

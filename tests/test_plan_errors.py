@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 import regkit
 
@@ -135,21 +134,18 @@ def test_the_biases_of_an_lstm_have_an_effective_sum_in_every_gate():
     assert len(bound({"module": "cell", "role": "bias", "bias": "effective", "gate": ["i", "f", "g", "o"]})) == 4
 
 
-def test_a_weight_that_is_computed_from_another_is_refused_and_the_others_are_not():
-    by_name = {
-        "parametrized": parametrizations.weight_norm(nn.LSTM(2, 2), "weight_hh_l0"),
-        "pruned": prune.random_unstructured(nn.LSTM(2, 2), "weight_hh_l0", 0.5),
-    }
-    for module in by_name.values():
-        wrapped = nn.ModuleDict({"enc": module})
-        message = refused({"module": "enc", "role": "recurrent"}, wrapped)
-        assert "enc.weight_hh_l0" in message
-        assert "parametrized" in message
-        assert [site.parameters for site in bound({"role": "kernel"}, wrapped)] == [("weight_ih_l0",)]
+def test_a_weight_that_is_computed_from_another_unseen_is_refused_and_the_others_are_not():
+    module = nn.LSTM(2, 2)
+    del module.weight_hh_l0
+    module.weight_hh_l0 = torch.zeros(8, 2)
+    wrapped = nn.ModuleDict({"enc": module})
+    message = refused({"module": "enc", "role": "recurrent"}, wrapped)
+    assert "enc (LSTM): weight_hh_l0 is computed from another" in message
+    assert "weight_hh_l0_raw" in message
+    assert [site.parameters for site in bound({"role": "kernel"}, wrapped)] == [("weight_ih_l0",)]
 
 
-def test_a_weight_without_memory_or_of_integers_is_refused():
-    assert "meta" in refused({"role": "kernel"}, nn.LSTM(2, 2, device="meta"))
+def test_a_weight_of_integers_is_refused():
     module = nn.RNN(2, 2)
     module.weight_ih_l0 = nn.Parameter(torch.zeros(2, 2, dtype=torch.int64), requires_grad=False)
     assert "int64" in refused({"role": "kernel"}, module)

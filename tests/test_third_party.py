@@ -171,13 +171,6 @@ def test_a_factor_that_is_no_factor_stops_the_step(bad, registry):
     assert attachment.step_count == 2
 
 
-def test_a_sharded_weight_is_refused(monkeypatch):
-    model = nn.LSTM(3, 4)
-    monkeypatch.setattr(type(model.weight_ih_l0), "placements", ("Shard(0)",), raising=False)
-    with pytest.raises(regkit.ResolveError, match="is sharded"):
-        regkit.attach(model, {"rules": [{"penalty": "l2(1)"}]})
-
-
 def test_layers_may_read_biases_as_keras_does():
     model = nn.LSTM(3, 4)
     document = {"layers": [{"bias": "effective", "bias_regularizer": "l2(1)", "kernel_regularizer": "l1(1)"}]}

@@ -1,0 +1,80 @@
+"""The blocks of weights that rules act on: sites of a plan, on the live model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from regkit.errors import AttachError
+from regkit.kinds import Layout
+from regkit.sites import WeightSite
+from regkit.storage import Storage, storage_of
+
+
+class Block:
+    """A site on the live model. Modules are held weakly, and where a weight is kept is looked up at each use: it may be
+    replaced (`load_state_dict(assign=True)`, `to_empty`, `fully_shard`), and an attachment keeps no model alive.
+    """
+
+    def __init__(self, site: WeightSite, module: nn.Module, parent: nn.Module | None, layout: Layout) -> None:
+        self.site = site
+        self._module = weakref.ref(module)
+        self._parent = (lambda: None) if parent is None else weakref.ref(parent)
+        self._layout = layout
+        self._whole = site.gate is None
+
+    @property
+    def name(self) -> str:
+        """What it is, for a sentence: `encoder.rnn.weight_hh_l0 (forget)`."""
+        name = f"{self.site.name}.{' + '.join(self.site.parameters)}".lstrip(".")
+        return name if self._whole else f"{name} ({self.site.gate})"
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that has it."""
+        module = self._module()
+        if module is None:
+            raise AttachError(f"the module {self.site.name!r} is gone")
+        return module
+
+    def storages(self) -> list[Storage]:
+        """Where its weight is kept now; two storages are two biases, of which the sum acts."""
+        parent = self._parent()
+        try:
+            return [storage_of(self.module, parent, name) for name in self.site.parameters]
+        except AttachError as error:
+            raise AttachError(f"{self.site.name}: {error}") from None
+
+    def leaves(self) -> Iterator[nn.Parameter]:
+        """The parameters behind it, as they are now."""
+        for storage in self.storages():
+            yield from storage.leaves
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """A view of the block in a whole weight or its gradient, in the layout that the kind asked for."""
+        site = self.site
+        if tensor.dim() != len(site.shape) or tensor.size(0) < site.start + site.rows:
+            raise AttachError(f"{self.name} was {site.shape} at attach() and is {tuple(tensor.shape)} now; attach anew")
+        block = tensor if self._whole else tensor.narrow(0, site.start, site.rows)
+        return torch.unflatten(block, 0, (site.gates, -1)) if self._layout == "cell" else block
+
+    def weight(self, storages: Sequence[Storage]) -> Tensor:
+        """The weight that acts: a view of the one weight, or the sum of two biases."""
+        first = self.view(storages[0].read())
+        return first if len(storages) == 1 else first + self.view(storages[1].read())
+
+    def move(self, storages: Sequence[Storage], mine: Sequence[Storage], point: Tensor) -> None:
+        """Make the weight that acts equal to a point, by changing those in `mine`.
+
+        For a sum a + b the change is shared equally, which is the nearest pair: ‖Δa‖² + ‖Δb‖² is least under a given
+        Δa + Δb where Δa = Δb.
+        """
+        if len(storages) == 1:
+            storages[0].write(self.view, point)
+            return
+        share = (point - self.weight(storages)) / len(mine)
+        for storage in mine:
+            storage.write(self.view, self.view(storage.read()) + share)

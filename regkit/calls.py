@@ -1,0 +1,118 @@
+"""The calls of one module: what each put out, and its place in time, which is told from their order afterwards.
+
+A forward hook adds to them, also within compiled code. That would be compiled anew whenever something changes that it
+has read: a count, a length, the lengths of a batch. So the calls are a chain, of which adding replaces the last link
+and reads nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from regkit.validity import Validity
+
+
+class Call(NamedTuple):
+    """One call. observed: what it put out; None if no gradient reaches that, and the call counts in time alone.
+
+    starts: whether it begins a new sequence; versions: of the tensors, to see changes in place.
+    """
+
+    observed: Mapping[str, Any] | None
+    versions: Mapping[str, int]
+    training: bool
+    starts: bool
+
+
+class Record(NamedTuple):
+    """What one call put out, and which of it is data.  call: how many calls came before it under the same validity."""
+
+    observed: Mapping[str, Any]
+    versions: Mapping[str, int]
+    training: bool
+    validity: Validity | None
+    call: int
+
+
+Chain = tuple[Call, "Chain"] | None
+"""The last call, and those before it."""
+
+
+class Calls:
+    """The calls of one module since they were last cleared.
+
+    timed: whether calls count in time now.
+    """
+
+    def __init__(self) -> None:
+        self.timed = False
+        self._last: Chain = None
+        self._lock = threading.Lock()
+        self._records: list[Record] = []
+        self._validity: Validity | None = None
+        self._before: Validity | None = None
+        self._count = self._longest = 0
+
+    def add(self, call: Call, compiling: bool) -> None:
+        """A call was made, in whatever thread."""
+        if compiling:  # and a lock cannot be
+            self._last = (call, self._last)
+            return
+        with self._lock:
+            self._last = (call, self._last)
+
+    @property
+    def records(self) -> list[Record]:
+        """The calls that gradients reach, each in its place."""
+        self._place()
+        return self._records
+
+    def clear(self) -> None:
+        """Drop them. Time goes on."""
+        self._place()
+        self._records.clear()
+
+    @contextmanager
+    def under(self, validity: Validity) -> Iterator[None]:
+        """Inside, calls have this validity, and are counted from 0."""
+        self._place()
+        outer = (self.timed, self._validity, self._count, self._longest)
+        self.timed, self._validity, self._count, self._longest = True, validity, 0, 0
+        try:
+            yield
+        finally:
+            self._place()  # the last call's validity stays: masks stand around one call each, the next compares
+            self.timed, self._validity, self._count, self._longest = outer
+
+    @property
+    def longest(self) -> int:
+        """The most calls that one sequence took under the validity in force."""
+        self._place()
+        return self._longest
+
+    def _place(self) -> None:
+        """Give each new call its place."""
+        with self._lock:
+            link, self._last = self._last, None
+        new = []
+        while link is not None:
+            call, link = link
+            new.append(call)
+        for call in reversed(new):
+            validity, index = self._in_time(call)
+            if call.observed is not None:
+                self._records.append(Record(call.observed, call.versions, call.training, validity, index))
+
+    def _in_time(self, call: Call) -> tuple[Validity | None, int]:
+        """The validity of a call, and which call under it this is: for a cell, its place in time."""
+        if self._validity is None:
+            return None, 0
+        if call.starts:
+            self._count, self._before = 0, None
+        before, index = self._before, self._count
+        self._before, self._count = self._validity, index + 1
+        self._longest = max(self._longest, self._count)
+        return self._validity.following(before), index

@@ -1,0 +1,69 @@
+"""In which mode a forward pass runs, and whether what it puts out is to be recorded.
+
+Most are passes of training. Some only look like it: what is traced, exported or run on fake tensors computes nothing,
+and what a checkpoint recomputes in the backward pass was recorded in the forward pass. In a few modes a record could
+not be right: there a pass that would be recorded is an error that says what to do.
+
+torch has no public question for most of these. Each that is asked here takes less than 0.1 µs.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import CodeType, FrameType
+from typing import Final
+
+import torch
+from torch import nn
+from torch._C import _current_graph_task_id, _is_tracing
+from torch._C._functorch import peek_interpreter_stack
+from torch.fx import _symbolic_trace
+from torch.utils.checkpoint import CheckpointFunction
+
+from regkit.errors import StepError
+
+_is_exporting: Final = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
+_REENTRANT: Final[CodeType] = CheckpointFunction.backward.__code__
+
+
+def is_rehearsal(name: str, compiling: bool) -> bool:
+    """Whether this pass is none of training: a recomputation, a trace, an export. Nothing of it is to be kept.
+
+    Raises StepError where it recomputes a pass of which nothing could be recorded.
+    """
+    if compiling:
+        return bool(_is_exporting())
+    if _current_graph_task_id() == -1:
+        return _is_tracing() or _symbolic_trace._is_fx_tracing_flag
+    # A backward pass runs, and this within it.
+    if _is_below(_REENTRANT):
+        raise StepError(
+            f"{name} runs in a reentrant checkpoint, whose forward pass leaves no graph through which its activity "
+            "could be penalized; call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+    return True
+
+
+def check(module: nn.Module, name: str) -> None:
+    """Raise StepError where outputs of this pass that carry a gradient could not be recorded rightly."""
+    if "_is_replica" in module.__dict__:
+        raise StepError(
+            f"{name} runs as a replica, as torch.nn.DataParallel makes them for each batch: what it puts out in other "
+            "threads and on other devices is not gathered; use torch.nn.parallel.DistributedDataParallel"
+        )
+    if peek_interpreter_stack() is not None:
+        raise StepError(
+            f"{name} runs within a transform of torch.func (grad, vmap, jvp, …), which its outputs must not leave; "
+            "write the penalty into the function that is transformed, and call it in `with attachment.detached():`, "
+            "or call it under torch.no_grad() if it is not trained on"
+        )
+
+
+def _is_below(code: CodeType) -> bool:
+    """Whether a function is on the stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
