@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from regkit import watch
 from regkit.attachment import Attachment, _attached
 from regkit.copies import companions
 from regkit.errors import AttachError, listing
 from regkit.hooks import Listener
+from regkit.injection import Scale
 from regkit.plan import Plan, resolve
 from regkit.records import drop_copied_hooks
 from regkit.registry import Registry
@@ -26,11 +28,13 @@ def attach(
     *,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     registry: Registry | None = None,
+    loss_scale: Scale | None = None,
 ) -> Attachment:
     """Put a spec's rules in force on a model: all of them, or, where one fails, none.
 
     spec: a path, a JSON text, a dict, a Spec, or a Plan that was resolved for this model.
     optimizer: act at the steps of these optimizers alone; left out, of every one that owns the weights.
+    loss_scale: for rules via inject, what the loop multiplies its loss by: a number, or a function that is asked.
 
     Raises SpecError for a bad document, ResolveError where a rule does not fit the model, AttachError where a plan was
     made for another model, a kind acts on the same places already, or a rule acts on no weight of `optimizer`;
@@ -41,7 +45,7 @@ def attach(
         plan.check(model)
     only = None if optimizer is None else _optimizers(optimizer)
     attachments(model)
-    return _in_force(model, plan, only)
+    return _in_force(model, plan, only, loss_scale)
 
 
 def attachments(model: nn.Module) -> tuple[Attachment, ...]:
@@ -59,14 +63,15 @@ def attachments(model: nn.Module) -> tuple[Attachment, ...]:
 def attach_copy(model: nn.Module, plan: Plan, count: int) -> Listener:
     """Put an attachment's plan in force on a copy of its model."""
     plan.check(model)
-    drop_copied_hooks(model)
-    attachment = _in_force(model, plan, None)
+    attachment = _in_force(model, plan, None, None)
     attachment._steps.count.restore(count, ())
     return attachment._steps
 
 
-def _in_force(model: nn.Module, plan: Plan, only: list[Optimizer] | None) -> Attachment:
-    attachment = Attachment(model, plan, only)
+def _in_force(model: nn.Module, plan: Plan, only: list[Optimizer] | None, loss_scale: Scale | None) -> Attachment:
+    drop_copied_hooks(model)
+    watch.drop_copied_hooks(model)
+    attachment = Attachment(model, plan, only, loss_scale)
     _refuse_twice(attachment)
     attachment._prove()
     if only is not None:
@@ -79,8 +84,8 @@ def _refuse_twice(attachment: Attachment) -> None:
     """Raise AttachError where a kind acts on a place already, through this model or another that has it in it."""
     # A copy, for a model may be collected meanwhile. One whose modules have moved is an error at its own next step.
     others = [other for siblings in list(_attached.values()) for other in siblings if other._engine.moved() is None]
-    live = {place: rule for other in others for place, _, rule in other._acts()}
-    for place, name, rule in attachment._acts():
+    live = {place: rule for other in others for place, _, rule in other._rules.acts()}
+    for place, name, rule in attachment._rules.acts():
         if place in live:
             raise AttachError(
                 f"rule {rule!r} acts on {name}, where rule {live[place]!r} of another attachment acts already: it "

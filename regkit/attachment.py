@@ -7,28 +7,29 @@ torch's global optimizer hooks, which go when the model goes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regkit import hooks
+from regkit import hooks, state
 from regkit.copies import Attach, Companion
-from regkit.engine import Engine, total
-from regkit.errors import RegkitError, listing
+from regkit.engine import Engine
+from regkit.errors import RegkitError
+from regkit.injection import Scale
 from regkit.ledger import Ticket
-from regkit.modules import Parameters, named_modules
+from regkit.modes import uncompiled
+from regkit.modules import Parameters
 from regkit.plan import Plan
+from regkit.records import total
 from regkit.rules import named, rules_of
+from regkit.shards import reshard
 from regkit.steps import ByHand, Steps
 from regkit.validity import Lengths, Mask, Validity
 from regkit.watch import Watch
-
-_STATE_VERSION: Final = 2
-
 
 _attached: dict[int, list[Attachment]] = {}
 """The attachments of each living model, by its id; a model need not be hashable."""
@@ -37,30 +38,22 @@ _attached: dict[int, list[Attachment]] = {}
 class Attachment:
     """Rules in force on a model. Made by `attach`; leaves with `detach`, or as a context manager, or with the model."""
 
-    def __init__(self, model: nn.Module, plan: Plan, optimizers: Iterable[Optimizer] | None) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, optimizers: Iterable[Optimizer] | None, loss_scale: Scale | None
+    ) -> None:
         self.plan = plan
         self._model = weakref.ref(model)
         self._key = id(model)
         self._parameters = Parameters(model)
         self._live = False
         self._rules = rules_of(plan, model)
+        self._rules.inject(loss_scale, lambda: self.step_count)
         self._engine = Engine(self._rules, model, optimizers is not None)
         self._steps = Steps(self._engine, optimizers)
         self._watch = self._engine.watch = Watch(self._engine.watched, self._steps.inside)
         self._companion: Companion | None = None
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
-
-    def _acts(self) -> Iterator[tuple[Hashable, str, str]]:
-        """Every place that a kind acts on, by what it is and not by its name; the name; the rule."""
-        for rule in self._rules.on_weights:
-            for block in rule.blocks:
-                site, ids = block.site, tuple(map(id, block.leaves()))
-                yield (rule.binding.kind.kind, ids, site.start, site.rows), block.name, rule.binding.key
-        for activity in self._rules.activities:
-            for output, recorder in activity.places:
-                place = (activity.binding.kind.kind, id(recorder.module), output.role, output.layers, output.directions)
-                yield place, f"the {output.role} of {output.name or 'the model'}", activity.binding.key
 
     @torch.no_grad()
     def _prove(self) -> None:
@@ -146,21 +139,21 @@ class Attachment:
     def step(self, lr: float | Tensor | None = None) -> ByHand:
         """The context of an update that no torch optimizer makes: all that is done at a step is done around it.
 
-        `with attachment.step(lr=0.1): update(model)`, with the gradients of the backward pass in `.grad`.
+        `with attachment.step(lr=0.1): update(model)`, with the gradients of the backward pass in `.grad`, unscaled.
         lr: what proximal and decoupled rules multiply by; only they need it.
 
         Raises RegkitError after detach, StepError as an optimizer's step would.
         """
         self._refuse_dead("no rule in force at a step")
-        self._engine.by_hand = True
         return ByHand(self._steps, lr)
 
     def weights_changed(self) -> None:
         """Say that the weights were changed on purpose and not by a step: a new initialization, copied weights."""
-        self._watch.accept()
+        self._watch.announced()
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
+    @uncompiled
     def penalty(self) -> Tensor:
         """Σ strength · factor · penalty of all that goes through the loss: activity rules, and weight rules via loss.
 
@@ -186,9 +179,9 @@ class Attachment:
         """Drop what is recorded and what `penalty()` has returned since the last step: for a batch that is skipped."""
         for recorder in self._rules.recorders:
             recorder.clear()
-            recorder.ledger.tickets.clear()
+            recorder.ledger.discard()
         for rule in self._rules.by_loss:
-            rule.ledger.tickets.clear()
+            rule.ledger.discard()
 
     def _device(self) -> torch.device:
         first = next(iter(self._parameters), None)
@@ -263,36 +256,21 @@ class Attachment:
     @torch.no_grad()
     def apply_constraints(self) -> None:
         """Project every constrained weight now, frozen ones excepted: say, before the first step."""
+        model = self._model()
+        if model is not None:
+            reshard(model)
         for rule in self._rules.constraints:
             named(rule, rule.project_all, self.step_count)
 
     # --- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model: the step count, and what several optimizers have stepped of it."""
-        stepped = [name for name, parameter in self._named() if id(parameter) in self._steps.count.stepped]
-        return {"version": _STATE_VERSION, "step_count": self.step_count, "stepped": stepped}
+        """What a resumed run needs besides the model: numbers and names, no tensor."""
+        return state.read(self._steps.count, self._rules, self._model())
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a saved state. Raises ValueError for anything that `state_dict` does not return."""
-        count, stepped = state.get("step_count"), state.get("stepped")
-        fits = set(state) == {"version", "step_count", "stepped"} and isinstance(stepped, Iterable)
-        if not fits or type(count) is not int or count < 0:
-            raise ValueError(f"not a state of an attachment: {dict(state)!r}")
-        if state["version"] != _STATE_VERSION:
-            raise ValueError(f"state version {state['version']!r} is unknown; this regkit reads {_STATE_VERSION}")
-        here = {name: id(parameter) for name, parameter in self._named()}
-        if missing := [name for name in stepped or () if name not in here]:
-            raise ValueError(f"the state is of another model: here is no parameter {listing(missing)}")
-        self._steps.count.restore(count, (here[name] for name in stepped or ()))
-
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's parameters by names that wrapping it does not change."""
-        model = self._model()
-        for _, name, module in () if model is None else named_modules(model):
-            for own, parameter in module._parameters.items():
-                if parameter is not None:
-                    yield f"{name}.{own}".lstrip("."), parameter
+        state.restore(saved, self._steps.count, self._rules, self._model())
 
 
 def _forget(model_id: int) -> None:

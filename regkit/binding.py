@@ -62,4 +62,5 @@ _REACH: Final[dict[str, str]] = {
     "loss": "in penalty(), which the loop adds to the loss",
     "proximal": "proximal operator after each step",
     "decoupled": "decoupled decay at each step",
+    "inject": "joins the gradient of the outputs",
 }

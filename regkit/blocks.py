@@ -53,6 +53,10 @@ class Block:
         for storage in self.storages():
             yield from storage.leaves
 
+    def place(self, storages: Sequence[Storage]) -> tuple[int, ...]:
+        """Equal for blocks that are one and the same, by whatever names: tied weights."""
+        return (*(one for storage in storages for one in storage.identity), self.site.start, self.site.rows)
+
     def view(self, tensor: Tensor) -> Tensor:
         """A view of the block in a whole weight or its gradient, in the layout that the kind asked for."""
         site = self.site
@@ -76,5 +80,6 @@ class Block:
             storages[0].write(self.view, point)
             return
         share = (point - self.weight(storages)) / len(mine)
-        for storage in mine:
-            storage.write(self.view, self.view(storage.read()) + share)
+        points = [self.view(storage.read()) + share for storage in mine]  # before any is written: they may be tied
+        for storage, moved in zip(mine, points, strict=True):
+            storage.write(self.view, moved)

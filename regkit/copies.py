@@ -1,9 +1,10 @@
 """Copies of a model that has an attachment: what makes the rules stay in force on them.
 
 `copy.deepcopy`, pickle and `torch.save` copy a model with all that hangs on it. A `Companion` hangs on it for that: its
-copy knows the model's copy, and attaches the same plan to it when that is asked for, or when the copy is first trained.
-Until then it holds nothing, records nothing, and costs a look at each optimizer's first step; a copy that is never
-trained (an average of weights, a target network) stays as good as bare.
+copy knows the model's copy, and attaches the same plan to it when that is asked for, or when an optimizer first steps
+it. Until then it sleeps, holds nothing and records nothing; a copy that is never trained (an average of weights, a
+target network) stays as good as bare. However many sleep, one listener hears of steps for all of them, and asks about
+each optimizer once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regkit import hooks
-from regkit.errors import StepError
+from regkit.errors import AttachError, StepError
 from regkit.plan import Plan
 
 ATTRIBUTE: Final = "_regkit_companions"
@@ -25,6 +26,11 @@ ATTRIBUTE: Final = "_regkit_companions"
 
 Attach = Callable[[nn.Module, Plan, int], hooks.Listener]
 """Puts a plan in force on a model, from a step count on; what it returns hears of steps from then on."""
+
+_OF_A_COPY: Final = (
+    "This model is a copy of one with rules, which are in force on it too: regkit.attachments(model) has its "
+    "attachment. What is copied inside `with attachment.detached():` carries no rules"
+)
 
 
 class Companion:
@@ -36,9 +42,7 @@ class Companion:
     def __init__(self, model: nn.Module, plan: Plan, count: Callable[[], int], attach: Attach) -> None:
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
         self._plan, self._count, self._attach = plan, count, attach
-        self._strangers: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self.dormant = False
-        model.__dict__.setdefault(ATTRIBUTE, []).append(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The model is in the state, not in the arguments: by then deepcopy and pickle have made the copy of it, empty
@@ -48,59 +52,101 @@ class Companion:
     def __setstate__(self, state: tuple[nn.Module | None, Plan, int, Attach]) -> None:
         model, self._plan, count, self._attach = state
         self._count = lambda: count
-        self._strangers = weakref.WeakKeyDictionary()
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self.dormant = model is not None
+        if self.dormant:
+            _dormitory.take_in(self)
+
+    def join(self) -> None:
+        """Travel with the model."""
+        model = self._model()
         if model is not None:
-            hooks.enlist(self)
-            weakref.finalize(model, hooks.dismiss, self).atexit = False
+            model.__dict__[ATTRIBUTE] = [*companions(model), self]
 
     def leave(self) -> None:
         """Travel no more."""
         model = self._model()
-        self._sleep_no_more()
+        others = [] if model is None else [one for one in companions(model) if one is not self]
         if model is not None:
-            self._let_go(model)
-
-    def _let_go(self, model: nn.Module) -> None:
-        others = [one for one in companions(model) if one is not self]
-        model.__dict__.pop(ATTRIBUTE, None)
-        if others:
-            model.__dict__[ATTRIBUTE] = others
-
-    def _sleep_no_more(self) -> None:
-        self.dormant = False
-        hooks.dismiss(self)
+            model.__dict__.pop(ATTRIBUTE, None)
+            model.__dict__.update({ATTRIBUTE: others} if others else {})
 
     def wake(self) -> hooks.Listener | None:
-        """Attach the plan to the copy of the model; None where there is none any more."""
+        """Attach the plan to the copy of the model; None where there is none any more.
+
+        Raises AttachError where the copy is not what it was; then it sleeps on, for the rules are still meant.
+        """
         model = self._model()
-        self._sleep_no_more()
         if model is None:
             return None
-        self._let_go(model)  # the attachment brings a companion of its own
-        return self._attach(model, self._plan, self._count())
+        try:
+            listener = self._attach(model, self._plan, self._count())
+        except AttachError as error:
+            raise AttachError(f"{error}. {_OF_A_COPY}") from error
+        self.leave()  # the attachment has brought a companion of its own
+        self.dormant = False
+        _dormitory.let_go(self)
+        return listener
+
+    def is_stepped_by(self, owned: set[int]) -> bool:
+        """Whether the copy has any of these parameters."""
+        model = self._model()
+        return model is not None and any(id(p) in owned for p in model.parameters())
+
+
+class _Dormitory:
+    """The one listener for all companions that sleep. It holds them weakly: they belong to their models."""
+
+    def __init__(self) -> None:
+        self._asleep: dict[int, weakref.ref[Companion]] = {}
+        self._ever = 0
+        self._strangers: weakref.WeakKeyDictionary[Optimizer, tuple[int, list[int]]] = weakref.WeakKeyDictionary()
+
+    def take_in(self, companion: Companion) -> None:
+        """Listen for it from now on, until it wakes or is gone."""
+        key = id(companion)
+        self._ever += 1
+        self._asleep[key] = weakref.ref(companion, lambda _: self._forget(key))
+        hooks.enlist(self)
+
+    def let_go(self, companion: Companion) -> None:
+        """Listen for it no more."""
+        self._forget(id(companion))
+
+    def _forget(self, key: int) -> None:
+        self._asleep.pop(key, None)
+        if not self._asleep:
+            hooks.dismiss(self)
+            if self._asleep:  # one came from another thread meanwhile
+                hooks.enlist(self)
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
-        """Wake where this optimizer trains the copy, and pass its step on."""
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
-        model = self._model()
-        if model is None or self._strangers.get(optimizer) == size:
+        """Wake those whose copies this optimizer steps, and pass the step on to them."""
+        ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        met = (self._ever, ids)
+        if self._strangers.get(optimizer) == met:
             return None
-        mine = set(map(id, model.parameters()))
-        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
-            listener = self.wake()
-            try:
-                return None if listener is None else listener.before(optimizer, args, kwargs, frame)
-            except StepError as error:
-                raise StepError(
-                    f"{error}. (This model is a copy: regkit.attachments(model) has its attachment)"
-                ) from error
-        self._strangers[optimizer] = size
-        return None
+        owned, given = set(ids), (args, kwargs)
+        for companion in [reference() for reference in list(self._asleep.values())]:
+            listener = companion.wake() if companion is not None and companion.is_stepped_by(owned) else None
+            if listener is not None:
+                given = self._pass_on(listener, optimizer, given, frame) or given
+        self._strangers[optimizer] = met
+        return given
+
+    def _pass_on(
+        self, listener: hooks.Listener, optimizer: Optimizer, given: tuple[Any, Any], frame: FrameType
+    ) -> tuple[Any, Any] | None:
+        try:
+            return listener.before(optimizer, *given, frame)
+        except StepError as error:
+            raise StepError(f"{error}. {_OF_A_COPY}") from error
 
     def after(self, frame: FrameType) -> None:
         """Nothing of it is in any step."""
+
+
+_dormitory: Final = _Dormitory()
 
 
 def companions(model: nn.Module) -> list[Companion]:

@@ -15,17 +15,10 @@ from torch.optim import Optimizer
 from regkit.errors import StepError, listing
 from regkit.health import Health
 from regkit.modules import Parameters
+from regkit.records import total
 from regkit.rules import Rules, named
 from regkit.steps import Step
 from regkit.watch import Watch, owned_by_any
-
-
-def total(terms: list[Tensor], device: torch.device) -> Tensor:
-    """The sum of scalars, starting from a float32 zero on `device`.  -> ()."""
-    result = torch.zeros((), dtype=torch.float32, device=device)
-    for term in terms:
-        result = result + term.to(device)
-    return result
 
 
 @dataclass
@@ -58,7 +51,7 @@ class Engine:
         self._mark: _Mark | None = None
         self._health = Health(block for rule in rules.on_weights for block in rule.blocks)
         self.watch: Watch | None = None
-        self.by_hand = False
+        self._by_hand = False
 
     def hold(self) -> nn.Module | None:
         """The model, while it lives."""
@@ -77,6 +70,10 @@ class Engine:
         if self._rules.activities:
             yield from self._model
 
+    def prove(self) -> None:
+        """Raise AttachError where a weight is not finite."""
+        self._health.prove()
+
     def watched(self) -> tuple[str, nn.Module, nn.Parameter] | None:
         """The first parameter under a rule that is trained: its name, its module, itself."""
         for block in chain.from_iterable(rule.blocks for rule in self._rules.on_weights):
@@ -93,7 +90,7 @@ class Engine:
         """Tell the watchdog; at an optimizer's first step, raise StepError for a weight that no optimizer owns."""
         if self.watch is not None:
             self.watch.heard(groups, acts)
-        if optimizer in self._met or self._restricted or self.by_hand:
+        if optimizer in self._met or self._restricted or self._by_hand:
             return
         self._met.add(optimizer)
         if any(id(p) in groups for p in self._model):
@@ -106,10 +103,10 @@ class Engine:
         if not missing:
             return
         owned = owned_by_any()
-        names = listing(block.name for block, leaf in missing if id(leaf) not in owned)
-        if names != "none":
+        names = [block.name for block, leaf in missing if id(leaf) not in owned]
+        if names:
             raise StepError(
-                f"no optimizer owns {names}, though its neighbours are being trained: a rule on it can never act. Give "
+                f"no optimizer owns {listing(names)}, though its neighbours are being trained: a rule on it can never act. Give "
                 "it to an optimizer, freeze it (requires_grad_(False)), update it inside `with attachment.step():`, or "
                 'narrow the rule\'s target; a rule with "optional": true may act on nothing'
             )
@@ -120,6 +117,13 @@ class Engine:
             if self._mark.complete:
                 return  # the optimizer failed, and the step is taken again: all is in the gradients
             raise StepError("the last step failed halfway; call zero_grad() and run the backward pass again")
+        if step.optimizer is None:
+            self._by_hand = True
+            if not step.trained and any(p.requires_grad for p in self.parameters()):
+                raise StepError(
+                    "attachment.step() found no gradient: put the backward pass's gradients into .grad before it, for "
+                    "that is where penalties are added, and what says which weights are trained"
+                )
         self._check(step)
         self._health.look(step.index)
         complete = False
@@ -152,11 +156,11 @@ class Engine:
         for rule in self._rules.by_prox:
             named(rule, rule.shrink, step)
         for constraint in self._rules.constraints:
-            if (step.index + 1) % constraint.binding.every == 0:
-                named(constraint, constraint.project, step)
+            named(constraint, constraint.project, step)
         self._settle(step)
         if self.watch is not None:
-            self.watch.accept()
+            if step.optimizer is None:
+                self.watch.heard(step.groups, True)
             self.watch.arm()
 
     def _check(self, step: Step) -> None:

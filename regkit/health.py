@@ -9,45 +9,41 @@ import torch
 from torch import Tensor
 
 from regkit.blocks import Block
-from regkit.errors import StepError
+from regkit.errors import AttachError, StepError, listing
 
 _EVERY: Final = 64
-"""Steps between two looks, of which each reads every weight once."""
+"""Steps between two looks. Each reads every weight once and, on a GPU, waits for it."""
 
 
 class Health:
-    """Looks at weights every 64th step. On a GPU the answer is fetched at the next look, so that no step waits."""
+    """Looks at weights when rules are attached, before the first step, and before every 64th."""
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         self._blocks = tuple({(block.site.path, block.site.parameters): block for block in blocks}.values())
-        self._asked: tuple[int, Tensor] | None = None
+
+    def prove(self) -> None:
+        """Raise AttachError where a weight is not finite."""
+        if names := self._sick():
+            raise AttachError(f"NaN or infinite numbers in {names}: initialize or load weights before regkit.attach()")
 
     def look(self, index: int) -> None:
-        """Look, if it is time to. Raises StepError where a weight was not finite at this look, or at the last one."""
-        if not self._blocks or index % _EVERY:
-            return
-        self._tell()
-        sums = torch.stack([one.to(self._device) for one in self._sums()])
-        self._asked = (index, sums.to("cpu", non_blocking=True))
-        if sums.device.type == "cpu":
-            self._tell()
+        """Look, if it is time to. Raises StepError where a weight is not finite."""
+        if index % _EVERY == 0 and (names := self._sick()):
+            raise StepError(f"NaN or infinite numbers in {names} before step {index}; training has come apart")
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self._blocks[0].leaves()).device
+    def _sick(self) -> str | None:
+        """The names of what is not finite."""
+        found = list(self._finite())
+        if not found:
+            return None
+        names, finite = zip(*found, strict=True)
+        fine = torch.stack([one.to(finite[0].device) for one in finite]).tolist()  # one wait for all
+        bad = [name for name, well in zip(names, fine, strict=True) if not well]
+        return listing(bad) if bad else None
 
-    def _sums(self) -> Iterator[Tensor]:
+    def _finite(self) -> Iterator[tuple[str, Tensor]]:
         for block in self._blocks:
-            for storage in block.storages():
-                yield storage.read().detach().sum(dtype=torch.float32)
-
-    def _tell(self) -> None:
-        if self._asked is None:
-            return
-        index, sums = self._asked
-        self._asked = None
-        if bool(sums.isfinite().all()):
-            return
-        names = [f"{b.site.name}.{name}".lstrip(".") for b in self._blocks for name in b.site.parameters]
-        bad = [name for name, fine in zip(names, sums.isfinite().tolist(), strict=True) if not fine]
-        raise StepError(f"NaN or infinite numbers in {', '.join(bad[:8])} before step {index}; training has come apart")
+            for name, storage in zip(block.site.parameters, block.storages(), strict=True):
+                weight = storage.read().detach()
+                if not weight.is_meta:
+                    yield f"{block.site.name}.{name}".lstrip("."), weight.isfinite().all()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import ExitStack
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -36,9 +38,11 @@ def enlist(listener: Listener) -> None:
     """Let it see steps from now on."""
     global _listeners
     with _lock:
-        _listeners = (*_listeners, listener)
+        _listeners = (*(one for one in _listeners if one is not listener), listener)
         if not _handles:
-            _handles.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
+            # Not to be compiled with the steps of optimizers that are.
+            before, after = torch.compiler.disable(_before), torch.compiler.disable(_after)
+            _handles.extend((register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)))
 
 
 def dismiss(listener: Listener) -> None:
@@ -55,8 +59,16 @@ def leave() -> None:
             _handles.pop().remove()
 
 
+def keep_clear(number: int) -> None:
+    """Give no hook to come the number of this one, which came with a model from another process.
+
+    torch numbers hooks from 0 in each process, and the later of two with one number takes the place of the other.
+    """
+    RemovableHandle.next_id = max(RemovableHandle.next_id, number + 1)
+
+
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    frame = sys._getframe(1)
+    frame = _frame_of_step()
     given = (args, kwargs)
     for listener in _listeners:
         given = listener.before(optimizer, *given, frame) or given
@@ -64,6 +76,18 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
 
 
 def _after(*_: Any) -> None:
-    frame = sys._getframe(1)
-    for listener in _listeners:
-        listener.after(frame)
+    frame = _frame_of_step()
+    with ExitStack() as stack:  # each is called, whatever another raises
+        for listener in reversed(_listeners):
+            stack.callback(listener.after, frame)
+
+
+def _frame_of_step() -> FrameType:
+    """The frame that called a hook, but for what keeps the compiler out of it."""
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__") == _COMPILER and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+_COMPILER: Final = "torch._dynamo.eval_frame"

@@ -22,9 +22,10 @@ Layout = Literal["matrix", "gate", "cell"]
 """How a stacked weight is shown to a kind: whole, one gate at a time, or as (gates, hidden, columns)."""
 
 
-Via = Literal["gradient", "loss", "proximal", "decoupled"]
+Via = Literal["gradient", "loss", "proximal", "decoupled", "inject"]
 """How a weight penalty reaches the weight: added to its gradient at the step; added to the loss; by its proximal
-operator after the step; or as a decoupled decay, as AdamW's.
+operator after the step; or as a decoupled decay, as AdamW's. An activity penalty is added to the loss, or injected into
+the gradient of the outputs.
 """
 
 

@@ -50,6 +50,10 @@ class Ledger:
         else:
             self.settled, self.tickets, self.stepped = self.tickets, [], set(trained)
 
+    def discard(self) -> None:
+        """Forget what was not backpropagated. What was is in the gradients that others of a step have accumulated."""
+        self.tickets = [ticket for ticket in self.tickets if ticket.backpropagated]
+
 
 _UNSTAMPED = (
     "was taken by attachment.penalty(), but what that returned was not part of a loss that was backpropagated; add it "

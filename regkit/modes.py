@@ -17,10 +17,13 @@ import torch
 from torch import nn
 from torch._C import _current_graph_task_id, _is_tracing
 from torch._C._functorch import peek_interpreter_stack
+from torch._compile import _disable_dynamo as uncompiled
 from torch.fx import _symbolic_trace
 from torch.utils.checkpoint import CheckpointFunction
 
 from regkit.errors import StepError
+
+__all__ = ["check", "forget_compiled", "is_rehearsal", "uncompiled"]
 
 _is_exporting: Final = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
 _REENTRANT: Final[CodeType] = CheckpointFunction.backward.__code__
@@ -57,6 +60,12 @@ def check(module: nn.Module, name: str) -> None:
             "write the penalty into the function that is transformed, and call it in `with attachment.detached():`, "
             "or call it under torch.no_grad() if it is not trained on"
         )
+
+
+def forget_compiled() -> None:
+    """Have whatever torch.compile has made so far made anew: it runs no hook that has come since."""
+    if "torch._dynamo" in sys.modules:  # or nothing was compiled
+        torch.compiler.reset()
 
 
 def _is_below(code: CodeType) -> bool:

@@ -131,7 +131,7 @@ def _check_shape(site: WeightSite, module: nn.Module, parent: nn.Module | None) 
     for name in site.parameters:
         try:
             with torch.no_grad():
-                here = tuple(storage_of(module, parent, name).read().shape)
+                here = tuple(storage_of(module, parent, name).outline().shape)
         except AttachError as error:
             raise _of_another_model(f"{site.path}: {error}") from None
         if here[1:] != site.shape[1:] or here[0] < site.start + site.rows:

@@ -7,9 +7,9 @@ copy of a hook is an inert one, which records nothing and writes into no one's s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from regkit import modes
+from regkit import hooks, modes
 from regkit.activity import Activity, Segment
 from regkit.binding import Binding
 from regkit.calls import Call, Calls, Record
@@ -37,8 +37,9 @@ _UNCONSUMED: Final = (
 )
 _UNRECORDED: Final = (
     "recorded nothing in this step, although its weights were trained: was the module run through its forward() "
-    "instead of being called, under torch.no_grad(), or compiled before regkit was attached? Or was it not run, "
-    'and its gradients are zeros left by zero_grad(set_to_none=False)? A rule with "optional": true may record nothing'
+    "instead of being called, under torch.no_grad(), as a program that was traced or exported, or within a checkpoint "
+    "that keeps no graph? Or was it not run, and its gradients are zeros left by zero_grad(set_to_none=False)? A rule "
+    'with "optional": true may record nothing'
 )
 
 
@@ -56,8 +57,9 @@ class Recorder:
         self._calls = Calls()
         self._passed: weakref.WeakSet[Optimizer | Recorder] = weakref.WeakSet()
 
-    def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
-        return Recorder, ()  # what deepcopy and pickle make of a hook that travels with its model
+    def __reduce__(self) -> tuple[Callable[[int], Recorder], tuple[int]]:
+        # What deepcopy and pickle make of a hook that travels with its model.
+        return _copied, (-1 if self._handle is None else self._handle.id,)
 
     @property
     def inert(self) -> bool:
@@ -74,10 +76,9 @@ class Recorder:
 
     def install(self) -> None:
         """Begin to record."""
-        # Hooks that came with a pickled module have numbers that this process knows nothing of: keep clear of them.
-        taken = max((*self.module._forward_hooks, *self.module._forward_pre_hooks), default=-1)
-        RemovableHandle.next_id = max(RemovableHandle.next_id, taken + 1)
+        hooks.keep_clear(max(self.module._forward_hooks, default=-1))
         self._handle = self.module.register_forward_hook(self, with_kwargs=True)
+        modes.forget_compiled()
 
     def remove(self) -> None:
         """Record no more, and drop what is stored. May be called again."""
@@ -85,19 +86,17 @@ class Recorder:
             self._handle.remove()
         self.clear()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         compiling = torch.compiler.is_compiling()
         if self._adapter is None or modes.is_rehearsal(self.title, compiling):
             return
-        try:
-            observed = self._adapter.observe(module, args, kwargs, result)
-        except Exception as error:  # a subclass may return what it likes; its user must learn what does not fit
-            raise StepError(
-                f"{self.title} ({type(module).__name__}) returned what its adapter {type(self._adapter).__name__} "
-                f"cannot read ({error!r}); it needs an adapter of its own"
-            ) from error
-        starts = self._adapter.starts(observed)
-        carrying = [role for role, one in observed.items() if _carries_gradient(one)]
+        observed = self.observe(module, args, kwargs, result)
+        starts = self.starts(observed)
+        carrying = {}
+        for role, one in observed.items():
+            data = one.data if isinstance(one, PackedSequence) else one
+            if isinstance(data, Tensor) and data.requires_grad and type(data) is not FakeTensor:
+                carrying[role] = data
         if not carrying:  # what no gradient can reach (evaluation under no_grad) is no training data
             if self._calls.timed:
                 self._calls.add(Call(None, {}, module.training, starts), compiling)
@@ -105,8 +104,26 @@ class Recorder:
         if not compiling:
             modes.check(module, self.title)
         # Compiled code cannot be asked for the versions of tensors: changes in place go unchecked there.
-        versions = {} if compiling else {role: _data(observed[role])._version for role in carrying}
+        versions = {} if compiling else {role: data._version for role, data in carrying.items()}
         self._calls.add(Call(observed, versions, module.training, starts), compiling)
+
+    def observe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Mapping[str, Any]:
+        """What its adapter keeps of a call. Raises StepError where that cannot read what the module returned."""
+        assert self._adapter is not None
+        try:
+            return self._adapter.observe(module, args, kwargs, result)
+        except Exception as error:  # a subclass may return what it likes; its user must learn what does not fit
+            raise StepError(
+                f"{self.title} ({type(module).__name__}) returned what its adapter {type(self._adapter).__name__} "
+                f"cannot read ({error!r}); it needs an adapter of its own"
+            ) from error
+
+    def starts(self, observed: Mapping[str, Any]) -> bool:
+        """Whether an observed call begins a new sequence."""
+        assert self._adapter is not None
+        return self._adapter.starts(observed)
 
     @property
     def records(self) -> list[Record]:
@@ -158,6 +175,14 @@ class Recorder:
         mine = {id(p) for p in self._parameters if p.requires_grad}
         return step.trained & mine if mine else set(step.trained)
 
+    def missing(self, trained: set[int], optional: bool) -> str | None:
+        """Why what it recorded is not in the loss of a step that trains these of its parameters; None where it is."""
+        if self.records:
+            return _UNCONSUMED
+        if self.ledger.of(trained):
+            return self.ledger.missing(trained)
+        return None if optional else _UNRECORDED
+
     def pass_by(self, step: Step) -> None:
         """A step that does not train the module leaves its records to a later one, but not twice."""
         if not self.records or step.evaluations > 1 or self.trained_by(step):
@@ -176,9 +201,17 @@ def _data(observed: Any) -> Any:
     return observed.data if isinstance(observed, PackedSequence) else observed
 
 
-def _carries_gradient(observed: Any) -> bool:
-    data = _data(observed)
-    return isinstance(data, Tensor) and data.requires_grad and type(data) is not FakeTensor
+def total(terms: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum of scalars, starting from a float32 zero on `device`.  -> ()."""
+    result = torch.zeros((), dtype=torch.float32, device=device)
+    for term in terms:
+        result = result + term.to(device)
+    return result
+
+
+def _copied(number: int) -> Recorder:
+    hooks.keep_clear(number)
+    return Recorder()
 
 
 def drop_copied_hooks(model: nn.Module) -> None:
@@ -197,20 +230,29 @@ class ActivityRule:
     places: list[tuple[OutputSite, Recorder]]
     last: Tensor | None = None
     at: OutputSite | None = None
+    _parts: dict[int, Tensor] = field(default_factory=dict)
 
-    def value(self, index: int) -> Tensor | None:
+    def value(self, index: int, only: Recorder | None = None) -> Tensor | None:
         """strength · factor · Σ value over the sites with anything in store, None where there is nothing.  -> ()."""
         penalty = self.binding.kind
         assert isinstance(penalty, ActivityPenalty)
-        total: Tensor | None = None
+        found: Tensor | None = None
         for site, recorder in self.places:
             self.at = site
-            if recorder.records:
+            if recorder.records and only in (None, recorder):
                 value = penalty.value(Activity(tuple(recorder.segments(site))))
-                total = value if total is None else total + value.to(total.device)
-        if total is None:
+                found = value if found is None else found + value.to(found.device)
+        if found is None:
             return None
-        return total * (penalty.strength * self.binding.factor(index))
+        return found * (penalty.strength * self.binding.factor(index))
+
+    def inject(self, recorder: Recorder, index: int) -> Tensor | None:
+        """The same of one recorder, kept for `values()` together with what the others last gave."""
+        value = self.value(index, recorder)
+        if value is not None:
+            self._parts[id(recorder)] = value.detach()
+            self.last = total([*self._parts.values()], value.device)
+        return value
 
     def take(self, index: int) -> Tensor | None:
         """The same, kept for `values()`: the records are about to be consumed."""
@@ -222,14 +264,7 @@ class ActivityRule:
         """Raise StepError where this step trains a module whose activity is not in the loss."""
         for _, recorder in self.places:
             trained = recorder.trained_by(step)
-            reason = self._missing(recorder, trained) if trained else None
+            reason = recorder.missing(trained, self.binding.optional) if trained else None
             if reason is not None:
                 what = f"rule {self.binding.key!r} ({self.binding.kind.describe()})"
                 raise StepError(f"{what} on {recorder.title} {reason}")
-
-    def _missing(self, recorder: Recorder, trained: set[int]) -> str | None:
-        if recorder.records:
-            return _UNCONSUMED
-        if recorder.ledger.of(trained):
-            return recorder.ledger.missing(trained)
-        return None if self.binding.optional else _UNRECORDED

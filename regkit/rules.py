@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
 from regkit.blocks import Block
-from regkit.errors import RegkitError, StepError
-from regkit.kinds import ActivityPenalty, Layout, Penalty
+from regkit.errors import AttachError, RegkitError, StepError
+from regkit.injection import Injector, Scale
+from regkit.kinds import ActivityPenalty, Layout, Penalty, Via
 from regkit.modules import Place
 from regkit.plan import Plan
 from regkit.records import ActivityRule, Recorder
@@ -60,9 +60,39 @@ class Rules:
         """The rules on weights."""
         return [*self.penalties, *self.constraints]
 
+    @property
+    def injectors(self) -> list[Injector]:
+        """The recorders of rules via inject."""
+        return [one for one in self.recorders if isinstance(one, Injector)]
+
+    def acts(self) -> Iterator[tuple[Hashable, str, str]]:
+        """Every place that a kind acts on, by what it is and not by its name; the name; the rule."""
+        for rule in self.on_weights:
+            for block in rule.blocks:
+                site, ids = block.site, tuple(map(id, block.leaves()))
+                yield (rule.binding.kind.kind, ids, site.start, site.rows), block.name, rule.binding.key
+        for activity in self.activities:
+            for output, recorder in activity.places:
+                place = (activity.binding.kind.kind, id(recorder.module), output.role, output.layers, output.directions)
+                yield place, f"the {output.role} of {output.name or 'the model'}", activity.binding.key
+
+    def inject(self, scale: Scale | None, index: Callable[[], int]) -> None:
+        """Tell the injectors what they inject. Raises AttachError where there is a scale without them, or the reverse.
+
+        scale: what the loop multiplies its loss by; index: asks for the step to come.
+        """
+        if (scale is None) == bool(self.injectors):
+            raise AttachError(
+                'loss_scale= goes with rules via "inject", and they with it: what the loop multiplies its loss by, 1.0 '
+                "for nothing, a function such as scaler.get_scale for what changes"
+            )
+        for injector in self.injectors:
+            rules = [rule for rule in self.activities if any(one is injector for _, one in rule.places)]
+            injector.begin(rules, 1.0 if scale is None else scale, index)
+
     def loss_terms(self, index: int) -> list[Tensor]:
         """What goes through the loss at a step: activity penalties of what is recorded, weight penalties via loss."""
-        terms = [named(rule, rule.take, index) for rule in self.activities]
+        terms = [named(rule, rule.take, index) for rule in self.activities if rule.binding.via == "loss"]
         terms += [named(rule, rule.value, index) for rule in self.by_loss]
         return [term for term in terms if term is not None]
 
@@ -77,7 +107,7 @@ def rules_of(plan: Plan, model: nn.Module) -> Rules:
     for binding in plan.bindings:
         kind = binding.kind
         if isinstance(kind, ActivityPenalty):
-            places = [(site, recorders[id(modules[site.path])]) for site in binding.outputs]
+            places = [(site, recorders[id(modules[site.path]), binding.via]) for site in binding.outputs]
             activities.append(ActivityRule(binding, places))
             continue
         blocks = [_block(site, modules, kind.layout) for site in binding.weights]
@@ -94,11 +124,16 @@ def _block(site: WeightSite, modules: Mapping[str, nn.Module], layout: Layout) -
     return Block(site, modules[site.path], parent, layout)
 
 
-def _recorders(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[int, Recorder]:
-    """One recorder for each module that an activity rule binds, by the module's id."""
-    found: dict[int, Recorder] = {}
-    for site in chain.from_iterable(binding.outputs for binding in plan.bindings):
-        module = modules[site.path]
-        if id(module) not in found:
-            found[id(module)] = Recorder(module, plan.registry.adapter(module), site.name)
+def _recorders(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[tuple[int, Via], Recorder]:
+    """One recorder for each module that an activity rule binds and each way it goes, by the module's id and the way.
+
+    Injectors come first: what they put in place of the outputs is what the others record.
+    """
+    found: dict[tuple[int, Via], Recorder] = {}
+    for binding in sorted(plan.bindings, key=lambda one: one.via != "inject"):
+        for site in binding.outputs:
+            module = modules[site.path]
+            if (id(module), binding.via) not in found:
+                make = Injector if binding.via == "inject" else Recorder
+                found[id(module), binding.via] = make(module, plan.registry.adapter(module), site.name)
     return found

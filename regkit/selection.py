@@ -30,7 +30,7 @@ def bind(key: str, rule: Rule, everywhere: list[Recurrent]) -> Binding:
     """Bind one rule to the recurrent modules of a model. Raises Unbound where it does not fit."""
     kind = rule.kind
     assert isinstance(kind, (Penalty, ActivityPenalty, Constraint))  # the spec's fields hold no other family
-    via: Via = "loss" if isinstance(kind, ActivityPenalty) else rule.via or "gradient"
+    via: Via = rule.via or ("loss" if isinstance(kind, ActivityPenalty) else "gradient")
     schedule = rule.schedule if isinstance(rule.schedule, Schedule) else None
     binding = Binding(key, kind, schedule, via, rule.every, rule.optional)
     try:
@@ -171,7 +171,7 @@ def _weight(recurrent: Recurrent, name: str) -> Tensor:
     """The weight of this name, as it acts. Raises Unbound where there is none that can be read and followed."""
     try:
         with torch.no_grad():
-            weight = storage_of(recurrent.module, recurrent.parent, name).read()
+            weight = storage_of(recurrent.module, recurrent.parent, name).outline()
     except AttachError as error:
         raise Unbound(f"{recurrent}: {error}") from None
     if not weight.is_floating_point():
@@ -218,8 +218,8 @@ def _once(sites: list[WeightSite], recurrents: Iterable[Recurrent]) -> tuple[Wei
     seen: dict[tuple[Any, ...], WeightSite] = {}
     for site in sites:
         at = by_path[site.path]
-        leaves = [leaf for name in site.parameters for leaf in storage_of(at.module, at.parent, name).leaves]
-        seen.setdefault((*map(id, leaves), site.start, site.rows), site)
+        what = [one for name in site.parameters for one in storage_of(at.module, at.parent, name).identity]
+        seen.setdefault((*what, site.start, site.rows), site)
     return tuple(seen.values())
 
 

@@ -50,6 +50,19 @@ def share(whole: Tensor, like: Tensor) -> Tensor:
     return replicated.redistribute(placements=like.placements)
 
 
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 (fully_shard) put the sharded parameters back into their modules.
+
+    After a forward pass without a backward pass there may be whole ones in their place, which no optimizer owns, and
+    what is written to those is lost. Nothing is communicated; the next forward pass gathers what it needs.
+    """
+    room = sys.modules.get("torch.distributed.fsdp")
+    if room is not None:
+        for module in model.modules():
+            if isinstance(module, room.FSDPModule):
+                module.reshard()
+
+
 def flattened(module: nn.Module) -> bool:
     """Whether FSDP1 (FullyShardedDataParallel) keeps parameters of this module itself in a flat one.
 

@@ -46,7 +46,7 @@ class Rule(Frozen):
     """A factor on the penalty's strength or the constraint's bound, over optimizer steps."""
 
     via: Via | None = None
-    """How a weight penalty reaches the weight; left out: gradient."""
+    """How a penalty reaches the weights; left out: gradient for one on weights, loss for one on activity."""
 
     every: Count = 1
     """Apply the constraint after every N-th optimizer step."""
@@ -87,8 +87,10 @@ def _mistakes(rule: Rule) -> Iterator[Mistake]:
 def _penalty_mistakes(rule: Rule) -> Iterator[Mistake]:
     if rule.every != 1:
         yield "every", rule.every, "`every` goes with a constraint"
-    if isinstance(rule.penalty, ActivityPenalty) and rule.via not in (None, "loss"):
-        yield "via", rule.via, f"an activity penalty goes through the loss, not via {rule.via!r}"
+    if isinstance(rule.penalty, ActivityPenalty) and rule.via not in (None, "loss", "inject"):
+        yield "via", rule.via, f"an activity penalty goes via 'loss' or 'inject', not via {rule.via!r}"
+    if isinstance(rule.penalty, Penalty) and rule.via == "inject":
+        yield "via", rule.via, "only an activity penalty goes via 'inject': it joins the gradient of outputs"
     if rule.via == "proximal" and isinstance(rule.penalty, Penalty) and not rule.penalty.offers_prox:
         yield "via", rule.via, f"{rule.kind.kind} offers no proximal operator"
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regkit.errors import AttachError, StepError
+from regkit.shards import reshard, sharded
 
 
 @dataclass(eq=False)
@@ -136,6 +137,8 @@ class Steps:
         if model is None:
             return None
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        if any(sharded(p) for group in optimizer.param_groups for p in group["params"]):
+            reshard(model)  # or what it owns might not be in the model at the moment
         moved = self._work.moved()
         if moved is not None:
             if any(id(p) in groups for p in model.parameters()):

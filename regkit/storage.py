@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from regkit.errors import AttachError
-from regkit.shards import sharded, share, whole
+from regkit.shards import flattened, sharded, share, whole
 
 View = Callable[[Tensor], Tensor]
 """From a whole weight to a view of the part that a rule is about."""
@@ -31,9 +30,18 @@ class Storage(ABC):
     leaves: tuple[nn.Parameter, ...]
     """The parameters behind the weight."""
 
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """The ids of all that it is made of: equal for one weight under several names, and only there."""
+        return tuple(map(id, self.leaves))
+
     @abstractmethod
     def read(self) -> Tensor:
         """The weight that acts, whole, as it is in evaluation: no dropout, no power iteration. Autograd may follow."""
+
+    def outline(self) -> Tensor:
+        """A tensor of the whole weight's shape and dtype, for which no processes need to communicate."""
+        return self.read()
 
     @abstractmethod
     def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
@@ -41,7 +49,7 @@ class Storage(ABC):
 
     @abstractmethod
     def write(self, view: View, point: Tensor) -> None:
-        """Make the viewed part equal to a point."""
+        """Make the viewed part equal to a point. Raises AttachError, and changes nothing, where that cannot be."""
 
     def prove(self, view: View, points: Sequence[Tensor]) -> None:
         """Raise AttachError where `write` cannot make the viewed part equal to points like these."""
@@ -71,7 +79,7 @@ class _Whole(Storage):
 
     def _placed(self, view: View, part: Tensor) -> Tensor:
         """The part where it belongs in a weight of zeros."""
-        placed = torch.zeros_like(self.read(), dtype=part.dtype)
+        placed = torch.zeros(self.outline().shape, dtype=part.dtype, device=part.device)
         view(placed).copy_(part)
         return placed
 
@@ -92,6 +100,9 @@ class Sharded(_Whole):
     def read(self) -> Tensor:
         return whole(self._parameter)
 
+    def outline(self) -> Tensor:
+        return self._parameter
+
     def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
         placed = self._placed(view, gradient)
         for parameter, amount in amounts:
@@ -103,78 +114,138 @@ class Sharded(_Whole):
 
 
 class _Computed(_Whole):
-    """A weight that is computed from its leaves."""
+    """A weight that is computed from its leaves: once for all that one rule does with it at a step."""
+
+    _weight: Tensor | None = None
+
+    @abstractmethod
+    def _compute(self) -> Tensor:
+        """The weight, from its leaves."""
+
+    def read(self) -> Tensor:
+        if self._weight is None:
+            with torch.enable_grad():
+                self._weight = whole(self._compute())
+        return self._weight if torch.is_grad_enabled() else self._weight.detach()
 
     def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
         with torch.enable_grad():
             weight = self.read()
-        placed = self._placed(view, gradient).to(weight.dtype)
+        placed = self._placed(view, gradient)
+        # It goes backward in the weight's dtype, at unit scale: a loss scale of 2¹⁶ would overflow in float16.
+        largest = placed.abs().amax()
+        unit = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
         leaves = [leaf for leaf, _ in amounts]
-        pulled = torch.autograd.grad(weight, leaves, placed, materialize_grads=True)
+        pulled = torch.autograd.grad(weight, leaves, (placed / unit).to(weight.dtype), materialize_grads=True)
         for (leaf, amount), part in zip(amounts, pulled, strict=True):
-            _grad(leaf).add_(part, alpha=amount)
+            _grad(leaf).add_(part.to(unit.dtype) * unit, alpha=amount)
 
 
 class Masked(_Computed):
     """A pruned weight, original · mask  (torch.nn.utils.prune)."""
 
-    def __init__(self, original: nn.Parameter, mask: Tensor) -> None:
+    def __init__(self, original: nn.Parameter, mask: Tensor, name: str) -> None:
         self.leaves = (original,)
-        self._original, self._mask = original, mask
+        self._original, self._mask, self._name = original, mask, name
 
-    def read(self) -> Tensor:
-        return whole(self._original * self._mask.to(self._original.dtype))
+    @property
+    def identity(self) -> tuple[int, ...]:
+        return (*super().identity, id(self._mask))
+
+    def _compute(self) -> Tensor:
+        return self._original * self._mask.to(self._original.dtype)
 
     def write(self, view: View, point: Tensor) -> None:
         changed = share(self._changed(view, point), self._original)
         self._original.copy_(torch.where(self._mask.bool(), changed, self._original))
+        self._weight = None
+
+    def prove(self, view: View, points: Sequence[Tensor]) -> None:
+        pruned = ~view(self._mask.bool())
+        if any(bool((pruned & (point != 0)).any()) for point in points):
+            raise AttachError(f"{self._name} is pruned, and would not be zero any more where it is")
 
 
 class Parametrized(_Computed):
-    """A weight behind torch.nn.utils.parametrize. It is written through `right_inverse`."""
+    """A weight behind torch.nn.utils.parametrize. It is written through `right_inverse`.
+
+    Frozen originals are not written. To write waits for a GPU twice: does anything move, and did it come out right?
+    """
 
     def __init__(self, parametrization: nn.Module, name: str) -> None:
         assert isinstance(parametrization, parametrize.ParametrizationList)
-        many = range(parametrization.ntensors)
-        names = ["original"] if parametrization.is_tensor else [f"original{index}" for index in many]
-        self._originals = [getattr(parametrization, one) for one in names]
+        suffixes = [""] if parametrization.is_tensor else range(parametrization.ntensors)
+        self._originals: list[Tensor] = [getattr(parametrization, f"original{suffix}") for suffix in suffixes]
         self.leaves = tuple(one for one in self._originals if isinstance(one, nn.Parameter))
-        self._parametrization = parametrization
-        self._name = name
+        self._parametrization, self._name = parametrization, name
 
-    def read(self) -> Tensor:
-        with _evaluating(self._parametrization):
+    @property
+    def identity(self) -> tuple[int, ...]:
+        return (*map(id, self._originals), *map(id, self._parametrization))
+
+    def _compute(self) -> Tensor:
+        training = [one for one in self._parametrization.modules() if one.training]
+        for one in training:
+            one.training = False
+        try:
             weight: Tensor = self._parametrization()
-        return whole(weight)
+        finally:
+            for one in training:
+                one.training = True
+        return weight
 
     def write(self, view: View, point: Tensor) -> None:
-        before = self.read()
-        inverse: Any = self._changed(view, point)
-        moved = torch.ne(inverse, before).any()  # on the device: where nothing moves, the originals keep every bit
+        changed = self._changed(view, point)
+        # Where nothing moves, nothing is written: right_inverse(weight) is seldom the original again, bit for bit, and
+        # some parametrizations move buffers of their own in it.
+        if torch.allclose(changed, self.read(), rtol=0, atol=0, equal_nan=True):
+            return
+        kept = {key: value.clone() for key, value in self._parametrization.state_dict().items()}
+        try:
+            for original, new in zip(self._originals, self._inverse(changed), strict=True):
+                if original.requires_grad:
+                    original.copy_(share(new, original))
+            self._weight = None
+            if not self._fits(changed):
+                frozen = "" if all(one.requires_grad for one in self._originals) else ", with a part of it frozen,"
+                raise AttachError(self._cannot(f"makes of right_inverse(point){frozen} another"))
+        except BaseException:
+            self._parametrization.load_state_dict(kept)
+            self._weight = None
+            raise
+
+    def _inverse(self, weight: Tensor) -> list[Tensor]:
+        value: Any = weight
         for step in reversed(list(self._parametrization)):
-            inverse = step.right_inverse(inverse)  # type: ignore[operator]  # torch types it as a Module's attribute
-        wanted = [inverse] if isinstance(inverse, Tensor) else inverse
-        for original, new in zip(self._originals, wanted, strict=True):
-            original.copy_(torch.where(moved, share(new, original).to(original.dtype), original))
+            if not hasattr(step, "right_inverse"):
+                raise AttachError(self._cannot(f"has no right_inverse ({type(step).__name__})"))
+            try:
+                value = step.right_inverse(value)  # type: ignore[operator]  # torch types it as a Module's attribute
+            except Exception as error:  # a stranger's code: anything can come out
+                raise AttachError(self._cannot(f"refuses it: {error!r}")) from error
+        return [value] if isinstance(value, Tensor) else list(value)
+
+    def _fits(self, wanted: Tensor) -> bool:
+        """Whether it is as wanted now, up to rounding, and its originals are finite where it is."""
+        finite = wanted.isfinite()
+        coarsest = max(torch.finfo(one.dtype).eps for one in (wanted, *self._originals))
+        largest = float(torch.where(finite, wanted, 0.0).abs().max())
+        close = torch.allclose(self.read(), wanted, rtol=0, atol=max(1e-3, 16 * coarsest) * largest, equal_nan=True)
+        return close and (not bool(finite.all()) or all(bool(one.isfinite().all()) for one in self._originals))
+
+    def _cannot(self, reason: str) -> str:
+        names = ", ".join(type(one).__name__ for one in self._parametrization)
+        return f"{self._name} cannot be set to a point: its parametrization {names} {reason}"
 
     def prove(self, view: View, points: Sequence[Tensor]) -> None:
-        # On a copy: some parametrizations move their own buffers when they are written through.
+        # On a copy, for writing may move buffers and draw random numbers, as torch's `orthogonal` does.
         trial = Parametrized(copy.deepcopy(self._parametrization), self._name)
-        names = ", ".join(type(one).__name__ for one in self._parametrization)
-        for point in points:
-            try:
+        if not any(one.requires_grad for one in trial.leaves):
+            trial._parametrization.requires_grad_(True)  # as it will be when it is unfrozen
+        device = self._originals[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for point in points:
                 trial.write(view, point)
-            except (AttributeError, NotImplementedError, ValueError) as error:
-                reason = "has no right_inverse" if isinstance(error, AttributeError) else f"refuses it ({error})"
-                raise AttachError(
-                    f"{self._name} cannot be set to a point: its parametrization {names} {reason}"
-                ) from None
-            written = view(trial.read())
-            if not torch.allclose(written, point.to(written.dtype), rtol=1e-3, atol=1e-4):
-                raise AttachError(
-                    f"{self._name} cannot be set to a point: what its parametrization {names} makes of "
-                    "right_inverse(point) is another"
-                )
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:
@@ -182,52 +253,46 @@ def _grad(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [one for one in module.modules() if one.training]
-    for one in training:
-        one.training = False
-    try:
-        yield
-    finally:
-        for one in training:
-            one.training = True
-
-
 def storage_of(module: nn.Module, parent: nn.Module | None, name: str) -> Storage:
     """Where the weight of this name is kept now. Raises AttachError where it is in no place that can be followed.
 
     parent: what holds the module; wrappers that drop weights keep the raw one there or in the module itself.
     """
-    raw = f"{name}_raw"  # as in Merity et al.'s WeightDrop and those made after it
-    parameter = module._parameters.get(raw)
-    if parameter is None and parent is not None:
-        parameter = parent._parameters.get(raw)
-    if parameter is None:
-        parameter = module._parameters.get(name)
+    if flattened(module):
+        raise AttachError(
+            f"{name} is a piece of a flat parameter of FSDP1 (FullyShardedDataParallel), in which no row is whole; shard "
+            "with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
+    parameter = _parameter(module, parent, name)
     if parameter is not None:
-        return Sharded(parameter) if sharded(parameter) else Plain(_usable(parameter, name))
+        if is_lazy(parameter):
+            raise AttachError(f"{name} has no shape yet (lazy); run a batch through the model before regkit.attach()")
+        return Sharded(parameter) if sharded(parameter) else Plain(parameter)
     if parametrize.is_parametrized(module, name):
         return Parametrized(module.get_submodule(f"parametrizations.{name}"), name)
     original, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
     if original is not None and mask is not None:
-        return Masked(original, mask)
+        return Masked(original, mask, name)
     raise AttachError(f"{name} {_reason(module, name)}")
 
 
-def _usable(parameter: nn.Parameter, name: str) -> nn.Parameter:
-    if is_lazy(parameter):
-        raise AttachError(f"{name} has no shape yet (lazy); run a batch through the model before regkit.attach()")
-    return parameter
+def _parameter(module: nn.Module, parent: nn.Module | None, name: str) -> nn.Parameter | None:
+    """The parameter of this name, or the raw one that a wrapper makes it of (Merity et al.'s WeightDrop, fastai's)."""
+    own, raw = module._parameters.get(name), module._parameters.get(f"{name}_raw")
+    if raw is None and not isinstance(own, nn.Parameter) and parent is not None:
+        raw = parent._parameters.get(f"{name}_raw")
+    if raw is None or own is raw or not isinstance(own, nn.Parameter):
+        return own if raw is None and isinstance(own, nn.Parameter) else raw
+    raise AttachError(
+        f"{name} is a new Parameter at each forward pass, and so {name}_raw, which it is made of, gets no gradient and "
+        "is never trained; let the wrapper assign the tensor itself"
+    )
 
 
 def _reason(module: nn.Module, name: str) -> str:
     own = module._parameters
     if f"{name}_v" in own or f"{name}_orig" in own:
-        return (
-            "is computed by torch.nn.utils.weight_norm or spectral_norm, which torch has deprecated; use those of "
-            "torch.nn.utils.parametrizations"
-        )
+        return "is of the deprecated torch.nn.utils.weight_norm or spectral_norm; use torch.nn.utils.parametrizations"
     if hasattr(module, name):
         return f"is computed from another, and there is no parameter {name}_raw that it is made of"
     return "is missing"

@@ -15,15 +15,19 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
+from regkit import hooks
 from regkit.errors import StepError
+from regkit.shards import sharded
 
-_TIMES: Final = 2
-"""How often in a row the weights may move unheard. Once is what sharpness-aware minimization does at each step."""
-_LOOKS: Final = (1, 3, 10, 100)
-"""The backward passes at which the numbers themselves are compared, until a first step is heard of: a change through
-`.data` does not count as a new version. On a GPU this waits for it, three times in all."""
+_TIMES: Final = 3
+"""How many times the weights may move with no step heard of between: sharpness-aware minimization moves them once or
+twice before each step."""
+_CLOSELY: Final = 8
+"""The first backward passes, at each of which the numbers themselves are compared until a first step is heard of: a
+change through `.data` does not count as a new version. After them it is done at powers of two. On a GPU it is waited
+for."""
 
 _UNHEARD: Final = (
     "changed from one backward pass to the next, and no torch optimizer that owns it was heard to step: the rules are "
@@ -48,15 +52,15 @@ class Watch:
         self._name = ""
         self._handles: list[RemovableHandle] = []
         self._off = False
-        self._ever_stepped = False
+        self._ever_heard = False
         self.accept()
 
     def accept(self) -> None:
         """Take the weights as they will be at the next backward pass for granted."""
         self._version: int | None = None
+        self._numbers: Tensor | None = None
         self._moves = 0
         self._looks = 0
-        self._numbers: Tensor | None = None
 
     def arm(self) -> None:
         """Watch the parameter, or the one that is in its place by now."""
@@ -67,10 +71,12 @@ class Watch:
         self._name, module, leaf = found
         self._leaf = weakref.ref(leaf)
         hook = _Hook(self)
+        hooks.keep_clear(max(module._load_state_dict_post_hooks, default=-1))
         self._handles = [
             leaf.register_hook(hook.look),  # type: ignore[no-untyped-call]  # torch leaves both unannotated
-            module.register_load_state_dict_pre_hook(hook.accept),  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_post_hook(hook.loaded),  # type: ignore[no-untyped-call]
         ]
+        hook.number = self._handles[-1].id
         self.accept()
 
     def disarm(self) -> None:
@@ -80,34 +86,48 @@ class Watch:
         self._handles, self._leaf = [], lambda: None
 
     def heard(self, parameters: Mapping[int, Any], acts: bool) -> None:
-        """An optimizer of these parameters steps. If the attachment does not act with it, its user said so."""
+        """There is a step of these parameters. If the attachment does not act in it, its user said so."""
         if id(self._leaf()) in parameters:
-            self._ever_stepped = True
+            self._ever_heard = True
             self.accept()
             if not acts:
                 self._off = True
                 self.disarm()
 
+    def announced(self) -> None:
+        """The weights have changed, or been replaced, and it is all right."""
+        self.accept()
+        if self._handles:
+            self.arm()
+
     def look(self) -> None:
         """A gradient arrives. Raises StepError where the weight has moved unheard once too often."""
         leaf = self._leaf()
         if leaf is None or self._inside():
-            self._version = None
+            self._version = self._numbers = None
             return
-        before, self._version = self._version, leaf._version
-        moved = before is not None and before != self._version
-        self._moves = self._moves + 1 if moved else self._moves
-        if self._moves >= _TIMES or (not self._ever_stepped and self._differs(leaf)):
+        self._moves += self._moved(leaf)
+        if self._moves >= _TIMES:
             self.accept()
             raise StepError(f"{self._name} {_UNHEARD}")
 
-    @torch.no_grad()
+    def _moved(self, leaf: Tensor) -> bool:
+        before, self._version = self._version, leaf._version
+        newer = before is not None and before != self._version
+        if newer:
+            self._numbers = None
+        return self._differs(leaf) or newer
+
     def _differs(self, leaf: Tensor) -> bool:
         self._looks += 1
-        if self._looks not in _LOOKS or leaf.is_meta:
+        power_of_two = self._looks & (self._looks - 1) == 0
+        if self._ever_heard or leaf.is_meta or not (self._looks <= _CLOSELY or power_of_two):
             return False
-        before, self._numbers = self._numbers, torch.stack([leaf.sum(), leaf.square().sum()]).double()
-        return before is not None and not torch.equal(before, self._numbers)
+        mine = leaf.to_local() if sharded(leaf) else leaf
+        before, self._numbers = self._numbers, mine.detach().clone()
+        if before is None or before.dtype != mine.dtype or before.device != mine.device:
+            return False
+        return not torch.equal(before, self._numbers)
 
 
 class _Hook:
@@ -115,19 +135,37 @@ class _Hook:
 
     def __init__(self, watch: Watch | None = None) -> None:
         self._watch = (lambda: None) if watch is None else weakref.ref(watch)
+        self.inert = watch is None
+        self.number = -1
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+    def __reduce__(self) -> tuple[Callable[[int], _Hook], tuple[int]]:
+        return _copied, (self.number,)
 
+    @unserializable_hook  # or torch warns when it is left out of a parameter that is sent to another process
     def look(self, gradient: Tensor) -> None:
         watch = self._watch()
         if watch is not None:
             watch.look()
 
-    def accept(self, *_: object) -> None:
+    def loaded(self, module: nn.Module, incompatible: object) -> None:
         watch = self._watch()
         if watch is not None:
-            watch.accept()
+            watch.announced()
+
+
+def _copied(number: int) -> _Hook:
+    hooks.keep_clear(number)
+    return _Hook()
+
+
+def drop_copied_hooks(model: nn.Module) -> None:
+    """Take the hooks of its original's watch off a copied model."""
+    for module in model.modules():
+        held = module._load_state_dict_post_hooks
+        for number, hook in list(held.items()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, _Hook) and owner.inert:
+                del held[number]
 
 
 def owned_by_any() -> set[int]:

@@ -55,9 +55,14 @@ class WeightRule(ABC):
         return {id(parameter) for parameter in self.parameters()} & step.trained
 
     def _each(self) -> Iterator[tuple[Block, list[Storage]]]:
+        """Each block with where it is kept now. What has been tied since attach() counts once, too."""
+        seen = set()
         for block in self.blocks:
             self.at = block
-            yield block, block.storages()
+            storages = block.storages()
+            if (place := block.place(storages)) not in seen:
+                seen.add(place)
+                yield block, storages
         self.at = None
 
     def _unfrozen(self) -> Iterator[tuple[Block, list[Storage], list[Storage]]]:
@@ -216,8 +221,12 @@ def _prove_writes(rule: WeightRule, block: Block, storages: Sequence[Storage], p
             raise AttachError(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()}): {error}") from None
 
 
+@dataclass(eq=False)
 class ConstraintRule(WeightRule):
-    """A constraint on weights."""
+    """A constraint on weights. due: the blocks that wait for a step that trains them to be projected."""
+
+    due: set[Block] = field(default_factory=set)
+    _called: int = -1
 
     def prove(self) -> None:
         constraint = self.at_step(0)
@@ -237,10 +246,22 @@ class ConstraintRule(WeightRule):
         return kind if self.binding.schedule is None else kind.at(self.binding.factor(index))
 
     def project(self, step: Step) -> None:
-        """Project the blocks that this step trains."""
+        """Project the blocks that this step trains, if it is the N-th or if the N-th did not train them."""
+        if (step.index + 1) % self.binding.every == 0 and step.index != self._called:
+            self._called = step.index  # once, though several optimizers may take one step together
+            self.due = set(self.blocks)
+        if not self.due:
+            return
         constraint = self.at_step(step.index)
         for block, storages, mine in self._trained(step):
-            block.move(storages, mine, constraint.project(block.weight(storages)))
+            if block in self.due:
+                block.move(storages, mine, constraint.project(block.weight(storages)))
+                self.due.discard(block)
+
+    def restore(self, count: int, due: Iterable[str]) -> None:
+        """Go on after `count` steps, with the blocks of these names waiting."""
+        names = set(due)
+        self._called, self.due = count - 1, {block for block in self.blocks if block.name in names}
 
     def project_all(self, index: int) -> None:
         """Project every block that is not frozen."""

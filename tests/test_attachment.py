@@ -115,12 +115,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_model, batch
         assert torch.equal(weight, resumed["model"][name]), name
 
 
+STATE = {"version": 2, "step_count": 2, "stepped": [], "due": {}}
+
+
 @pytest.mark.parametrize(
-    "state", [{}, {"step_count": 3}, {"version": 2, "step_count": -1, "stepped": []},
-              {"version": 2, "step_count": True, "stepped": []}, {"version": 2, "step_count": 2.0, "stepped": []},
-              {"version": 3, "step_count": 2, "stepped": []}, {"version": 2, "step_count": 2, "stepped": 1},
-              {"version": 2, "step_count": 2, "stepped": ["rnn.weight_hh_l7"]},
-              {"version": 2, "step_count": 2, "stepped": [], "more": 0}],
+    "state", [{}, {"step_count": 3}, STATE | {"step_count": -1}, STATE | {"step_count": True},
+              STATE | {"step_count": 2.0}, STATE | {"version": 3}, STATE | {"stepped": 1}, STATE | {"due": []},
+              STATE | {"stepped": ["rnn.weight_hh_l7"]}, STATE | {"due": {"ball": ["rnn.weight_hh_l7"]}},
+              STATE | {"more": 0}],
 )  # fmt: skip
 def test_a_state_that_is_none_is_refused(state, make_model):
     attachment = regkit.attach(make_model(), SPEC)

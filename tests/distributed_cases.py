@@ -1,0 +1,106 @@
+"""What is trained in the worlds of two and of four processes: cases by the row of README's table that they prove."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import distributed_spreads as spreads
+import distributed_tasks as tasks
+from distributed_workers import Case, CaseTask, Rules, Task, World
+
+STRENGTH, BOUND = 0.05, 0.5
+L2 = {"name": "l2", "penalty": {"kind": "l2", "strength": STRENGTH}}
+MAX_NORM = {"name": "max-norm", "constraint": {"kind": "max_norm", "max_value": BOUND}}
+L1 = {"name": "l1", "penalty": {"kind": "l1", "strength": STRENGTH}, "via": "proximal"}
+ORTHOGONAL = {
+    "name": "orthogonal",
+    "target": {"role": "recurrent"},
+    "penalty": {"kind": "orthogonal", "strength": 0.02},
+}
+GATES = {"name": "gates", "target": {"gate": ["forget", "output"], "role": "recurrent"}, "penalty": "l2(0.1)"}
+CELLS = {
+    "name": "cells",
+    "target": {"role": ["kernel", "recurrent"]},
+    "constraint": {"kind": "max_norm", "max_value": 0.6, "per": "cell"},
+}
+BIASES = {"name": "biases", "target": {"role": "bias", "bias": "effective"}, "penalty": "l2(0.1)", "via": "decoupled"}
+BY_LOSS = {"name": "by loss", "target": {"role": "kernel"}, "penalty": "orthogonal(0.05)", "via": "loss"}
+AR = {"name": "ar", "penalty": {"kind": "activity_l2", "strength": 2.0}}
+TAR = {"name": "tar", "penalty": {"kind": "temporal", "strength": 1.0}}
+
+DOCUMENTS: dict[str, Rules] = {
+    "L2": [L2],
+    "max-norm": [MAX_NORM],
+    "L1, proximal": [L1],
+    "orthogonal": [ORTHOGONAL],
+    "gates and cells": [GATES, CELLS],
+    "decoupled, of effective biases": [BIASES],
+    "through the loss": [BY_LOSS],
+    "activity": [AR, TAR],
+}
+ALL: Rules = [L2, ORTHOGONAL, L1, BY_LOSS, AR, TAR, MAX_NORM, CELLS]
+BOTH = (2, 4)
+
+DDP = {
+    **{name: Case(spreads.ddp, rules) for name, rules in DOCUMENTS.items()},
+    "attached before": Case(spreads.ddp, ALL, BOTH),
+    "attached after": Case(spreads.ddp, ALL, BOTH, attach_first=False),
+    "static_graph": Case(spreads.ddp_static_graph, ALL),
+    "find_unused_parameters": Case(spreads.ddp_finding_unused, [L2, MAX_NORM], spare=True),
+    "no_sync": Case(spreads.ddp, ALL, accumulate=2),
+    "clipped": Case(spreads.ddp, ALL, clip=0.05),
+    "a cell": Case(spreads.ddp, ALL, layer="GRUCell"),
+}
+FSDP2 = {
+    **{name: Case(spreads.fsdp, rules) for name, rules in DOCUMENTS.items()},
+    "attached before": Case(spreads.fsdp, ALL, BOTH),
+    "attached after": Case(spreads.fsdp, ALL, BOTH, attach_first=False),
+    "uneven shards": Case(spreads.fsdp, ALL, BOTH, layer="GRU", attach_first=False),
+    "a process with no rows": Case(spreads.fsdp, ALL, (4,), layer="RNN", hidden=3),
+    "a shard for each layer": Case(spreads.fsdp_by_layer, ALL, BOTH, layer="RNN"),
+    "a cell": Case(spreads.fsdp_by_layer, ALL, layer="LSTMCell"),
+    "resharded after forward": Case(spreads.fsdp_resharding, ALL),
+    "not resharded after forward": Case(spreads.fsdp_not_resharding, ALL),
+    "not resharded after backward": Case(spreads.fsdp_left_whole, ALL),
+    "evaluated before the step": Case(spreads.fsdp, ALL, evaluate=True),
+    "read before the backward pass": Case(spreads.fsdp, ALL, look=True),
+    "accumulated without sending": Case(spreads.fsdp, ALL, accumulate=2),
+    "clipped": Case(spreads.fsdp, ALL, clip=0.05),
+    "shards of columns": Case(spreads.fsdp_by_columns, ALL, hidden=4),
+    "max-norm, columns": Case(spreads.fsdp_by_columns, [MAX_NORM], hidden=4),
+    "copies of shards": Case(spreads.fsdp_hybrid, ALL, (4,)),
+}
+TENSOR_PARALLEL = {
+    "rows": Case(spreads.tensor_parallel_rows, ALL, BOTH, attach_first=False, layer="MatmulCell"),
+    "columns": Case(spreads.tensor_parallel_columns, ALL, attach_first=False, layer="MatmulCell"),
+    "attached before": Case(spreads.tensor_parallel_rows, ALL, layer="MatmulCell"),
+    "max-norm, columns": Case(spreads.tensor_parallel_columns, [MAX_NORM], layer="MatmulCell"),
+}
+FSDP2_AND_TENSOR_PARALLEL = {
+    "rows": Case(spreads.fsdp_and_rows, ALL, (4,), attach_first=False, layer="MatmulCell"),
+    "columns": Case(spreads.fsdp_and_columns, ALL, (4,), layer="MatmulCell"),
+}
+ZERO = {
+    "attached before": Case(spreads.ddp_and_zero, ALL),
+    "attached after": Case(spreads.ddp_and_zero, ALL, attach_first=False),
+}
+
+CASES = {
+    "DDP": DDP,
+    "FSDP2": FSDP2,
+    "Tensor parallel": TENSOR_PARALLEL,
+    "FSDP2 with tensor parallel": FSDP2_AND_TENSOR_PARALLEL,
+    "ZeroRedundancyOptimizer": ZERO,
+}
+
+
+def _tasks(size: int) -> dict[str, Task]:
+    rows = CASES.items()
+    cases = {f"{row}: {name}": case for row, named in rows for name, case in named.items() if size in case.sizes}
+    return {**{name: CaseTask(case) for name, case in cases.items()}, **tasks.of_size(size)}
+
+
+@cache
+def world(size: int) -> World:
+    """The world of so many processes, which is run once for all tests."""
+    return World(size, _tasks(size))

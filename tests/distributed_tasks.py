@@ -1,0 +1,218 @@
+"""What the processes of a world do besides training: each task returns what a test looks at."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from distributed_spreads import MatmulCell, Net, Spread, by_rank, ddp, fsdp, make_net, tensor_parallel_rows
+from distributed_workers import Outcome, Rules, Task, batches, full, loss_of, outcome
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import regkit
+from regkit.shards import sharded, share, whole
+
+DECAY = 0.1
+L2: Rules = [{"name": "l2", "penalty": {"kind": "l2", "strength": DECAY / 2}}]
+MAX_NORM: Rules = [{"name": "max-norm", "constraint": {"kind": "max_norm", "max_value": 0.3}}]
+ACTIVITY: Rules = [{"name": "ar", "penalty": {"kind": "activity_l2", "strength": 1.0}}]
+RISING: Rules = [{**L2[0], "schedule": {"kind": "linear", "start": 0.0, "end": 1.0, "steps": 4}}, *MAX_NORM, *ACTIVITY]
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def _placed(tensor: Tensor, placements: tuple[Placement, ...]) -> DTensor:
+    """The tensor so placed on all processes; where it is a sum to be taken, of equal parts."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),) if len(placements) == 1 else (2, 2))
+    held = [Replicate() if isinstance(placement, Partial) else placement for placement in placements]
+    parts = 2 ** sum(isinstance(placement, Partial) for placement in placements)
+    local = distribute_tensor(tensor, mesh, held).to_local() / parts
+    return DTensor.from_local(local, mesh, placements, shape=tensor.shape, stride=tensor.stride(), run_check=False)
+
+
+SHAPES = {"even": (8, 4), "uneven": (7, 5), "fewer rows than processes": (1, 5), "vector": (5,)}
+
+
+def placements_of(dimensions: int, shape: tuple[int, ...]) -> list[tuple[Placement, ...]]:
+    """Every way to place a tensor of this shape on a mesh of so many dimensions."""
+    each = [Replicate(), Partial(), *(Shard(dimension) for dimension in range(len(shape)))]
+    return list(itertools.product(each, repeat=dimensions))
+
+
+def shares(folder: Path, shape: tuple[int, ...], dimensions: int) -> dict[str, dict[str, Tensor | int]]:
+    """A part of another tensor, taken after the example of one that is placed in every way, and added to it."""
+    generator = torch.Generator().manual_seed(0)
+    placed, other = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    found: dict[str, dict[str, Tensor | int]] = {}
+    for placements in placements_of(dimensions, shape):
+        like = _placed(placed, placements)
+        with CommDebugMode() as communication:
+            part = share(other, like)
+        assert part.placements == like.placements
+        assert part.to_local().shape == like.to_local().shape
+        sent = communication.get_total_counts()
+        found[str(placements)] = {"sent": sent, "whole": whole(part), "sum": whole(like.add_(part))}
+    return {"expected": {"whole": other, "sum": placed + other}, **found}
+
+
+def gradient_through_whole(folder: Path) -> Tensor:
+    """Of Σ w³ of the whole, at a weight of which each process has some rows."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(torch.arange(15.0).reshape(5, 3), mesh, [Shard(0)]))
+    whole(weight).pow(3).sum().backward()
+    assert weight.grad is not None
+    assert sharded(weight.grad)
+    return full(weight.grad)
+
+
+# --- what torch leaves whole, casts, or flattens ----------------------------------------------------------------------
+
+
+def constrained_after_evaluation(folder: Path) -> dict[str, Tensor]:
+    """apply_constraints() where FSDP2 left whole parameters in the modules, and what the next pass then sees."""
+    net = make_net()
+    fully_shard(net)
+    with regkit.attach(net, {"rules": MAX_NORM}) as attachment, torch.no_grad():
+        net(batches()[0][0])
+        attachment.apply_constraints()
+        seen = attachment.violations()["max-norm"]
+        net(batches()[0][0])
+        net.reshard()
+        return {"at once": seen, "afterwards": attachment.violations()["max-norm"]}
+
+
+def decayed_under_bfloat16(folder: Path) -> Outcome:
+    """Decay alone, the loss having no gradient, where FSDP2 keeps float32 and computes in bfloat16."""
+    net = make_net().float()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    spread = by_rank(fully_shard(net, mp_policy=policy))
+    optimizer = torch.optim.SGD(net.rnn.parameters(), lr=0.5)
+    with regkit.attach(net, {"rules": L2}):
+        for x, _ in batches():
+            optimizer.zero_grad()
+            (net(spread.mine(x).float()) * 0).sum().backward()
+            optimizer.step()
+    return {name: full(parameter) for name, parameter in net.rnn.named_parameters()}
+
+
+def fsdp1(folder: Path, attach_first: bool, use_orig_params: bool) -> str:
+    """What is raised of a model that FSDP1 flattens."""
+    net = make_net()
+    attachment = regkit.attach(net, {"rules": L2}) if attach_first else None
+    module = FullyShardedDataParallel(net, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    try:
+        if attachment is None:
+            attachment = regkit.attach(module, {"rules": L2})
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        loss_of(by_rank(module), *batches()[0]).backward()
+        optimizer.step()
+    except regkit.RegkitError as error:
+        return str(error)
+    finally:
+        if attachment is not None:
+            attachment.detach()
+    return "nothing was raised"
+
+
+# --- what must not make processes wait for one another ----------------------------------------------------------------
+
+
+def forgotten_penalty(folder: Path) -> str:
+    """What is raised, in every process alike, where what was recorded is not in the loss."""
+    net = make_net()
+    spread = fsdp(net)
+    with regkit.attach(net, {"rules": [*L2, *ACTIVITY]}):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        loss_of(spread, *batches()[0]).backward()
+        try:
+            optimizer.step()
+        except regkit.StepError as error:
+            return str(error)
+    return "nothing was raised"
+
+
+def plan_of_the_first(folder: Path) -> str:
+    """A plan that one process resolves while the others do something else."""
+    net = make_net()
+    fully_shard(net)
+    return str(regkit.resolve(net, {"rules": L2})) if dist.get_rank() == 0 else ""
+
+
+# --- saved and loaded -------------------------------------------------------------------------------------------------
+
+
+def _cell_net() -> Net:
+    net = make_net("MatmulCell")
+    assert isinstance(net.rnn, MatmulCell)
+    return net
+
+
+SPREADS = {"DDP": (make_net, ddp), "FSDP2": (make_net, fsdp), "tensor parallel": (_cell_net, tensor_parallel_rows)}
+
+
+def resumed(folder: Path, spread: str) -> tuple[int, Outcome, Outcome]:
+    """The step count that was loaded; what a run in two halves came to, and what one that was not interrupted did."""
+    make, over = SPREADS[spread]
+
+    def start() -> tuple[Net, Spread, regkit.Attachment, torch.optim.Optimizer]:
+        net = make()
+        there = over(net)
+        attachment = regkit.attach(there.module, {"rules": RISING})
+        return net, there, attachment, torch.optim.Adam(there.module.parameters(), lr=0.05)
+
+    def go(there: Spread, attachment: regkit.Attachment, optimizer: torch.optim.Optimizer, part: slice) -> None:
+        for x, y in batches()[part]:
+            optimizer.zero_grad()
+            (loss_of(there, x, y) + attachment.penalty()).backward()
+            optimizer.step()
+
+    place = str(folder / f"resumed {spread}")
+    net, there, attachment, optimizer = start()
+    with attachment:
+        go(there, attachment, optimizer, slice(2))
+        weights, moments = get_state_dict(there.module, optimizer)
+        dcp.save({"model": weights, "optim": moments, "regkit": attachment}, checkpoint_id=place)
+        go(there, attachment, optimizer, slice(2, None))
+        expected = outcome(net, attachment)
+    net, there, attachment, optimizer = start()
+    with attachment:
+        weights, moments = get_state_dict(there.module, optimizer)
+        dcp.load({"model": weights, "optim": moments, "regkit": attachment}, checkpoint_id=place)
+        set_state_dict(there.module, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        count = attachment.step_count
+        go(there, attachment, optimizer, slice(2, None))
+        return count, outcome(net, attachment), expected
+
+
+def of_size(size: int) -> dict[str, Task]:
+    """The tasks of a world of so many processes, by name."""
+    sharing = {
+        f"shares of {name}": partial(shares, shape=shape, dimensions=size // 2) for name, shape in SHAPES.items()
+    }
+    if size == 4:
+        return sharing
+    fsdp1s = {
+        f"FSDP1, attach_first={first}, use_orig_params={original}": partial(
+            fsdp1, attach_first=first, use_orig_params=original
+        )
+        for first in (True, False)
+        for original in (True, False)
+    }
+    own = (
+        gradient_through_whole,
+        constrained_after_evaluation,
+        decayed_under_bfloat16,
+        forgotten_penalty,
+        plan_of_the_first,
+    )
+    saved = {f"resumed {spread}": partial(resumed, spread=spread) for spread in SPREADS}
+    return {**sharing, **fsdp1s, **{task.__name__: task for task in own}, **saved}

@@ -1,0 +1,119 @@
+"""In two and in four processes (gloo), training comes to the weights of one process on the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from distributed_cases import ALL, BOUND, CASES, DOCUMENTS, STRENGTH, world
+from distributed_spreads import make_net, one_process
+from distributed_workers import LR, Case, Outcome, assert_same, batches, loss_of, run_alone, together
+
+import regkit
+
+TOLERANCE = 1e-9
+
+
+def every_case() -> Iterator[object]:
+    """Each case in each world that it is for, under the row that it proves."""
+    for row, cases in CASES.items():
+        for name, case in cases.items():
+            for size in case.sizes:
+                identity = f"{row}: {name}, {size} processes"
+                yield pytest.param(f"{row}: {name}", case, size, id=identity, marks=pytest.mark.works_with(row))
+
+
+def weights(outcome: Outcome) -> Outcome:
+    return {name: tensor for name, tensor in outcome.items() if " of " not in name}
+
+
+@pytest.mark.parametrize(("task", "case", "size"), list(every_case()))
+def test_many_processes_train_to_the_weights_of_one(task: str, case: Case, size: int):
+    found = together(world(size).found(task))
+    assert_same(found, run_alone(case), TOLERANCE)
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "all"])
+def test_every_document_that_is_compared_trains_to_weights_of_its_own(document):
+    nothing = [{"penalty": "l2(1e-12)"}]
+    without, within = (
+        weights(run_alone(Case(one_process, rules))) for rules in (nothing, {**DOCUMENTS, "all": ALL}[document])
+    )
+    assert max(float((without[name] - within[name]).abs().max()) for name in within) > 1e-3
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.works_with(row)) for row in ("DDP", "FSDP2")])
+def test_l2_in_two_processes_equals_the_weight_decay_of_torch_in_one(row):
+    net = make_net()
+    spread = one_process(net)
+    groups = [{"params": net.rnn.parameters(), "weight_decay": 2 * STRENGTH}, {"params": net.head.parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=LR, momentum=0.9)
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss_of(spread, x, y).backward()
+        optimizer.step()
+    expected = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    assert_same(weights(together(world(2).found(f"{row}: L2"))), expected, TOLERANCE)
+
+
+WHOLE_ROWS = ["FSDP2: max-norm", "FSDP2: max-norm, columns", "Tensor parallel: max-norm, columns"]
+
+
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=pytest.mark.works_with(task.partition(":")[0])) for task in WHOLE_ROWS]
+)
+def test_max_norm_bounds_the_whole_row_and_not_the_part_that_a_process_holds(task):
+    found = together(world(2).found(task))
+    norms = torch.cat([w.norm(dim=1) for name, w in found.items() if name.startswith("rnn.weight")])
+    assert float(norms.max()) == pytest.approx(BOUND)
+    assert float(found["violation of max-norm"]) <= TOLERANCE
+
+
+@pytest.mark.works_with("FSDP2")
+def test_constraints_applied_after_an_evaluation_are_in_the_shards():
+    for found in world(2).found("constrained_after_evaluation"):
+        assert float(found["at once"]) == pytest.approx(0.0, abs=TOLERANCE)
+        assert float(found["afterwards"]) == pytest.approx(0.0, abs=TOLERANCE)
+
+
+@pytest.mark.works_with("FSDP2")
+def test_a_penalty_under_bfloat16_computation_is_of_the_float32_weights():
+    found = together(world(2).found("decayed_under_bfloat16"))
+    net = make_net().float()
+    optimizer = torch.optim.SGD(net.rnn.parameters(), lr=0.5, weight_decay=2 * STRENGTH)
+    for _ in batches():
+        for parameter in net.rnn.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert_same(found, {name: parameter.detach() for name, parameter in net.rnn.named_parameters()}, 1e-6)
+
+
+@pytest.mark.works_with("FSDP2")
+def test_a_forgotten_penalty_is_an_error_in_every_process_and_none_waits():
+    for error in world(2).found("forgotten_penalty"):
+        assert "add attachment.penalty() to the loss" in error
+
+
+@pytest.mark.works_with("FSDP2")
+def test_one_process_may_resolve_a_plan_alone_and_it_is_that_of_the_whole_model():
+    rules = [{"name": "l2", "penalty": {"kind": "l2", "strength": STRENGTH}}]
+    expected = str(regkit.resolve(make_net(), {"rules": rules}))
+    assert world(2).found("plan_of_the_first") == [expected, ""]
+
+
+@pytest.mark.works_with("FSDP1 is refused")
+@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_weights_that_fsdp1_flattens_are_refused_with_the_cure(attach_first, use_orig_params):
+    for error in world(2).found(f"FSDP1, attach_first={attach_first}, use_orig_params={use_orig_params}"):
+        assert "a flat parameter of FSDP1" in error
+        assert "torch.distributed.fsdp.fully_shard" in error
+
+
+@pytest.mark.works_with("torch.distributed.checkpoint")
+@pytest.mark.parametrize("spread", ["DDP", "FSDP2", "tensor parallel"])
+def test_a_run_resumed_from_a_distributed_checkpoint_equals_one_that_was_not_interrupted(spread):
+    for count, found, expected in world(2).found(f"resumed {spread}"):
+        assert count == 2
+        assert_same(found, expected, 0.0)
