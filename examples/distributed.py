@@ -32,7 +32,7 @@ import regkit
 
 SPEC = Path(__file__).with_name("distributed.json")
 TOLERANCE = 1e-6
-TIME, BATCH = 12, 32
+TIME, BATCH = 8, 32
 
 
 class Adder(nn.Module):
@@ -44,9 +44,9 @@ class Adder(nn.Module):
         self.head = nn.Linear(hidden, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (time, batch, 2) -> (batch,)"""
-        last: Tensor = self.head(self.rnn(x)[0][-1])
-        return last.squeeze(-1)
+        """x: (time, batch, 2) -> (batch, 1)"""
+        number: Tensor = self.head(self.rnn(x)[0][-1])
+        return number
 
 
 def make_batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -56,7 +56,7 @@ def make_batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         numbers = torch.rand(TIME, BATCH, generator=generator)
         marked = torch.rand(TIME, BATCH, generator=generator).topk(2, dim=0).indices
         marks = torch.zeros(TIME, BATCH).scatter_(0, marked, 1.0)
-        yield torch.stack([numbers, marks], dim=-1), (numbers * marks).sum(0)
+        yield torch.stack([numbers, marks], dim=-1), (numbers * marks).sum(0).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,22 @@ def train(steps: int, part: int = 0, parts: int = 1, fsdp2: bool = False) -> Run
     """Train one of `parts` equal shares of each batch, in as many processes."""
     torch.manual_seed(0)
     model: nn.Module = Adder()
-    if parts > 1:
-        model = fully_shard(model) if fsdp2 else DistributedDataParallel(model)
+    if parts > 1 and fsdp2:
+        fully_shard(model)
+    elif parts > 1:
+        model = DistributedDataParallel(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with regkit.attach(model, SPEC) as attachment:  # regkit: before or after the model is spread
         for x, y in make_batches(steps):
             x, y = x.chunk(parts, dim=1)[part], y.chunk(parts)[part]
             loss = mse_loss(model(x), y)
-            optimizer.zero_grad()
-            (loss + attachment.penalty()).backward()  # regkit
+            loss = loss + attachment.penalty()  # regkit
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
             optimizer.step()
+            optimizer.zero_grad()
         values, violations = attachment.values(), attachment.violations()  # regkit: in every process, as any collective
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=parts > 1))
-    return Run(loss.detach(), values, violations, {name: weights[name] for name in weights})
+    return Run(loss.detach(), values, violations, {key: w for key, w in weights.items() if isinstance(w, Tensor)})
 
 
 def mean(value: Tensor) -> float:
@@ -117,7 +120,7 @@ def main() -> None:
     """Train in all processes, then in one, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fsdp2", action="store_true", help="shard every weight, instead of copying it")
-    parser.add_argument("--steps", type=int, default=150, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
     options = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start it with torchrun --nproc-per-node 2 examples/distributed.py")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ from torch.optim import Optimizer
 
 from regkit import watch
 from regkit.attachment import Attachment, _attached
-from regkit.copies import companions
+from regkit.copies import companions, compiled_from
 from regkit.errors import AttachError, listing
-from regkit.hooks import Listener
+from regkit.hooks import Listener, keep_clear
 from regkit.injection import Scale
 from regkit.plan import Plan, resolve
 from regkit.records import drop_copied_hooks
 from regkit.registry import Registry
 from regkit.rules import Rules
+from regkit.shards import reshard
 from regkit.spec import Spec
 
 
@@ -54,10 +55,13 @@ def attachments(model: nn.Module) -> tuple[Attachment, ...]:
     A copy of a model (`copy.deepcopy`, pickle, `torch.save`) brings its own: the same plan, from the step count that
     the original had then. This is where to get it, to take `penalty()` from; weights need nothing.
     """
-    for companion in companions(model):
-        if companion.dormant:
-            companion.wake()
-    return tuple(_attached.get(id(model), ()))
+    found: list[Attachment] = []
+    for one in compiled_from(model):
+        for companion in companions(one):
+            if companion.dormant:
+                companion.wake()
+        found += _attached.get(id(one), ())
+    return tuple(found)
 
 
 def attach_copy(model: nn.Module, plan: Plan, count: int) -> Listener:
@@ -69,8 +73,10 @@ def attach_copy(model: nn.Module, plan: Plan, count: int) -> Listener:
 
 
 def _in_force(model: nn.Module, plan: Plan, only: list[Optimizer] | None, loss_scale: Scale | None) -> Attachment:
+    keep_clear(*_hook_numbers(model))
     drop_copied_hooks(model)
     watch.drop_copied_hooks(model)
+    reshard(model)
     attachment = Attachment(model, plan, only, loss_scale)
     _refuse_twice(attachment)
     attachment._prove()
@@ -78,6 +84,14 @@ def _in_force(model: nn.Module, plan: Plan, only: list[Optimizer] | None, loss_s
         _refuse_idle(attachment._rules, only)
     attachment._install(model, attach_copy)
     return attachment
+
+
+def _hook_numbers(model: nn.Module) -> Iterator[int]:
+    """The numbers of all hooks on a model: it may have come with them from another process."""
+    for module in model.modules():
+        for name, held in vars(module).items():
+            if name.endswith("_hooks") and isinstance(held, dict):
+                yield from (number for number in held if isinstance(number, int))
 
 
 def _refuse_twice(attachment: Attachment) -> None:

@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from regkit import hooks, state
 from regkit.copies import Attach, Companion
 from regkit.engine import Engine
-from regkit.errors import RegkitError
+from regkit.errors import PluginError, RegkitError, StepError
 from regkit.injection import Scale
 from regkit.ledger import Ticket
-from regkit.modes import uncompiled
+from regkit.modes import uncast, uncompiled
 from regkit.modules import Parameters
 from regkit.plan import Plan
 from regkit.records import total
@@ -52,22 +52,27 @@ class Attachment:
         self._steps = Steps(self._engine, optimizers)
         self._watch = self._engine.watch = Watch(self._engine.watched, self._steps.inside)
         self._companion: Companion | None = None
+        self._hooked = False
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _prove(self) -> None:
+        self._engine.prove()
         for rule in self._rules.on_weights:
-            rule.prove()
+            try:
+                named(rule, rule.prove)
+            except StepError as error:
+                raise PluginError(str(error)) from error.__cause__
 
     def _install(self, model: nn.Module, attach_copy: Attach) -> None:
+        self._companion = Companion(model, self.plan, lambda: self.step_count, attach_copy)
         try:
             self._hook()
         except BaseException:
             self.detach()
             raise
         self._live = True
-        self._companion = Companion(model, self.plan, lambda: self.step_count, attach_copy)
         if self._key not in _attached:
             # The model's end takes the hooks along; the attachment itself never keeps the model alive.
             weakref.finalize(model, _forget, self._key).atexit = False
@@ -78,8 +83,14 @@ class Attachment:
             recorder.install()
         self._watch.arm()
         hooks.enlist(self._steps)
+        if self._companion is not None:
+            self._companion.join()
+        self._hooked = True
 
     def _unhook(self) -> None:
+        self._hooked = False
+        if self._companion is not None:
+            self._companion.leave()
         hooks.dismiss(self._steps)
         self._watch.disarm()
         for recorder in self._rules.recorders:
@@ -87,8 +98,9 @@ class Attachment:
 
     def _remove(self) -> None:
         self._unhook()
-        if self._companion is not None:
-            self._companion.leave()
+        for rule in self._rules.on_weights:
+            for block in rule.blocks:
+                block.release()
         self._live = False
 
     def detach(self) -> None:
@@ -103,14 +115,16 @@ class Attachment:
     def detached(self) -> Iterator[None]:
         """Inside, no hook is on the model and no step is acted in: for what can bear no hooks, as `torch.export`.
 
-        What was recorded and not consumed is dropped. Raises RegkitError after detach.
+        A copy that is made inside carries no rules. What was recorded and not consumed is dropped. Raises RegkitError
+        after detach.
         """
         self._refuse_dead("nothing to take off")
+        hooked = self._hooked
         self._unhook()
         try:
             yield
         finally:
-            if self._live:
+            if hooked and self._live:
                 self._hook()
 
     def _refuse_dead(self, so: str) -> None:
@@ -189,7 +203,8 @@ class Attachment:
 
     def _no_autocast(self) -> torch.autocast:
         # Penalties are sums of many small numbers: they are taken in float32 whatever the forward pass ran in.
-        return torch.autocast(self._device().type, enabled=False)
+        device = self._device().type  # autocast knows no "meta"
+        return torch.autocast("cpu" if device == "meta" else device, enabled=False)
 
     @contextmanager
     def lengths(self, lengths: Tensor | Sequence[int]) -> Iterator[None]:
@@ -244,6 +259,7 @@ class Attachment:
         order = (b.key for b in self.plan.bindings if b.key in values)
         return {key: zero if (value := values[key]) is None else value.detach() for key in order}
 
+    @uncast
     @torch.no_grad()
     def violations(self) -> dict[str, Tensor]:
         """For each constraint rule, how far its worst weight is outside, in the unit of its bound.  -> () each."""
@@ -253,6 +269,7 @@ class Attachment:
             for rule in self._rules.constraints
         }
 
+    @uncast
     @torch.no_grad()
     def apply_constraints(self) -> None:
         """Project every constrained weight now, frozen ones excepted: say, before the first step."""

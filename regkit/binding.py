@@ -38,7 +38,8 @@ class Binding:
             factor = self.schedule.factor(index)
         except Exception as error:  # a schedule is a stranger's code: anything can come out
             raise StepError(
-                f"rule {self.key!r}: {self.schedule.describe()} failed at step {index}: {error!r}"
+                f"rule {self.key!r}: {self.schedule.describe()}, of plugin {type(self.schedule).__module__}, failed at "
+                f"step {index}: {error!r}"
             ) from error
         if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
             raise StepError(f"rule {self.key!r}: {self.schedule.describe()} gives {factor!r} at step {index}")

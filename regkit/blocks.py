@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regkit.errors import AttachError
 from regkit.kinds import Layout
+from regkit.shards import marked
 from regkit.sites import WeightSite
-from regkit.storage import Storage, storage_of
+from regkit.storage import Plain, Storage, storage_of
 
 
 class Block:
@@ -25,6 +27,7 @@ class Block:
         self._parent = (lambda: None) if parent is None else weakref.ref(parent)
         self._layout = layout
         self._whole = site.gate is None
+        self._plain: list[Any] = []  # name, parameter, storage of each
 
     @property
     def name(self) -> str:
@@ -42,11 +45,22 @@ class Block:
 
     def storages(self) -> list[Storage]:
         """Where its weight is kept now; two storages are two biases, of which the sum acts."""
-        parent = self._parent()
+        module = self.module
+        own = module._parameters
+        if self._plain and all(not marked(leaf) and own.get(name) is leaf for name, leaf, _ in self._plain):
+            return [kept for _, _, kept in self._plain]
         try:
-            return [storage_of(self.module, parent, name) for name in self.site.parameters]
+            found = [storage_of(module, self._parent(), name) for name in self.site.parameters]
         except AttachError as error:
-            raise AttachError(f"{self.site.name}: {error}") from None
+            raise self._named(error) from None
+        # A plain parameter stays what it is while it is the same one, but for FSDP1, which marks what it flattens.
+        plain = [(name, *kept.leaves, kept) for name, kept in zip(self.site.parameters, found, strict=True)]
+        self._plain = plain if all(type(kept) is Plain for kept in found) else []
+        return found
+
+    def release(self) -> None:
+        """Hold no parameter any more."""
+        self._plain = []
 
     def leaves(self) -> Iterator[nn.Parameter]:
         """The parameters behind it, as they are now."""
@@ -77,9 +91,26 @@ class Block:
         Δa + Δb where Δa = Δb.
         """
         if len(storages) == 1:
-            storages[0].write(self.view, point)
+            self.write(storages[0], point)
             return
         share = (point - self.weight(storages)) / len(mine)
         points = [self.view(storage.read()) + share for storage in mine]  # before any is written: they may be tied
         for storage, moved in zip(mine, points, strict=True):
-            storage.write(self.view, moved)
+            self.write(storage, moved)
+
+    def write(self, storage: Storage, point: Tensor) -> None:
+        """Make the block equal to a point in one of its storages. Raises AttachError where that cannot be."""
+        try:
+            storage.write(self.view, point)
+        except AttachError as error:
+            raise self._named(error) from error
+
+    def prove(self, storage: Storage, points: Sequence[Tensor]) -> None:
+        """Raise AttachError where `write` could not bring the block to points like these."""
+        try:
+            storage.prove(self.view, points)
+        except AttachError as error:
+            raise self._named(error) from error
+
+    def _named(self, error: AttachError) -> AttachError:
+        return AttachError(f"{self.site.name or 'the model'}: {error}")

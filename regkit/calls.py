@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from regkit.errors import StepError
+from regkit.modes import uncompiled
 from regkit.validity import Validity
 
 
@@ -41,6 +43,11 @@ Chain = tuple[Call, "Chain"] | None
 """The last call, and those before it."""
 
 
+@uncompiled
+def _this_thread() -> int:
+    return threading.get_ident()
+
+
 class Calls:
     """The calls of one module since they were last cleared.
 
@@ -54,15 +61,23 @@ class Calls:
         self._records: list[Record] = []
         self._validity: Validity | None = None
         self._before: Validity | None = None
-        self._count = self._longest = 0
+        self._count = self._longest = self._thread = 0
 
     def add(self, call: Call, compiling: bool) -> None:
         """A call was made, in whatever thread."""
         if compiling:  # and a lock cannot be
             self._last = (call, self._last)
             return
+        self._refuse_other_threads()
         with self._lock:
             self._last = (call, self._last)
+
+    def _refuse_other_threads(self) -> None:
+        if self.timed and self._thread != _this_thread():
+            raise StepError(
+                "lengths() or mask() were entered in one thread, and the model runs in another: whose they are cannot "
+                "be told. Pack the sequences, which then know their lengths, or give each thread a model of its own"
+            )
 
     @property
     def records(self) -> list[Record]:
@@ -78,9 +93,11 @@ class Calls:
     @contextmanager
     def under(self, validity: Validity) -> Iterator[None]:
         """Inside, calls have this validity, and are counted from 0."""
+        self._refuse_other_threads()
         self._place()
         outer = (self.timed, self._validity, self._count, self._longest)
         self.timed, self._validity, self._count, self._longest = True, validity, 0, 0
+        self._thread = _this_thread()
         try:
             yield
         finally:

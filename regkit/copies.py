@@ -10,7 +10,9 @@ each optimizer once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import dropwhile
 from types import FrameType
 from typing import Any, Final
 
@@ -20,9 +22,13 @@ from torch.optim import Optimizer
 from regkit import hooks
 from regkit.errors import AttachError, StepError
 from regkit.plan import Plan
+from regkit.sites import Site
 
 ATTRIBUTE: Final = "_regkit_companions"
 """Where the companions are in the model's `__dict__`: no module, parameter or buffer, and in no state_dict."""
+
+_COMPILED: Final = "_orig_mod"
+"""Where torch.compile keeps the module that it made another from."""
 
 Attach = Callable[[nn.Module, Plan, int], hooks.Listener]
 """Puts a plan in force on a model, from a step count on; what it returns hears of steps from then on."""
@@ -40,8 +46,10 @@ class Companion:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, count: Callable[[], int], attach: Attach) -> None:
-        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
-        self._plan, self._count, self._attach = plan, count, attach
+        *_, host = compiled_from(model)
+        self._model: Callable[[], nn.Module | None] = weakref.ref(host)
+        self._plan = plan if host is model else _of_what_was_compiled(plan)
+        self._count, self._attach = count, attach
         self.dormant = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -147,6 +155,31 @@ class _Dormitory:
 
 
 _dormitory: Final = _Dormitory()
+
+
+def compiled_from(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what torch.compile made it from: a copy of what it made has nothing else of it."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield inner
+        inner = inner._modules.get(_COMPILED)
+
+
+def _of_what_was_compiled(plan: Plan) -> Plan:
+    def path(site: Site) -> str:
+        return ".".join(dropwhile(_COMPILED.__eq__, site.path.split(".")))
+
+    return replace(
+        plan,
+        bindings=tuple(
+            replace(
+                binding,
+                weights=tuple(replace(site, path=path(site)) for site in binding.weights),
+                outputs=tuple(replace(site, path=path(site)) for site in binding.outputs),
+            )
+            for binding in plan.bindings
+        ),
+    )
 
 
 def companions(model: nn.Module) -> list[Companion]:

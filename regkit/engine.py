@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regkit.errors import StepError, listing
+from regkit.errors import AttachError, StepError, listing
 from regkit.health import Health
+from regkit.modes import uncast
 from regkit.modules import Parameters
 from regkit.records import total
 from regkit.rules import Rules, named
+from regkit.shards import FSDP1, flattened
 from regkit.steps import Step
 from regkit.watch import Watch, owned_by_any
 
@@ -93,6 +95,9 @@ class Engine:
         if optimizer in self._met or self._restricted or self._by_hand:
             return
         self._met.add(optimizer)
+        for recorder in self._rules.recorders:
+            if flattened(recorder.module):
+                raise AttachError(f"{recorder.title} {FSDP1}")
         if any(id(p) in groups for p in self._model):
             self._refuse_unowned(groups)
 
@@ -106,11 +111,12 @@ class Engine:
         names = [block.name for block, leaf in missing if id(leaf) not in owned]
         if names:
             raise StepError(
-                f"no optimizer owns {listing(names)}, though its neighbours are being trained: a rule on it can never act. Give "
-                "it to an optimizer, freeze it (requires_grad_(False)), update it inside `with attachment.step():`, or "
-                'narrow the rule\'s target; a rule with "optional": true may act on nothing'
+                f"no optimizer owns {listing(names)}, though its neighbours are being trained: a rule on it can never "
+                "act. Give it to an optimizer, freeze it (requires_grad_(False)), update it inside `with "
+                'attachment.step():`, or narrow the rule\'s target; a rule with "optional": true may act on nothing'
             )
 
+    @uncast
     def at_gradients(self, step: Step) -> None:
         """Add gradients and decay, once it is sure that nothing the document says is left out of this step."""
         if step.evaluations == 1 and self._mark is not None and self._mark.fits(step):
@@ -144,24 +150,22 @@ class Engine:
             return None
         return _Mark(leaf, leaf.grad, leaf.grad._version, complete)
 
+    @uncast
     def value(self, step: Step) -> Tensor:
         """The value of what `at_gradients` added to gradients."""
         terms = [rule.trained_value(step) for rule in self._rules.by_gradient]
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         return total([term for term in terms if term is not None], device)
 
+    @uncast
     def after(self, step: Step) -> None:
         """Proximal operators, then constraints in the document's order."""
         self._mark = None
+        self._settle(step)  # first of all: whatever fails below, the step is taken
         for rule in self._rules.by_prox:
             named(rule, rule.shrink, step)
         for constraint in self._rules.constraints:
             named(constraint, constraint.project, step)
-        self._settle(step)
-        if self.watch is not None:
-            if step.optimizer is None:
-                self.watch.heard(step.groups, True)
-            self.watch.arm()
 
     def _check(self, step: Step) -> None:
         for activity in self._rules.activities:
@@ -177,7 +181,11 @@ class Engine:
             rule.check(step)
 
     def _settle(self, step: Step) -> None:
-        """Settle the tickets of what this step trained."""
+        """Settle the tickets of what this step trained, and watch what is in the model by now."""
+        if self.watch is not None:
+            if step.optimizer is None:
+                self.watch.heard(step.groups, True)
+            self.watch.arm()
         for recorder in self._rules.recorders:
             if trained := recorder.trained_by(step):
                 recorder.ledger.settle(trained)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from types import FrameType
 from typing import Any, Final, Protocol
 
-import torch
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -40,9 +40,7 @@ def enlist(listener: Listener) -> None:
     with _lock:
         _listeners = (*(one for one in _listeners if one is not listener), listener)
         if not _handles:
-            # Not to be compiled with the steps of optimizers that are.
-            before, after = torch.compiler.disable(_before), torch.compiler.disable(_after)
-            _handles.extend((register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)))
+            _handles.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
 
 
 def dismiss(listener: Listener) -> None:
@@ -59,22 +57,26 @@ def leave() -> None:
             _handles.pop().remove()
 
 
-def keep_clear(number: int) -> None:
-    """Give no hook to come the number of this one, which came with a model from another process.
+def keep_clear(*numbers: int) -> None:
+    """Give no hook to come the number of these, which may have come with a model from another process.
 
     torch numbers hooks from 0 in each process, and the later of two with one number takes the place of the other.
     """
-    RemovableHandle.next_id = max(RemovableHandle.next_id, number + 1)
+    RemovableHandle.next_id = max(RemovableHandle.next_id, *(number + 1 for number in numbers), 0)
 
 
+@_disable_dynamo  # not to be compiled with the steps of optimizers that are
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     frame = _frame_of_step()
+    if _rehearsed(frame):
+        return None
     given = (args, kwargs)
     for listener in _listeners:
         given = listener.before(optimizer, *given, frame) or given
     return given
 
 
+@_disable_dynamo
 def _after(*_: Any) -> None:
     frame = _frame_of_step()
     with ExitStack() as stack:  # each is called, whatever another raises
@@ -85,9 +87,20 @@ def _after(*_: Any) -> None:
 def _frame_of_step() -> FrameType:
     """The frame that called a hook, but for what keeps the compiler out of it."""
     frame = sys._getframe(2)
-    while frame.f_globals.get("__name__") == _COMPILER and frame.f_back is not None:
+    while frame.f_globals.get("__name__") in _COMPILER and frame.f_back is not None:
         frame = frame.f_back
     return frame
 
 
-_COMPILER: Final = "torch._dynamo.eval_frame"
+def _rehearsed(frame: FrameType) -> bool:
+    """Whether torch has the optimizer step only to make its state, at learning rate 0: get_state_dict does so."""
+    above: FrameType | None = frame if _STATES in sys.modules else None
+    while above is not None:
+        if above.f_code.co_name == "_init_optim_state" and above.f_globals.get("__name__") == _STATES:
+            return True
+        above = above.f_back
+    return False
+
+
+_COMPILER: Final = ("torch._compile", "torch._dynamo.eval_frame")
+_STATES: Final = "torch.distributed.checkpoint.state_dict"

@@ -1,4 +1,4 @@
-"""In which mode a forward pass runs, and whether what it puts out is to be recorded.
+"""In which mode a pass runs: whether what it puts out is to be recorded, and what is kept out of our own functions.
 
 Most are passes of training. Some only look like it: what is traced, exported or run on fake tensors computes nothing,
 and what a checkpoint recomputes in the backward pass was recorded in the forward pass. In a few modes a record could
@@ -10,8 +10,10 @@ torch has no public question for most of these. Each that is asked here takes le
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 from types import CodeType, FrameType
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +25,10 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from regkit.errors import StepError
 
-__all__ = ["check", "forget_compiled", "is_rehearsal", "uncompiled"]
+__all__ = ["check", "forget_compiled", "is_rehearsal", "uncast", "uncompiled"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _is_exporting: Final = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
 _REENTRANT: Final[CodeType] = CheckpointFunction.backward.__code__
@@ -47,14 +52,15 @@ def is_rehearsal(name: str, compiling: bool) -> bool:
     return True
 
 
-def check(module: nn.Module, name: str) -> None:
-    """Raise StepError where outputs of this pass that carry a gradient could not be recorded rightly."""
-    if "_is_replica" in module.__dict__:
+def check(module: nn.Module, name: str, carries_gradient: bool = True) -> None:
+    """Raise StepError where what this pass puts out cannot be recorded rightly, and may be trained on."""
+    if carries_gradient and "_is_replica" in module.__dict__:
         raise StepError(
             f"{name} runs as a replica, as torch.nn.DataParallel makes them for each batch: what it puts out in other "
             "threads and on other devices is not gathered; use torch.nn.parallel.DistributedDataParallel"
         )
-    if peek_interpreter_stack() is not None:
+    # Within a transform a tensor does not tell whether a gradient reaches it once it is out.
+    if peek_interpreter_stack() is not None and torch.is_grad_enabled():
         raise StepError(
             f"{name} runs within a transform of torch.func (grad, vmap, jvp, …), which its outputs must not leave; "
             "write the penalty into the function that is transformed, and call it in `with attachment.detached():`, "
@@ -66,6 +72,17 @@ def forget_compiled() -> None:
     """Have whatever torch.compile has made so far made anew: it runs no hook that has come since."""
     if "torch._dynamo" in sys.modules:  # or nothing was compiled
         torch.compiler.reset()
+
+
+def uncast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function in which autocast is off, on every kind of device: penalties are sums of many small numbers."""
+
+    @wraps(function)
+    def outer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch._C._DisableAutocast():
+            return function(*args, **kwargs)
+
+    return outer
 
 
 def _is_below(code: CodeType) -> bool:

@@ -76,7 +76,6 @@ class Recorder:
 
     def install(self) -> None:
         """Begin to record."""
-        hooks.keep_clear(max(self.module._forward_hooks, default=-1))
         self._handle = self.module.register_forward_hook(self, with_kwargs=True)
         modes.forget_compiled()
 
@@ -97,12 +96,12 @@ class Recorder:
             data = one.data if isinstance(one, PackedSequence) else one
             if isinstance(data, Tensor) and data.requires_grad and type(data) is not FakeTensor:
                 carrying[role] = data
+        if not compiling:
+            modes.check(module, self.title, bool(carrying))
         if not carrying:  # what no gradient can reach (evaluation under no_grad) is no training data
             if self._calls.timed:
                 self._calls.add(Call(None, {}, module.training, starts), compiling)
             return
-        if not compiling:
-            modes.check(module, self.title)
         # Compiled code cannot be asked for the versions of tensors: changes in place go unchecked there.
         versions = {} if compiling else {role: data._version for role, data in carrying.items()}
         self._calls.add(Call(observed, versions, module.training, starts), compiling)
@@ -115,15 +114,21 @@ class Recorder:
         try:
             return self._adapter.observe(module, args, kwargs, result)
         except Exception as error:  # a subclass may return what it likes; its user must learn what does not fit
-            raise StepError(
-                f"{self.title} ({type(module).__name__}) returned what its adapter {type(self._adapter).__name__} "
-                f"cannot read ({error!r}); it needs an adapter of its own"
-            ) from error
+            raise self._unreadable(error) from error
 
     def starts(self, observed: Mapping[str, Any]) -> bool:
-        """Whether an observed call begins a new sequence."""
+        """Whether an observed call begins a new sequence. Raises StepError where its adapter cannot tell."""
         assert self._adapter is not None
-        return self._adapter.starts(observed)
+        try:
+            return self._adapter.starts(observed)
+        except Exception as error:  # a stranger's code: anything can come out
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> StepError:
+        return StepError(
+            f"{self.title} ({type(self.module).__name__}) returned what its adapter {type(self._adapter).__name__} "
+            f"cannot read ({error!r}); it needs an adapter of its own"
+        )
 
     @property
     def records(self) -> list[Record]:

@@ -26,6 +26,8 @@ def named(rule: WeightRule | ActivityRule, run: Callable[P, T], *args: P.args, *
     """What `run` returns. What a plugin's mathematics raises becomes a StepError that says whose it was, and where."""
     try:
         return run(*args, **kwargs)
+    except AttachError as error:
+        raise AttachError(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()}): {error}") from error
     except RegkitError:
         raise
     except Exception as error:  # a kind is a stranger's code: anything can come out

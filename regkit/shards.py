@@ -7,13 +7,20 @@ No other room knows DTensor. It is looked up among the modules that are loaded a
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
     from typing_extensions import TypeIs
+
+
+FSDP1: Final = (
+    "is a piece of a flat parameter of FSDP1 (FullyShardedDataParallel), in which no row is whole; use "
+    "torch.distributed.fsdp.fully_shard (FSDP2) instead"
+)
+"""Why what FSDP1 has flattened is refused."""
 
 
 def sharded(tensor: Tensor) -> TypeIs[DTensor]:
@@ -70,4 +77,9 @@ def flattened(module: nn.Module) -> bool:
     """
     if vars(module).get("_fsdp_use_orig_params") is False:
         return True
-    return any(hasattr(p, "_fsdp_flattened") for p in module._parameters.values() if p is not None)
+    return any(marked(p) for p in module._parameters.values() if p is not None)
+
+
+def marked(parameter: Tensor) -> bool:
+    """Whether FSDP1 has made the parameter a piece of a flat one."""
+    return hasattr(parameter, "_fsdp_flattened")

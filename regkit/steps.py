@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regkit.errors import AttachError, StepError
+from regkit.modes import uncompiled
 from regkit.shards import reshard, sharded
 
 
@@ -99,6 +100,11 @@ class StepCount:
             self.stepped.clear()
         self.stepped.update(parameters)
 
+    def keep(self, parameters: set[int]) -> None:
+        """These are there now. Where none of those that were stepped is, all were replaced: no step can join theirs."""
+        if self.stepped.isdisjoint(parameters):
+            self.stepped.clear()
+
     def restore(self, count: int, stepped: Iterable[int]) -> None:
         """Go on from a saved count, of which these parameters have been stepped."""
         self.count = count
@@ -113,12 +119,13 @@ class Steps:
         self._work = work
         self._only = None if optimizers is None else weakref.WeakSet(optimizers)
         self._thread = threading.local()
+        self._open: weakref.WeakSet[Step] = weakref.WeakSet()
 
     def _running(self, frame: FrameType) -> list[Step]:
         """The steps that this thread is in, outermost first.
 
         A step that raised never ends, and would claim its parameters for ever. It is told by its frame: one that is
-        not on the stack any more is over.
+        not on the stack any more is over. `attachment.step()` has none, and always ends.
         """
         running: list[Step] = getattr(self._thread, "running", [])
         if running:
@@ -127,9 +134,19 @@ class Steps:
             while above is not None:
                 on_stack.add(above)
                 above = above.f_back
-            running = [step for step in running if step.frame in on_stack]
+            for step in [step for step in running if step.frame is not None and step.frame not in on_stack]:
+                self._leave(running, step)
         self._thread.running = running
         return running
+
+    def _enter(self, running: list[Step], step: Step) -> None:
+        running.append(step)
+        self._open.add(step)
+
+    def _leave(self, running: list[Step], step: Step) -> None:
+        if step in running:  # or it was entered in another thread, as asynchronous code may
+            running.remove(step)
+        self._open.discard(step)
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
         """Begin a step, if it is ours."""
@@ -137,16 +154,18 @@ class Steps:
         if model is None:
             return None
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        if any(sharded(p) for group in optimizer.param_groups for p in group["params"]):
+        if any(type(p) is not nn.Parameter and sharded(p) for group in optimizer.param_groups for p in group["params"]):
             reshard(model)  # or what it owns might not be in the model at the moment
         moved = self._work.moved()
         if moved is not None:
             if any(id(p) in groups for p in model.parameters()):
-                raise AttachError(f"the module {moved!r} was replaced or removed after attach(); detach(), attach anew")
+                raise _replaced(moved)
             return None
         running = self._running(frame)
-        ours = {i: groups[i] for i in map(id, self._work.parameters()) if i in groups}
-        acts = self._concerns(optimizer) if ours else False
+        here = set(map(id, self._work.parameters()))
+        self.count.keep(here)
+        ours = {i: groups[i] for i in here if i in groups}
+        acts = self._concerns(optimizer) if ours else True
         for outer in running:
             ours = {i: group for i, group in ours.items() if i not in outer.groups}
         if not running:
@@ -161,7 +180,7 @@ class Steps:
         closure, put_back = _closure(args, kwargs)
         if closure is None and not skipped:
             self._at_gradients(step)
-        running.append(step)
+        self._enter(running, step)
         return None if closure is None or skipped else put_back(_Closure(self, step, closure))
 
     def _concerns(self, optimizer: Optimizer) -> bool:
@@ -172,6 +191,7 @@ class Steps:
             raise StepError("the optimizer that attach(optimizer=...) was restricted to is gone; attach anew")
         return optimizer in self._only
 
+    @uncompiled
     def _at_gradients(self, step: Step) -> None:
         step.evaluations += 1
         with torch.no_grad():
@@ -183,7 +203,9 @@ class Steps:
         """End the step of this frame, if it was ours. Another step of the same optimizer may run within it."""
         running = self._running(frame)
         if running and running[-1].frame is frame:
-            self._end(running.pop())
+            step = running[-1]
+            self._leave(running, step)
+            self._end(step)
 
     def _end(self, step: Step) -> None:
         step.frame = None  # the frame holds the closure, which holds the step: a circle that would keep a batch alive
@@ -195,8 +217,33 @@ class Steps:
                 self.count.advance(step.groups)
 
     def inside(self) -> bool:
-        """Whether this thread is in a step that the attachment acts in."""
-        return bool(getattr(self._thread, "running", None))
+        """Whether a step that the attachment acts in is running, in whatever thread: backward passes have their own."""
+        self._running(sys._getframe(1))
+        return len(self._open) > 0
+
+    def begin_by_hand(self, lr: float | Tensor | None) -> Step:
+        """Begin a step that no optimizer makes."""
+        running = self._running(sys._getframe(1))
+        if running:
+            raise StepError("attachment.step() was entered within a step")
+        model = self._work.hold()
+        if model is not None:
+            reshard(model)
+        moved = self._work.moved()
+        if moved is not None:
+            raise _replaced(moved)
+        group = {} if lr is None else {"lr": lr}
+        groups = {id(parameter): group for parameter in self._work.parameters()}
+        step = Step(None, groups, None, False, self.count.index(groups), None)
+        self._at_gradients(step)
+        self._enter(running, step)
+        return step
+
+    def end_by_hand(self, step: Step, failed: bool) -> None:
+        """End it. Where the update failed nothing is done and counted, as where an optimizer fails."""
+        self._leave(self._running(sys._getframe(1)), step)
+        if not failed:
+            self._end(step)
 
 
 @dataclass(eq=False)
@@ -211,24 +258,15 @@ class ByHand:
     step: Step | None = None
 
     def __enter__(self) -> None:
-        frame = sys._getframe(1)
-        running = self.hooks._running(frame)
-        if running:
-            raise StepError("attachment.step() was entered within a step")
-        group = {} if self.lr is None else {"lr": self.lr}
-        groups = {id(parameter): group for parameter in self.hooks._work.parameters()}
-        self.step = Step(None, groups, None, False, self.hooks.count.index(groups), frame)
-        self.hooks._at_gradients(self.step)
-        running.append(self.step)
+        self.step = self.hooks.begin_by_hand(self.lr)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        step, self.step = self.step, None
-        running = self.hooks._running(sys._getframe(1))
-        if step is None or step not in running:
-            return
-        running.remove(step)
-        if kind is None:
-            self.hooks._end(step)
+        assert self.step is not None
+        self.hooks.end_by_hand(self.step, failed=kind is not None)
+
+
+def _replaced(name: str) -> AttachError:
+    return AttachError(f"the module {name!r} was replaced or removed after attach(); detach(), attach anew")
 
 
 def _closure(args: Any, kwargs: Any) -> tuple[Callable[[], Any] | None, Callable[[Any], tuple[Any, Any]]]:

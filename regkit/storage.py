@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from regkit.errors import AttachError
-from regkit.shards import flattened, sharded, share, whole
+from regkit.shards import FSDP1, flattened, sharded, share, whole
 
 View = Callable[[Tensor], Tensor]
 """From a whole weight to a view of the part that a rule is about."""
@@ -153,15 +153,15 @@ class Masked(_Computed):
         return (*super().identity, id(self._mask))
 
     def _compute(self) -> Tensor:
-        return self._original * self._mask.to(self._original.dtype)
+        return whole(self._original) * whole(self._mask).to(self._original.dtype)
 
     def write(self, view: View, point: Tensor) -> None:
-        changed = share(self._changed(view, point), self._original)
-        self._original.copy_(torch.where(self._mask.bool(), changed, self._original))
+        changed = torch.where(whole(self._mask).bool(), self._changed(view, point), whole(self._original))
+        self._original.copy_(share(changed, self._original))
         self._weight = None
 
     def prove(self, view: View, points: Sequence[Tensor]) -> None:
-        pruned = ~view(self._mask.bool())
+        pruned = ~view(whole(self._mask).bool())
         if any(bool((pruned & (point != 0)).any()) for point in points):
             raise AttachError(f"{self._name} is pruned, and would not be zero any more where it is")
 
@@ -187,8 +187,9 @@ class Parametrized(_Computed):
         training = [one for one in self._parametrization.modules() if one.training]
         for one in training:
             one.training = False
+        originals = {name: whole(one) for name, one in self._parametrization._parameters.items() if one is not None}
         try:
-            weight: Tensor = self._parametrization()
+            weight: Tensor = torch.func.functional_call(self._parametrization, originals, ())
         finally:
             for one in training:
                 one.training = True
@@ -259,10 +260,7 @@ def storage_of(module: nn.Module, parent: nn.Module | None, name: str) -> Storag
     parent: what holds the module; wrappers that drop weights keep the raw one there or in the module itself.
     """
     if flattened(module):
-        raise AttachError(
-            f"{name} is a piece of a flat parameter of FSDP1 (FullyShardedDataParallel), in which no row is whole; shard "
-            "with torch.distributed.fsdp.fully_shard (FSDP2) instead"
-        )
+        raise AttachError(f"{name} {FSDP1}")
     parameter = _parameter(module, parent, name)
     if parameter is not None:
         if is_lazy(parameter):

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from regkit import hooks
 from regkit.errors import StepError
+from regkit.modes import uncompiled
 from regkit.shards import sharded
 
 _TIMES: Final = 3
@@ -71,7 +72,6 @@ class Watch:
         self._name, module, leaf = found
         self._leaf = weakref.ref(leaf)
         hook = _Hook(self)
-        hooks.keep_clear(max(module._load_state_dict_post_hooks, default=-1))
         self._handles = [
             leaf.register_hook(hook.look),  # type: ignore[no-untyped-call]  # torch leaves both unannotated
             module.register_load_state_dict_post_hook(hook.loaded),  # type: ignore[no-untyped-call]
@@ -141,7 +141,9 @@ class _Hook:
     def __reduce__(self) -> tuple[Callable[[int], _Hook], tuple[int]]:
         return _copied, (self.number,)
 
-    @unserializable_hook  # or torch warns when it is left out of a parameter that is sent to another process
+    # Or torch warns that it is left out of a parameter which is sent to another process.
+    @unserializable_hook  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @uncompiled
     def look(self, gradient: Tensor) -> None:
         watch = self._watch()
         if watch is not None:

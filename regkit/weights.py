@@ -185,7 +185,7 @@ class PenaltyRule(WeightRule):
             gradient = self.penalty.gradient(block.weight(storages))
             for storage in mine:
                 lr = _lr(step, _leaves(step, [storage])[0])
-                storage.write(block.view, block.view(storage.read()) - gradient * (lr * amount))
+                block.write(storage, block.view(storage.read()) - gradient * (lr * amount))
 
     def shrink(self, step: Step) -> None:
         """w = prox(w, lr · strength · factor), after the update.
@@ -216,7 +216,7 @@ def _signed(step: Step, storage: Storage, amount: float) -> Iterator[tuple[nn.Pa
 def _prove_writes(rule: WeightRule, block: Block, storages: Sequence[Storage], points: Sequence[Tensor]) -> None:
     for storage in storages:
         try:
-            storage.prove(block.view, points)
+            block.prove(storage, points)
         except AttachError as error:
             raise AttachError(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()}): {error}") from None
 

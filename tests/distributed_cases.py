@@ -44,7 +44,7 @@ BOTH = (2, 4)
 DDP = {
     **{name: Case(spreads.ddp, rules) for name, rules in DOCUMENTS.items()},
     "attached before": Case(spreads.ddp, ALL, BOTH),
-    "attached after": Case(spreads.ddp, ALL, BOTH, attach_first=False),
+    "attached after": Case(spreads.ddp, ALL, attach_first=False),
     "static_graph": Case(spreads.ddp_static_graph, ALL),
     "find_unused_parameters": Case(spreads.ddp_finding_unused, [L2, MAX_NORM], spare=True),
     "no_sync": Case(spreads.ddp, ALL, accumulate=2),
@@ -54,10 +54,10 @@ DDP = {
 FSDP2 = {
     **{name: Case(spreads.fsdp, rules) for name, rules in DOCUMENTS.items()},
     "attached before": Case(spreads.fsdp, ALL, BOTH),
-    "attached after": Case(spreads.fsdp, ALL, BOTH, attach_first=False),
+    "attached after": Case(spreads.fsdp, ALL, attach_first=False),
     "uneven shards": Case(spreads.fsdp, ALL, BOTH, layer="GRU", attach_first=False),
     "a process with no rows": Case(spreads.fsdp, ALL, (4,), layer="RNN", hidden=3),
-    "a shard for each layer": Case(spreads.fsdp_by_layer, ALL, BOTH, layer="RNN"),
+    "a shard for each layer": Case(spreads.fsdp_by_layer, ALL, layer="RNN"),
     "a cell": Case(spreads.fsdp_by_layer, ALL, layer="LSTMCell"),
     "resharded after forward": Case(spreads.fsdp_resharding, ALL),
     "not resharded after forward": Case(spreads.fsdp_not_resharding, ALL),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,9 +66,10 @@ class Net(nn.Module):
         return self.head(torch.stack(outputs))
 
 
-def make_net(layer: str = "LSTM", hidden: int = 5, seed: int = 1, dtype: torch.dtype = torch.float64) -> Net:
-    torch.manual_seed(seed)
-    return Net(layer, hidden).to(dtype)
+def make_net(layer: str = "LSTM", hidden: int = 5, spare: bool = False) -> Net:
+    """The same weights at every call, in float64."""
+    torch.manual_seed(1)
+    return Net(layer, hidden, spare).double()
 
 
 # --- the ways to spread it -------------------------------------------------------------------------------------------
@@ -144,31 +146,38 @@ def fsdp_by_columns(net: Net) -> Spread:
 
 
 def fsdp_hybrid(net: Net) -> Spread:
-    return by_rank(fully_shard(net, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))))
+    return by_rank(fully_shard(net, mesh=mesh("data", "tensor")))
 
 
-def _distribute(module: nn.Module, mesh: DeviceMesh, dimension: int) -> None:
+@cache
+def mesh(*names: str) -> DeviceMesh:
+    """All processes in a row, or four of them in a square. To make one takes time."""
+    shape = (dist.get_world_size(),) if len(names) < 2 else (2, 2)
+    return init_device_mesh("cpu", shape, mesh_dim_names=names or None)
+
+
+def _distribute(module: nn.Module, over: DeviceMesh, dimension: int) -> None:
     for name, parameter in list(module.named_parameters()):
         place: Placement = Shard(dimension) if parameter.dim() > dimension else Replicate()
-        setattr(module, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [place])))
+        setattr(module, name, nn.Parameter(distribute_tensor(parameter.detach(), over, [place])))
 
 
 def tensor_parallel_rows(net: Net) -> Spread:
-    _distribute(net.rnn, init_device_mesh("cpu", (dist.get_world_size(),)), 0)
+    _distribute(net.rnn, mesh(), 0)
     return Spread(net)
 
 
 def tensor_parallel_columns(net: Net) -> Spread:
-    _distribute(net.rnn, init_device_mesh("cpu", (dist.get_world_size(),)), 1)
+    _distribute(net.rnn, mesh(), 1)
     return Spread(net)
 
 
 def _two_dimensional(net: Net, dimension: int) -> Spread:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    _distribute(net.rnn, mesh["tensor"], dimension)
+    square = mesh("data", "tensor")
+    _distribute(net.rnn, square["tensor"], dimension)
     for layer in (net.rnn, net.head):
-        fully_shard(layer, mesh=mesh["data"])
-    return Spread(net, mesh["data"].get_local_rank(), 2)
+        fully_shard(layer, mesh=square["data"])
+    return Spread(net, square["data"].get_local_rank(), 2)
 
 
 def fsdp_and_rows(net: Net) -> Spread:

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed_spreads import MatmulCell, Net, Spread, by_rank, ddp, fsdp, make_net, tensor_parallel_rows
+from distributed_spreads import MatmulCell, Net, Spread, by_rank, ddp, fsdp, make_net, mesh, tensor_parallel_rows
 from distributed_workers import Outcome, Rules, Task, batches, full, loss_of, outcome
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -32,11 +31,11 @@ RISING: Rules = [{**L2[0], "schedule": {"kind": "linear", "start": 0.0, "end": 1
 
 def _placed(tensor: Tensor, placements: tuple[Placement, ...]) -> DTensor:
     """The tensor so placed on all processes; where it is a sum to be taken, of equal parts."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),) if len(placements) == 1 else (2, 2))
+    over = mesh() if len(placements) == 1 else mesh("data", "tensor")
     held = [Replicate() if isinstance(placement, Partial) else placement for placement in placements]
     parts = 2 ** sum(isinstance(placement, Partial) for placement in placements)
-    local = distribute_tensor(tensor, mesh, held).to_local() / parts
-    return DTensor.from_local(local, mesh, placements, shape=tensor.shape, stride=tensor.stride(), run_check=False)
+    local = distribute_tensor(tensor, over, held).to_local() / parts
+    return DTensor.from_local(local, over, placements, shape=tensor.shape, stride=tensor.stride(), run_check=False)
 
 
 SHAPES = {"even": (8, 4), "uneven": (7, 5), "fewer rows than processes": (1, 5), "vector": (5,)}
@@ -66,8 +65,7 @@ def shares(folder: Path, shape: tuple[int, ...], dimensions: int) -> dict[str, d
 
 def gradient_through_whole(folder: Path) -> Tensor:
     """Of Σ w³ of the whole, at a weight of which each process has some rows."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    weight = nn.Parameter(distribute_tensor(torch.arange(15.0).reshape(5, 3), mesh, [Shard(0)]))
+    weight = nn.Parameter(distribute_tensor(torch.arange(15.0).reshape(5, 3), mesh(), [Shard(0)]))
     whole(weight).pow(3).sum().backward()
     assert weight.grad is not None
     assert sharded(weight.grad)
@@ -88,6 +86,29 @@ def constrained_after_evaluation(folder: Path) -> dict[str, Tensor]:
         net(batches()[0][0])
         net.reshard()
         return {"at once": seen, "afterwards": attachment.violations()["max-norm"]}
+
+
+def attached_after_evaluation(folder: Path) -> bool:
+    """attach(optimizer=...) where FSDP2 left whole parameters in the modules, which the optimizer does not own."""
+    net = make_net()
+    fully_shard(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with torch.no_grad():
+        net(batches()[0][0])
+    found_whole = not sharded(net.rnn.weight_hh_l0)
+    with regkit.attach(net, {"rules": L2}, optimizer=optimizer):
+        return found_whole and sharded(net.rnn.weight_hh_l0)
+
+
+def states_of_a_new_optimizer(folder: Path) -> tuple[int, bool]:
+    """The step count, and whether weights are as before, once torch has had the optimizer make its state."""
+    net = make_net()
+    fully_shard(net)
+    with regkit.attach(net, {"rules": [*L2, *MAX_NORM, *ACTIVITY]}) as attachment:
+        before = {name: full(parameter) for name, parameter in net.named_parameters()}
+        get_state_dict(net, torch.optim.Adam(net.parameters()))
+        same = all(torch.equal(full(parameter), before[name]) for name, parameter in net.named_parameters())
+        return attachment.step_count, same
 
 
 def decayed_under_bfloat16(folder: Path) -> Outcome:
@@ -210,6 +231,8 @@ def of_size(size: int) -> dict[str, Task]:
     own = (
         gradient_through_whole,
         constrained_after_evaluation,
+        attached_after_evaluation,
+        states_of_a_new_optimizer,
         decayed_under_bfloat16,
         forgotten_penalty,
         plan_of_the_first,

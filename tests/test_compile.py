@@ -220,28 +220,22 @@ def test_a_compiled_cell_in_an_uncompiled_loop_counts_its_time(around, cell, bat
         torch.testing.assert_close(penalty(ours, attachments[0], x), expected)
 
 
-def test_lengths_and_masks_may_be_given_within_compiled_code(batches):
-    cells, layer = make(Looped), make(Sequenced)
-    for model, context in ((cells, "lengths"), (layer, "lengths"), (layer, "mask")):
-        attachment = regkit.attach(model, AR_TAR)
+@pytest.mark.parametrize(("kind", "context"), [(Looped, "lengths"), (Sequenced, "lengths"), (Sequenced, "mask")])
+def test_lengths_and_masks_may_be_given_within_compiled_code(kind, context, batches):
+    model = make(kind)
+    attachment = regkit.attach(model, AR_TAR)
+    within = getattr(attachment, context)
 
-        def forward(
-            x: Tensor,
-            valid: Tensor,
-            model: nn.Module = model,
-            within: Callable[[Tensor], object] = getattr(attachment, context),
-        ) -> Tensor:
-            with within(valid):
-                return model(x)
+    def forward(x: Tensor, valid: Tensor) -> Tensor:
+        with within(valid):
+            return model(x)
 
-        lengths = torch.tensor([3, 1, 3, 2, 2, 3])
-        valid = lengths if context == "lengths" else torch.arange(3)[:, None] < lengths
-        x = batches[0][0]
-        forward(x, valid)
-        expected = attachment.penalty()
-        torch.compile(forward, backend="aot_eager")(x, valid)
-        torch.testing.assert_close(attachment.penalty(), expected)
-        attachment.detach()
+    lengths = torch.tensor([3, 1, 3, 2, 2, 3])
+    valid = lengths if context == "lengths" else torch.arange(3)[:, None] < lengths
+    forward(batches[0][0], valid)
+    expected = attachment.penalty()
+    torch.compile(forward, backend="aot_eager")(batches[0][0], valid)
+    torch.testing.assert_close(attachment.penalty(), expected)
 
 
 def test_compiled_code_records_nothing_after_detach_and_for_the_next_attachment_alone(batches):

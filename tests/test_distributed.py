@@ -21,7 +21,8 @@ def every_case() -> Iterator[object]:
         for name, case in cases.items():
             for size in case.sizes:
                 identity = f"{row}: {name}, {size} processes"
-                yield pytest.param(f"{row}: {name}", case, size, id=identity, marks=pytest.mark.works_with(row))
+                marks = [pytest.mark.works_with(row), *([pytest.mark.slow] if size > 2 else [])]
+                yield pytest.param(f"{row}: {name}", case, size, id=identity, marks=marks)
 
 
 def weights(outcome: Outcome) -> Outcome:
@@ -75,6 +76,16 @@ def test_constraints_applied_after_an_evaluation_are_in_the_shards():
     for found in world(2).found("constrained_after_evaluation"):
         assert float(found["at once"]) == pytest.approx(0.0, abs=TOLERANCE)
         assert float(found["afterwards"]) == pytest.approx(0.0, abs=TOLERANCE)
+
+
+@pytest.mark.works_with("FSDP2")
+def test_a_model_that_was_just_evaluated_is_attached_to_the_optimizer_of_its_shards():
+    assert world(2).found("attached_after_evaluation") == [True, True]
+
+
+@pytest.mark.works_with("torch.distributed.checkpoint")
+def test_the_step_by_which_torch_makes_the_state_of_an_optimizer_is_none_of_ours():
+    assert world(2).found("states_of_a_new_optimizer") == [(0, True)] * 2
 
 
 @pytest.mark.works_with("FSDP2")

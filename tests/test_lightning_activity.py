@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_runs import LABELS, RUNS, SILENCED, TOLERANCE, Automatic, Manual, by_hand, fit, prepared
+from lightning_runs import LABELS, RUNS, SILENCED, TOLERANCE, Automatic, Manual, by_hand, fit, mixed, prepared, scaler
 from loops import assert_equal_weights, loss_of
 from torch import Tensor, nn
 
@@ -62,6 +62,18 @@ def test_the_callback_equals_the_loss_written_by_hand(run, make_model, batches):
     assert_equal_weights(model, regularized, TOLERANCE[run])
     assert callback.attachment.step_count == (2 if "accumulation" in run else 4)
     assert not torch.allclose(bare.rnn.weight_hh_l0, regularized.rnn.weight_hh_l0, atol=1e-3)
+
+
+@pytest.mark.works_with("Lightning: 16-mixed")
+def test_a_step_skipped_under_16_mixed_takes_its_penalty_along(make_model, batches):
+    make, batches = prepared("16-mixed", make_model, batches)
+    model, regularized = make(), make()
+    overflowing = {"init_scale": 2.0**127, "backoff_factor": 2.0**-120}
+    by_hand(model, batches, penalty=watched(model), scaler=scaler(**overflowing), autocast=torch.float16)
+    callback = RegularizationCallback(SPEC)
+    fit(Automatic(regularized), batches, callbacks=[callback], **mixed(**overflowing))
+    assert_equal_weights(model, regularized, TOLERANCE["16-mixed"])
+    assert callback.attachment.step_count == 3
 
 
 class WithDict(Automatic):
@@ -240,6 +252,17 @@ def test_a_backward_pass_that_goes_past_lightning_is_an_error_and_never_silent(m
 
     with pytest.raises(regkit.StepError, match=r"add attachment\.penalty\(\) to the loss"):
         fit(Past(make_model()), batches, callbacks=[RegularizationCallback(SPEC)])
+
+
+@pytest.mark.works_with("Lightning: manual optimization")
+def test_a_loss_of_many_numbers_has_no_place_for_the_penalty(make_model, batches):
+    class Many(Manual):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+            out = self.model(batch[0])
+            self.manual_backward(out, gradient=torch.ones_like(out))
+
+    with pytest.raises(regkit.StepError, match=r"no place in a loss of \(5, 6, 2\)"):
+        fit(Many(make_model()), batches, callbacks=[RegularizationCallback(SPEC)])
 
 
 DOOR = "regkit.integrations.lightning"

@@ -133,15 +133,16 @@ def test_with_detach_nothing_is_left_after_a_fit_however_it_ends(fail, make_mode
 
 def test_after_an_exception_the_next_fit_is_right_and_the_cut_batch_is_gone(make_model, batches):
     interrupted, reference = make_model(), make_model()
-    callback, module = RegularizationCallback(SPEC), Failing(interrupted)
+    callback, module = RegularizationCallback(ACTIVITY), Failing(interrupted)
     run = trainer(callbacks=[callback])
     with pytest.raises(ArithmeticError):
         run.fit(module, loader(batches))
     assert not {"training_step", "backward"} & set(traces(run, module))  # the rules alone stay
+    assert callback.attachment.penalty() == 0  # nothing is in store
     module.fail = False
     fit(module, batches, callbacks=[callback])
-    by_hand(reference, batches[:2], penalty=watched(reference))
-    by_hand(reference, batches, penalty=watched(reference))
+    by_hand(reference, batches[:2], penalty=watched(reference, ACTIVITY))
+    by_hand(reference, batches, penalty=watched(reference, ACTIVITY))
     assert_equal_weights(interrupted, reference)
     assert callback.attachment.step_count == 6
 

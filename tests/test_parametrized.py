@@ -60,8 +60,7 @@ def train_regularized(model: nn.Module, batches: Batches, rules: dict[str, objec
 
 
 @each_way
-@pytest.mark.parametrize("via", ["gradient", "loss"])
-@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(("via", "layer"), [("gradient", nn.LSTM), ("loss", nn.GRU), ("gradient", nn.RNN)])
 def test_a_penalty_equals_its_hand_written_loss_of_the_weight_that_acts(how, via, layer, make_model, batches):
     bare, by_hand, regularized = make_model(layer), make_model(layer), make_model(layer)
     for model in (bare, by_hand, regularized):
@@ -165,7 +164,7 @@ def test_within_parametrize_cached_the_penalty_is_the_same(make_model, batches):
 @pytest.mark.parametrize("how", ["weight_norm", "spectral_norm", "a user's own", "a user's own without right_inverse"])
 def test_a_weight_that_is_parametrized_after_attach_is_penalized_as_it_acts(how, make_model, batches):
     by_hand, regularized = make_model(), make_model()
-    attachment = regkit.attach(regularized, spec(KINDS["l1_l2"][0]))
+    regkit.attach(regularized, spec(KINDS["l1_l2"][0]))
     train(regularized, torch.optim.SGD(regularized.parameters(), lr=0.0), batches[:1])
     for model in (by_hand, regularized):
         torch.manual_seed(3)
@@ -174,17 +173,15 @@ def test_a_weight_that_is_parametrized_after_attach_is_penalized_as_it_acts(how,
     torch.manual_seed(0)
     train(regularized, torch.optim.Adam(regularized.parameters(), lr=0.02), batches)
     assert_equal_weights(by_hand, regularized)
-    assert attachment.step_count == 5
 
 
-@pytest.mark.parametrize("how", ["weight_norm", "a user's own"])
-@pytest.mark.parametrize("leave", [False, True])
+@pytest.mark.parametrize(  # torch cannot put two originals in the place of one weight
+    ("how", "leave"), [("weight_norm", True), ("a user's own", True), ("a user's own", False)]
+)
 def test_a_weight_whose_parametrization_is_removed_after_attach_is_penalized_as_it_is_then(
     how, leave, make_model, batches
 ):
     by_hand, regularized = make_model(), make_model()
-    if how == "weight_norm" and not leave:
-        pytest.skip("torch cannot leave two originals in the place of one weight")
     for model in (by_hand, regularized):
         HOW[how](model.rnn, "weight_hh_l0")
     regkit.attach(regularized, spec(KINDS["l1_l2"][0]))
@@ -223,3 +220,25 @@ def test_a_parametrization_without_right_inverse_takes_penalties_by_gradient(mak
     with pytest.raises(regkit.AttachError, match=r"rule 'it' \(l2.*weight_hh_l0 cannot be set.*Tanh has no right_inv"):
         regkit.attach(model, spec("l2(1)", "proximal"))
     assert regkit.attachments(model) == ()
+
+
+def test_a_loss_scale_does_not_overflow_behind_a_half_precision_parametrization():
+    """Fused optimizers divide by the scale themselves. strength · 2w · scale fits, 2w · scale alone does not."""
+    plain, other = nn.RNNCell(3, 4, dtype=torch.float16), nn.RNNCell(3, 4, dtype=torch.float16)
+    other.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        for cell in (plain, other):
+            cell.weight_hh.fill_(2.0)
+    parametrize.register_parametrization(other, "weight_hh", nn.Identity())
+    gradients = []
+    for cell in (plain, other):
+        attachment = regkit.attach(cell, spec("l2(1e-3)"))
+        for p in cell.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer = torch.optim.Adam(cell.parameters(), lr=0.0, fused=True)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0**16), torch.tensor(0.0)  # as GradScaler does
+        optimizer.step()
+        attachment.detach()
+        gradients.append(next(p for name, p in cell.named_parameters() if "weight_hh" in name).grad)
+    assert torch.equal(gradients[0], torch.full((4, 4), 4e-3, dtype=torch.float16))
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -20,7 +20,7 @@ def test_a_tensor_that_is_not_sharded_is_its_own_whole_and_its_own_share():
     assert share(other, one) is other
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_a_share_has_every_placement_without_communication_and_makes_up_the_whole(shape, size):
     for found in world(size).found(f"shares of {shape}"):
@@ -41,9 +41,7 @@ def test_a_module_that_fsdp1_never_saw_is_not_flattened():
 
 
 def test_regkit_does_not_import_what_sharding_takes():
-    code = "import sys, regkit; print([name for name in sys.modules if name.startswith('torch.distributed.tensor')])"
+    code = "import sys, torch; before = set(sys.modules); import regkit; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    before = subprocess.run(
-        [sys.executable, "-c", code.replace(", regkit", ", torch")], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == before.stdout
+    assert "regkit.shards" in done.stdout.split()
+    assert "torch.distributed" not in done.stdout

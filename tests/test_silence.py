@@ -171,37 +171,6 @@ def test_a_subclass_that_returns_something_else_is_named(x):
         model["encoder"](x)
 
 
-def test_a_module_that_was_compiled_and_run_before_attach_is_an_error_at_its_first_step():
-    """Its compiled code runs no hooks that came later."""
-
-    class Loop(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cell = nn.GRUCell(3, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            h = None
-            for step in x:
-                h = self.cell(step, h)
-            return h
-
-    for run_before in (False, True):
-        torch._dynamo.reset()
-        model = torch.compile(Loop(), backend="eager")
-        x = torch.randn(3, 2, 3)
-        if run_before:
-            model(x)
-        attachment = regkit.attach(model, {"rules": [*AR["rules"], {"constraint": "max_norm(0.2)"}]})
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        (model(x).sum() + attachment.penalty()).backward()
-        if run_before:
-            with pytest.raises(regkit.StepError, match=r"'ar'.*on cell recorded nothing.*compiled before"):
-                optimizer.step()
-        else:
-            optimizer.step()
-            assert attachment.violations()["rules/1"] < 1e-6
-
-
 def test_accumulated_batches_may_each_add_their_own_penalty(model, optimizer, batches):
     attachment = regkit.attach(model, AR)
     for x, _ in batches:

@@ -60,7 +60,9 @@ class Product(nn.Module):
         return u @ v
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cat([w, torch.ones_like(w)], 1), torch.cat([torch.eye(w.size(1)), torch.zeros(w.size(1), w.size(1))]).to(w)
+        return torch.cat([w, torch.ones_like(w)], 1), torch.cat(
+            [torch.eye(w.size(1)), torch.zeros(w.size(1), w.size(1))]
+        ).to(w)
 
 
 class Tanh(nn.Module):

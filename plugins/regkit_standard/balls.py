@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal, final
 
 import torch
@@ -28,8 +29,9 @@ def _norms(w: Tensor, per: Per) -> Tensor:
 
 
 def _scaled(w: Tensor, norms: Tensor, wanted: Tensor) -> Tensor:
-    """w with each group's norm made as wanted; a group already there is multiplied by exactly 1, a zero one stays."""
-    return (w * torch.where(norms > 0, wanted / norms, 1.0)).to(w.dtype)
+    """w with each group's norm made as wanted. A group already there is multiplied by exactly 1; one of norm zero, NaN
+    or infinity too: by 0 an infinite one would lose the numbers in it that are finite."""
+    return (w * torch.where((norms > 0) & (norms < math.inf), wanted / norms, 1.0)).to(w.dtype)
 
 
 class _NormConstraint(Constraint):

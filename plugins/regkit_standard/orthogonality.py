@@ -22,7 +22,8 @@ def _off_identity(w: Tensor) -> Tensor:
 class Orthogonal(Penalty):
     """Soft orthogonality: ‖WWᵀ − I‖_F², or ‖WᵀW − I‖_F² where W is tall  (Bansal et al. 2018).
 
-    w: (rows, columns) -> ().  Gradient: 4(WWᵀ − I)W, or 4W(WᵀW − I).
+    w: (rows, columns) -> ().  Gradient: 4(WWᵀ − I)W, or 4W(WᵀW − I); zero where W holds a NaN or an infinity, which
+    would spread from there to all of W.
     """
 
     kind: Literal["orthogonal"] = "orthogonal"
@@ -41,8 +42,9 @@ class Orthogonal(Penalty):
 
     def gradient(self, w: Tensor) -> Tensor:
         w = at_least_float32(w)
-        off = _off_identity(w)
-        return 4 * (off @ w if w.size(0) <= w.size(1) else w @ off)
+        off = 4 * _off_identity(w)
+        gradient = off @ w if w.size(0) <= w.size(1) else w @ off
+        return torch.where(off.isfinite().all(), gradient, 0.0)
 
 
 @final
@@ -50,7 +52,8 @@ class CosineOrthogonal(Penalty):
     """Mean |cosine| over unordered pairs of rows or columns: Σ_{i<j} |cos(w_i, w_j)| / (n(n−1)/2).
 
     Keras' OrthogonalRegularizer; its `rows` are the columns of a torch weight, which is Keras' kernel transposed.
-    w: (rows, columns) -> ().  A zero vector has cosine 0 with all; a single vector has no pair and the value 0.
+    w: (rows, columns) -> ().  A zero vector has cosine 0 with all; a single vector has no pair and the value 0. The
+    gradient is zero where W holds a NaN or an infinity, which would spread from there to all of W.
     """
 
     kind: Literal["cosine_orthogonal"] = "cosine_orthogonal"
@@ -74,6 +77,13 @@ class CosineOrthogonal(Penalty):
             return vectors.sum() * 0.0  # a zero that autograd can differentiate
         cosines = _unit(vectors) @ _unit(vectors).T
         return torch.triu(cosines.abs(), diagonal=1).sum() / (n * (n - 1) / 2)
+
+    def gradient(self, w: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = at_least_float32(w.detach()).requires_grad_()
+            value = self.value(leaf)
+            (gradient,) = torch.autograd.grad(value, leaf)
+        return torch.where(value.isfinite(), gradient, 0.0)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -1,0 +1,41 @@
+"""The distributed example runs as README says, and what it compares is equal."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import regkit
+
+EXAMPLE = Path(__file__).parents[1] / "examples/distributed.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+CPU = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.works_with("torchrun")
+@pytest.mark.parametrize(("options", "way"), [([], "DDP"), (["--fsdp2"], "fully_shard")])
+def test_the_distributed_example_comes_to_the_weights_of_one_process(options, way):
+    command = [*TORCHRUN, EXAMPLE, "--steps", "20", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=CPU)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained by") == 1  # by the first process alone
+    assert f"2 processes, {way}" in done.stdout
+    assert "1 process " in done.stdout
+    for rule in regkit.load(EXAMPLE.with_suffix(".json")).keyed_rules():
+        assert rule in done.stdout
+    difference = re.search(r"largest difference of a weight: (\S+)", done.stdout)
+    assert difference is not None
+    assert float(difference[1]) < 1e-6
+
+
+def test_the_distributed_example_says_how_it_is_started():
+    environment = {name: value for name, value in CPU.items() if name != "RANK"}
+    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "torchrun --nproc-per-node 2 examples/distributed.py" in done.stderr
