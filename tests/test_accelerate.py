@@ -105,7 +105,7 @@ def of_activity(model: nn.Module, h: Tensor) -> Tensor:
     return 2.0 * h.square().mean() + (h[1:] - h[:-1]).square().mean()
 
 
-@pytest.mark.works_with("Accelerate: weight penalties")
+@pytest.mark.works_with("Accelerate: weights")
 @ACCUMULATED
 @pytest.mark.parametrize("attached", ["before prepare", "after prepare"])
 @pytest.mark.parametrize("name", ["SGD foreach", "Adam fused", "Adam foreach"])
@@ -123,7 +123,7 @@ def test_l2_equals_weight_decay_under_accumulation_and_clipping(name, attached, 
     assert attachment.step_count == {1: 4, 3: 2}[accumulation]
 
 
-@pytest.mark.works_with("Accelerate: weight penalties")
+@pytest.mark.works_with("Accelerate: weights")
 @pytest.mark.parametrize("fused", [False, True])
 def test_decoupled_l2_equals_adamw_with_a_scheduled_learning_rate(fused, make_model, batches):
     def make(decay: float) -> MakeFor:
@@ -136,7 +136,7 @@ def test_decoupled_l2_equals_adamw_with_a_scheduled_learning_rate(fused, make_mo
     assert_equal_weights(decayed, regularized)
 
 
-@pytest.mark.works_with("Accelerate: constraints")
+@pytest.mark.works_with("Accelerate: weights")
 def test_a_step_that_accelerate_leaves_out_while_accumulating_changes_and_counts_nothing(make_model, batches):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = make_model()
@@ -173,7 +173,7 @@ def test_activity_penalties_equal_those_of_a_loop_by_hand(accumulation, make_mod
     assert_equal_weights(by_hand, regularized)
 
 
-@pytest.mark.works_with("Accelerate: bf16")
+@pytest.mark.works_with("Accelerate: weights")
 def test_under_bf16_autocast_l2_equals_weight_decay_and_max_norm_holds(make_model, batches):
     def make(decay: float) -> MakeFor:
         return lambda model: torch.optim.Adam(rnn_groups(model, decay), lr=0.01)

@@ -104,12 +104,16 @@ def test_training_under_autocast_equals_a_loop_with_its_penalties_in_float32(ins
 @pytest.mark.works_with("AMP: autocast and GradScaler")
 def test_what_is_told_under_autocast_is_what_is_told_without(kind, dtype, batches):
     model = single(kind)
-    attachment = regkit.attach(model, SPEC)
+    product = {"target": {"role": "recurrent"}, "penalty": "orthogonal(0.1)", "via": "loss"}
+    attachment = regkit.attach(model, {"rules": [*SPEC["rules"], product]})
     with torch.autocast("cpu", dtype):
         h = model.outputs(batches[0][0])
         assert h.dtype == dtype  # or the test would test nothing
         within = attachment.values(), attachment.violations()
     without = attachment.values(), attachment.violations()
+    sums = torch.stack([within[0][key] for key in ("ar", "tar", "l1", "rules/5")]).sum()
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(attachment.penalty().detach(), sums)
     torch.testing.assert_close(within, without, rtol=0, atol=0)
     expected = 2.0 * h.float().square().mean()
     torch.testing.assert_close(within[0]["ar"], expected.detach())
@@ -223,7 +227,7 @@ def test_proximal_l1_of_half_precision_weights_makes_exact_zeros(dtype, batches)
 
 @FUSED
 @KINDS
-@pytest.mark.works_with("AMP: skipped steps")
+@pytest.mark.works_with("AMP: autocast and GradScaler")
 def test_a_run_with_skipped_steps_equals_one_that_never_saw_those_batches(kind, fused, batches):
     """Every rule, its schedule too: a batch that overflows leaves no trace, in weights, counts or what is recorded."""
     ramp = {"kind": "linear", "start": 0.0, "end": 1.0, "steps": 6}
@@ -263,7 +267,7 @@ def test_a_run_with_skipped_steps_equals_one_that_never_saw_those_batches(kind, 
 
 
 @FUSED
-@pytest.mark.works_with("AMP: skipped steps")
+@pytest.mark.works_with("AMP: autocast and GradScaler")
 def test_a_skipped_step_projects_nothing(fused, batches):
     model = single(Sequenced)
     with torch.no_grad():

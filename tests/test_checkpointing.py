@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkp
 
 import regkit
 
-pytestmark = pytest.mark.works_with("activation checkpointing")
+pytestmark = pytest.mark.works_with("Activation checkpointing")
 
 keeping_graph = partial(checkpoint, use_reentrant=False)
 reentrant = partial(checkpoint, use_reentrant=True)
@@ -269,7 +269,7 @@ def test_a_checkpoint_of_another_library_that_keeps_no_graph_is_told_at_the_step
         optimizer.step()
 
 
-@pytest.mark.works_with("saved tensors kept on the CPU")
+@pytest.mark.works_with("Saved tensors kept on the CPU")
 @pytest.mark.parametrize("kind", [Looped, Sequenced])
 def test_a_model_whose_saved_tensors_are_kept_on_the_cpu_trains_to_the_same_weights(kind, batches):
     free, model = make(kind), make(kind)

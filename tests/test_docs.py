@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -117,3 +118,34 @@ def test_constraints_pin_what_readme_installs():
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
     wanted = {re.match(r"[\w-]+", one)[0] for one in metadata.requires("regkit") or []}
     assert wanted - {"regkit"} <= pinned
+
+
+COLLECT = """
+import pytest
+
+class Labels:
+    found = set()
+
+    def pytest_itemcollected(self, item):
+        self.found.update(*(mark.args for mark in item.iter_markers("works_with")))
+
+status = pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider"], plugins=[Labels()])
+assert status == 0, status
+print("LABELS", sorted(Labels.found))
+"""
+
+
+def labels_in_tests() -> set[str]:
+    """The rows that tests say they prove, with works_with("..."), as pytest collects them all."""
+    done = subprocess.run([sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = re.findall(r"^LABELS (.*)$", done.stdout, re.MULTILINE)
+    return set(ast.literal_eval(line))
+
+
+def test_what_regkit_works_with_is_what_tests_prove():
+    table = re.search(r"^\| with \| what holds \|\n\|[ |-]+\n((?:\|.*\n)+)", README, re.MULTILINE)
+    assert table
+    rows = [row.split(" | ")[0].removeprefix("| ") for row in table[1].splitlines()]
+    assert len(rows) == len(set(rows))
+    proven = labels_in_tests()
+    assert set(rows) == proven, (set(rows) - proven, proven - set(rows))

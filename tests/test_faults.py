@@ -181,3 +181,16 @@ def test_a_batch_whose_backward_pass_failed_and_was_not_discarded_is_an_error(ma
     (loss_of(model, *batches[1]) + attachment.penalty()).backward()
     with pytest.raises(regkit.StepError, match=r"'ar'.*not part of a loss that was backpropagated.*discard\(\)"):
         optimizer.step()
+
+
+def test_a_penalty_of_a_step_that_failed_behind_its_update_does_not_excuse_the_next(make_model, batches):
+    model = make_model()
+    attachment = attached(model, RULES["project"], {"name": "loss", "penalty": "l2(0.1)", "via": "loss"})
+    step = stepping(model, attachment, batches)
+    Fault.after["project"] = 0
+    with pytest.raises(regkit.StepError, match="'mine'"):
+        step()
+    Fault.after.clear()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(regkit.StepError, match=r"'loss'.*not part of the loss in this step"):
+        train(model, optimizer, batches)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import regkit
 
-pytestmark = pytest.mark.works_with("activity penalties in loops that nobody can edit")
+pytestmark = pytest.mark.works_with("Loops that nobody can edit")
 
 KINDS = [
     {"kind": "activity_l2", "strength": 0.7},

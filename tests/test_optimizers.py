@@ -39,7 +39,7 @@ DECOUPLED: dict[str, Any] = {
 }
 
 
-@pytest.mark.works_with("torch optimizers")
+@pytest.mark.works_with("Torch optimizers")
 @pytest.mark.parametrize("loop", [train, train_with_closure])
 @pytest.mark.parametrize("name", COUPLED)
 def test_l2_equals_weight_decay_in_every_optimizer_of_torch(name, loop, make_model, batches):
@@ -48,7 +48,7 @@ def test_l2_equals_weight_decay_in_every_optimizer_of_torch(name, loop, make_mod
     )
 
 
-@pytest.mark.works_with("torch optimizers")
+@pytest.mark.works_with("Torch optimizers")
 @pytest.mark.parametrize("name", DECOUPLED)
 def test_decoupled_l2_equals_decoupled_weight_decay_in_every_optimizer_of_torch(name, make_model, batches):
     spec = {"rules": [{**RULE["rules"][0], "via": "decoupled"}]}
@@ -59,7 +59,7 @@ def test_decoupled_l2_equals_decoupled_weight_decay_in_every_optimizer_of_torch(
     )
 
 
-@pytest.mark.works_with("torch optimizers")
+@pytest.mark.works_with("Torch optimizers")
 def test_decoupled_l2_under_adafactor_equals_decay_written_before_the_step(make_model, batches):
     """Adafactor's own decay comes after it has measured the weights for the size of its step; this comes before."""
     by_hand, regularized = make_model(), make_model()

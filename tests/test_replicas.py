@@ -73,7 +73,7 @@ def parallel(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, Tensor], T
 
 
 @KINDS
-@pytest.mark.works_with("DataParallel: weight rules")
+@pytest.mark.works_with("DataParallel")
 def test_weight_rules_are_right_on_a_model_that_runs_as_replicas(kind, parallel, batches):
     trained = []
     for run in (lambda model, x: model(x), parallel):
@@ -91,7 +91,7 @@ def test_weight_rules_are_right_on_a_model_that_runs_as_replicas(kind, parallel,
 
 
 @KINDS
-@pytest.mark.works_with("DataParallel: activity rules")
+@pytest.mark.works_with("DataParallel")
 def test_activity_of_replicas_is_refused_with_the_cure_and_the_model_itself_still_trains(kind, parallel, batches):
     model = make(kind)
     attachment = regkit.attach(model, AR_TAR)
@@ -105,7 +105,7 @@ def test_activity_of_replicas_is_refused_with_the_cure_and_the_model_itself_stil
 
 
 @KINDS
-@pytest.mark.works_with("DataParallel: activity rules")
+@pytest.mark.works_with("DataParallel")
 def test_a_model_in_data_parallel_without_replicas_trains_as_it_does_alone(kind, batches):
     """As on the CPU, or with one device: DataParallel then calls the module itself."""
     x = batches[0][0]
@@ -117,7 +117,7 @@ def test_a_model_in_data_parallel_without_replicas_trains_as_it_does_alone(kind,
 
 
 @KINDS
-@pytest.mark.works_with("threads")
+@pytest.mark.works_with("Threads")
 def test_threads_that_each_train_a_model_of_their_own_do_not_disturb_one_another(kind, batches):
     spec = {"rules": [*AR_TAR["rules"], *WEIGHTS["rules"]]}
 
@@ -143,7 +143,7 @@ def test_threads_that_each_train_a_model_of_their_own_do_not_disturb_one_another
         assert_equal_weights(one, other)
 
 
-@pytest.mark.works_with("threads")
+@pytest.mark.works_with("Threads")
 def test_a_model_that_several_threads_run_at_once_misses_no_call(batches):
     """As actors do that share a policy."""
     cell = make(nn.GRUCell, 3, 4)
@@ -166,7 +166,7 @@ def test_a_model_that_several_threads_run_at_once_misses_no_call(batches):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.works_with("threads")
+@pytest.mark.works_with("Threads")
 def test_lengths_of_one_thread_are_not_taken_for_those_of_another(batches):
     model = make(Sequenced)
     attachment = regkit.attach(model, AR_TAR)

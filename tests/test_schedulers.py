@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
 import regkit
 
-pytestmark = pytest.mark.works_with("LR schedulers")
+pytestmark = pytest.mark.works_with("Learning-rate schedulers")
 
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.1),

@@ -31,7 +31,7 @@ def decayed_groups(model: TextModel, decay: float) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.works_with("Transformers: weight penalties")
+@pytest.mark.works_with("Transformers: weights")
 @ACCUMULATED
 def test_decoupled_l2_equals_the_weight_decay_of_the_trainers_default_fused_adamw(accumulation, tmp_path):
     bare, decayed, regularized = make_text_model(), make_text_model(), make_text_model()
@@ -46,7 +46,7 @@ def test_decoupled_l2_equals_the_weight_decay_of_the_trainers_default_fused_adam
     assert not torch.allclose(bare.rnn.weight_hh_l0, regularized.rnn.weight_hh_l0, atol=1e-4)
 
 
-@pytest.mark.works_with("Transformers: weight penalties")
+@pytest.mark.works_with("Transformers: weights")
 @ACCUMULATED
 def test_l2_in_the_trainers_default_fused_adamw_equals_adam_with_weight_decay(accumulation, tmp_path):
     decayed, regularized = make_text_model(), make_text_model()
@@ -57,7 +57,7 @@ def test_l2_in_the_trainers_default_fused_adamw_equals_adam_with_weight_decay(ac
     assert_equal_weights(decayed, regularized)
 
 
-@pytest.mark.works_with("Transformers: weight penalties")
+@pytest.mark.works_with("Transformers: weights")
 @ACCUMULATED
 @pytest.mark.parametrize(
     "make",
@@ -79,7 +79,7 @@ def test_l2_equals_weight_decay_in_an_optimizer_that_the_trainer_is_given(make, 
     assert given.param_groups[0]["lr"] == 0  # the learning rate was scheduled: from its start to 0
 
 
-@pytest.mark.works_with("Transformers: weight penalties")
+@pytest.mark.works_with("Transformers: weights")
 def test_it_does_not_matter_whether_the_trainer_is_made_before_or_after_attach(tmp_path):
     before, after = make_text_model(), make_text_model()
     regkit.attach(before, {"rules": [L2]})
@@ -112,12 +112,12 @@ def shrunk(model: TextModel, lr: float) -> None:
         pytest.param(
             {"target": WEIGHTS, "constraint": "max_norm(0.8)"},
             projected,
-            marks=pytest.mark.works_with("Transformers: constraints"),
+            marks=pytest.mark.works_with("Transformers: weights"),
         ),
         pytest.param(
             {"target": WEIGHTS, "penalty": "l1(2.0)", "via": "proximal"},
             shrunk,
-            marks=pytest.mark.works_with("Transformers: proximal steps"),
+            marks=pytest.mark.works_with("Transformers: weights"),
         ),
     ],
     ids=["max_norm", "proximal"],
@@ -137,7 +137,7 @@ def test_constraints_and_proximal_steps_act_once_after_each_step_as_by_hand(rule
         assert (regularized.rnn.weight_hh_l0 == 0).sum() > 5
 
 
-@pytest.mark.works_with("Transformers: bf16")
+@pytest.mark.works_with("Transformers: weights")
 def test_under_bf16_autocast_l2_equals_weight_decay_and_max_norm_holds(tmp_path):
     decayed, regularized, bounded = (make_text_model().float() for _ in range(3))
     trained(decayed, tmp_path, bf16=True, gradient_accumulation_steps=3, weight_decay=DECAY)
@@ -152,7 +152,7 @@ def test_under_bf16_autocast_l2_equals_weight_decay_and_max_norm_holds(tmp_path)
     assert (bounded.rnn.weight_hh_l0.norm(dim=1) > 0.8 - 1e-6).any()
 
 
-@pytest.mark.works_with("Transformers: weight penalties")
+@pytest.mark.works_with("Transformers: weights")
 def test_a_frozen_embedding_and_an_evaluation_in_the_middle_change_nothing(tmp_path):
     alone, evaluated = make_text_model(), make_text_model()
     rules = {"rules": [L2, {"target": WEIGHTS, "constraint": "max_norm(0.8)"}]}

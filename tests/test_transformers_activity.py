@@ -145,7 +145,7 @@ def test_evaluating_while_training_changes_nothing_and_its_loss_is_the_models_ow
         assert last == pytest.approx(float(evaluated(**batch).loss), abs=1e-6)
 
 
-@pytest.mark.works_with("Transformers: logs")
+@pytest.mark.works_with("Transformers: activity penalties")
 def test_the_trainers_log_has_one_value_for_each_rule_and_reporters_see_it(tmp_path):
     seen: list[dict[str, float]] = []
 

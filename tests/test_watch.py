@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import Batches, loss_of
+from loops import Batches, loss_of, train
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -255,3 +255,15 @@ def test_step_called_without_with_is_no_step(make_model, batches):
 
     assert iterations_until_told(and_step, batches) == 3
     assert attachment.step_count == 0
+
+
+def test_it_is_seen_after_an_optimizer_of_weights_that_were_replaced_has_stepped(make_model, batches):
+    model = make_model()
+    regkit.attach(model, L2)
+    optimizer = SGD(model.parameters(), lr=RATE)
+    for name, p in list(model.rnn.named_parameters()):
+        setattr(model.rnn, name, nn.Parameter(p.detach().clone()))
+    with pytest.raises(regkit.StepError, match="no optimizer owns"):
+        train(model, optimizer, batches)
+    train(model, SGD(model.parameters(), lr=RATE), batches)
+    assert iterations_until_told(in_place(model), batches) == 3

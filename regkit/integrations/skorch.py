@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     class Callback:  # skorch has no types: to a checker its callbacks would be Any, and so would their subclasses
         """What skorch calls."""
 else:
-    from skorch.callbacks import Callback
+    try:
+        from skorch.callbacks import Callback
+    except ImportError as error:
+        raise ImportError("regkit.integrations.skorch needs pip install skorch") from error
 
 
 class RegularizationCallback(Callback):
