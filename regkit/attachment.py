@@ -99,8 +99,7 @@ class Attachment:
     def _remove(self) -> None:
         self._unhook()
         for rule in self._rules.on_weights:
-            for block in rule.blocks:
-                block.release()
+            rule.release()
         self._live = False
 
     def detach(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ class Block:
         self._parent = (lambda: None) if parent is None else weakref.ref(parent)
         self._layout = layout
         self._whole = site.gate is None
-        self._plain: list[Any] = []  # name, parameter, storage of each
+        self._kept: list[Storage] = []
+        self._plain: list[tuple[str, nn.Parameter]] = []
 
     @property
     def name(self) -> str:
@@ -43,24 +43,28 @@ class Block:
             raise AttachError(f"the module {self.site.name!r} is gone")
         return module
 
-    def storages(self) -> list[Storage]:
-        """Where its weight is kept now; two storages are two biases, of which the sum acts."""
+    def storages(self) -> Sequence[Storage]:
+        """Where its weight is kept now; two storages are two biases, of which the sum acts.
+
+        Plain parameters that are still the same give the very same sequence.
+        """
         module = self.module
         own = module._parameters
-        if self._plain and all(not marked(leaf) and own.get(name) is leaf for name, leaf, _ in self._plain):
-            return [kept for _, _, kept in self._plain]
+        if self._plain and all(own.get(name) is leaf and not marked(leaf) for name, leaf in self._plain):
+            return self._kept
         try:
             found = [storage_of(module, self._parent(), name) for name in self.site.parameters]
         except AttachError as error:
             raise self._named(error) from None
         # A plain parameter stays what it is while it is the same one, but for FSDP1, which marks what it flattens.
-        plain = [(name, *kept.leaves, kept) for name, kept in zip(self.site.parameters, found, strict=True)]
-        self._plain = plain if all(type(kept) is Plain for kept in found) else []
+        plain = all(type(one) is Plain for one in found)
+        leaves = [leaf for one in found for leaf in one.leaves]
+        self._kept, self._plain = found, list(zip(self.site.parameters, leaves, strict=True)) if plain else []
         return found
 
     def release(self) -> None:
         """Hold no parameter any more."""
-        self._plain = []
+        self._kept, self._plain = [], []
 
     def leaves(self) -> Iterator[nn.Parameter]:
         """The parameters behind it, as they are now."""

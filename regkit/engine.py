@@ -18,7 +18,7 @@ from regkit.modes import uncast
 from regkit.modules import Parameters
 from regkit.records import total
 from regkit.rules import Rules, named
-from regkit.shards import FSDP1, flattened
+from regkit.shards import FSDP1, distributed, flattened
 from regkit.steps import Step
 from regkit.watch import Watch, owned_by_any
 
@@ -64,17 +64,25 @@ class Engine:
         return next((place.name for place in self._rules.places if not place.intact()), None)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter that makes a step ours.
+        """Every parameter that makes a step ours. Raises AttachError where FSDP1 has flattened one that a rule needs.
 
         Activity rules make every step ours that trains any part of the model: their gradient may flow anywhere.
         """
+        self._refuse_flattened()
         yield from chain.from_iterable(rule.parameters() for rule in self._rules.on_weights)
         if self._rules.activities:
             yield from self._model
 
     def prove(self) -> None:
-        """Raise AttachError where a weight is not finite."""
+        """Raise AttachError where a weight is not finite, or where FSDP1 has flattened one that a rule needs."""
+        self._refuse_flattened()
         self._health.prove()
+
+    def _refuse_flattened(self) -> None:
+        # What trains such a module could not be told any more. Rules on weights refuse as they look for them.
+        for recorder in self._rules.recorders if distributed() else ():
+            if flattened(recorder.module):
+                raise AttachError(f"a weight of {recorder.title} {FSDP1}")
 
     def watched(self) -> tuple[str, nn.Module, nn.Parameter] | None:
         """The first parameter under a rule that is trained: its name, its module, itself."""
@@ -95,9 +103,6 @@ class Engine:
         if optimizer in self._met or self._restricted or self._by_hand:
             return
         self._met.add(optimizer)
-        for recorder in self._rules.recorders:
-            if flattened(recorder.module):
-                raise AttachError(f"{recorder.title} {FSDP1}")
         if any(id(p) in groups for p in self._model):
             self._refuse_unowned(groups)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Final
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ FSDP1: Final = (
     "torch.distributed.fsdp.fully_shard (FSDP2) instead"
 )
 """Why what FSDP1 has flattened is refused."""
+
+
+def distributed() -> bool:
+    """Whether processes work together at all."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def sharded(tensor: Tensor) -> TypeIs[DTensor]:

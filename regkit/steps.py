@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from regkit.errors import AttachError, StepError
 from regkit.modes import uncompiled
-from regkit.shards import reshard, sharded
+from regkit.shards import distributed, reshard, sharded
 
 
 @dataclass(eq=False)
@@ -100,7 +100,7 @@ class StepCount:
             self.stepped.clear()
         self.stepped.update(parameters)
 
-    def keep(self, parameters: set[int]) -> None:
+    def keep(self, parameters: Mapping[int, object]) -> None:
         """These are there now. Where none of those that were stepped is, all were replaced: no step can join theirs."""
         if self.stepped.isdisjoint(parameters):
             self.stepped.clear()
@@ -154,7 +154,7 @@ class Steps:
         if model is None:
             return None
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        if any(type(p) is not nn.Parameter and sharded(p) for group in optimizer.param_groups for p in group["params"]):
+        if distributed() and any(sharded(p) for group in optimizer.param_groups for p in group["params"]):
             reshard(model)  # or what it owns might not be in the model at the moment
         moved = self._work.moved()
         if moved is not None:
@@ -162,7 +162,7 @@ class Steps:
                 raise _replaced(moved)
             return None
         running = self._running(frame)
-        here = set(map(id, self._work.parameters()))
+        here = {id(parameter): parameter for parameter in self._work.parameters()}
         self.count.keep(here)
         ours = {i: groups[i] for i in here if i in groups}
         acts = self._concerns(optimizer) if ours else True
@@ -179,7 +179,7 @@ class Steps:
         step = Step(optimizer, ours, scale, skipped, self.count.index(ours), frame)
         closure, put_back = _closure(args, kwargs)
         if closure is None and not skipped:
-            self._at_gradients(step)
+            self._at_gradients(step, here.values())
         self._enter(running, step)
         return None if closure is None or skipped else put_back(_Closure(self, step, closure))
 
@@ -192,10 +192,10 @@ class Steps:
         return optimizer in self._only
 
     @uncompiled
-    def _at_gradients(self, step: Step) -> None:
+    def _at_gradients(self, step: Step, here: Iterable[nn.Parameter]) -> None:
         step.evaluations += 1
         with torch.no_grad():
-            mine = (p for p in self._work.parameters() if id(p) in step.groups)
+            mine = (p for p in here if id(p) in step.groups)
             step.trained = {id(p) for p in mine if p.requires_grad and p.grad is not None}
             self._work.at_gradients(step)
 
@@ -235,7 +235,7 @@ class Steps:
         group = {} if lr is None else {"lr": lr}
         groups = {id(parameter): group for parameter in self._work.parameters()}
         step = Step(None, groups, None, False, self.count.index(groups), None)
-        self._at_gradients(step)
+        self._at_gradients(step, self._work.parameters())
         self._enter(running, step)
         return step
 
@@ -288,7 +288,7 @@ class _Closure:
 
     def __call__(self) -> Any:
         loss = self.closure()
-        self.hooks._at_gradients(self.step)
+        self.hooks._at_gradients(self.step, self.hooks._work.parameters())
         if isinstance(self.step.optimizer, torch.optim.LBFGS) and loss is not None:
             with torch.no_grad():
                 return loss + self.hooks._work.value(self.step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -187,9 +188,10 @@ class Parametrized(_Computed):
         training = [one for one in self._parametrization.modules() if one.training]
         for one in training:
             one.training = False
-        originals = {name: whole(one) for name, one in self._parametrization._parameters.items() if one is not None}
+        own = chain(self._parametrization.named_parameters(), self._parametrization.named_buffers())
+        wholes = {name: whole(one) for name, one in own if sharded(one)}
         try:
-            weight: Tensor = torch.func.functional_call(self._parametrization, originals, ())
+            weight: Tensor = torch.func.functional_call(self._parametrization, wholes, ())
         finally:
             for one in training:
                 one.training = True

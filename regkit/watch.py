@@ -49,7 +49,7 @@ class Watch:
         self, find: Callable[[], tuple[str, nn.Module, nn.Parameter] | None], inside: Callable[[], bool]
     ) -> None:
         self._find, self._inside = find, inside
-        self._leaf: Callable[[], Tensor | None] = lambda: None
+        self._leaf: Tensor | None = None  # torch converts no sharded parameter that has a weak reference
         self._name = ""
         self._handles: list[RemovableHandle] = []
         self._off = False
@@ -66,28 +66,30 @@ class Watch:
     def arm(self) -> None:
         """Watch the parameter, or the one that is in its place by now."""
         found = self._find()
-        if self._off or found is None or found[2] is self._leaf():
+        if self._off or found is None or found[2] is self._leaf:
             return
         self.disarm()
         self._name, module, leaf = found
-        self._leaf = weakref.ref(leaf)
+        self._leaf = leaf
         hook = _Hook(self)
         self._handles = [
             leaf.register_hook(hook.look),  # type: ignore[no-untyped-call]  # torch leaves both unannotated
             module.register_load_state_dict_post_hook(hook.loaded),  # type: ignore[no-untyped-call]
         ]
         hook.number = self._handles[-1].id
+        if sharded(leaf):  # FSDP2 puts gradients into parameters past autograd, and calls these hooks itself
+            self._handles.append(leaf.register_post_accumulate_grad_hook(hook.look))
         self.accept()
 
     def disarm(self) -> None:
         """Watch nothing. May be called again."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._leaf = [], lambda: None
+        self._handles, self._leaf = [], None
 
     def heard(self, parameters: Mapping[int, Any], acts: bool) -> None:
         """There is a step of these parameters. If the attachment does not act in it, its user said so."""
-        if id(self._leaf()) in parameters:
+        if id(self._leaf) in parameters:
             self._ever_heard = True
             self.accept()
             if not acts:
@@ -102,7 +104,7 @@ class Watch:
 
     def look(self) -> None:
         """A gradient arrives. Raises StepError where the weight has moved unheard once too often."""
-        leaf = self._leaf()
+        leaf = self._leaf
         if leaf is None or self._inside():
             self._version = self._numbers = None
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ class WeightRule(ABC):
     binding: Binding
     blocks: list[Block]
     at: Block | None = field(default=None, init=False)
+    _kept: list[Sequence[Storage]] = field(default_factory=list, init=False)
+    _distinct: list[tuple[Block, Sequence[Storage]]] = field(default_factory=list, init=False)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that it acts on."""
@@ -54,25 +57,33 @@ class WeightRule(ABC):
         """The ids of its parameters that this step trains."""
         return {id(parameter) for parameter in self.parameters()} & step.trained
 
-    def _each(self) -> Iterator[tuple[Block, list[Storage]]]:
+    def _each(self) -> Iterator[tuple[Block, Sequence[Storage]]]:
         """Each block with where it is kept now. What has been tied since attach() counts once, too."""
-        seen = set()
-        for block in self.blocks:
+        kept = [block.storages() for block in self.blocks]
+        if len(kept) != len(self._kept) or not all(map(is_, kept, self._kept)):
+            first: dict[tuple[int, ...], tuple[Block, Sequence[Storage]]] = {}
+            for block, storages in zip(self.blocks, kept, strict=True):
+                first.setdefault(block.place(storages), (block, storages))
+            self._kept, self._distinct = kept, list(first.values())
+        for block, storages in self._distinct:
             self.at = block
-            storages = block.storages()
-            if (place := block.place(storages)) not in seen:
-                seen.add(place)
-                yield block, storages
+            yield block, storages
         self.at = None
 
-    def _unfrozen(self) -> Iterator[tuple[Block, list[Storage], list[Storage]]]:
+    def release(self) -> None:
+        """Hold no parameter any more."""
+        self._kept, self._distinct = [], []
+        for block in self.blocks:
+            block.release()
+
+    def _unfrozen(self) -> Iterator[tuple[Block, Sequence[Storage], list[Storage]]]:
         """Each block that is not frozen, its storages, and those of them with a leaf that is not."""
         for block, storages in self._each():
             mine = [storage for storage in storages if any(leaf.requires_grad for leaf in storage.leaves)]
             if mine:
                 yield block, storages, mine
 
-    def _trained(self, step: Step) -> Iterator[tuple[Block, list[Storage], list[Storage]]]:
+    def _trained(self, step: Step) -> Iterator[tuple[Block, Sequence[Storage], list[Storage]]]:
         """Each block that this step trains, its storages, and those of them that it trains."""
         for block, storages in self._each():
             mine = [storage for storage in storages if any(id(leaf) in step.trained for leaf in storage.leaves)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import distributed_silence as silence
 import distributed_spreads as spreads
 import distributed_tasks as tasks
 from distributed_workers import Case, CaseTask, Rules, Task, World
@@ -12,6 +13,8 @@ STRENGTH, BOUND = 0.05, 0.5
 L2 = {"name": "l2", "penalty": {"kind": "l2", "strength": STRENGTH}}
 MAX_NORM = {"name": "max-norm", "constraint": {"kind": "max_norm", "max_value": BOUND}}
 L1 = {"name": "l1", "penalty": {"kind": "l1", "strength": STRENGTH}, "via": "proximal"}
+L1_GRADIENT = {"name": "l1", "target": {"role": ["kernel", "recurrent"]}, "penalty": "l1(0.05)"}
+L2_OF_WEIGHTS = {"name": "l2", "target": {"role": ["kernel", "recurrent"]}, "penalty": L2["penalty"]}
 ORTHOGONAL = {
     "name": "orthogonal",
     "target": {"role": "recurrent"},
@@ -39,6 +42,7 @@ DOCUMENTS: dict[str, Rules] = {
     "activity": [AR, TAR],
 }
 ALL: Rules = [L2, ORTHOGONAL, L1, BY_LOSS, AR, TAR, MAX_NORM, CELLS]
+GRADIENTS: Rules = [L2, ORTHOGONAL, GATES, BY_LOSS, AR, TAR]
 BOTH = (2, 4)
 
 DDP = {
@@ -70,11 +74,24 @@ FSDP2 = {
     "max-norm, columns": Case(spreads.fsdp_by_columns, [MAX_NORM], hidden=4),
     "copies of shards": Case(spreads.fsdp_hybrid, ALL, (4,)),
 }
+COMPUTED = {
+    "weight_norm": Case(spreads.fsdp, ALL, computed="weight_norm"),
+    "weight_norm, attached after": Case(spreads.fsdp, ALL, computed="weight_norm", layer="GRU", attach_first=False),
+    "weight_norm, a process with no rows": Case(spreads.fsdp, ALL, (4,), computed="weight_norm", layer="RNN", hidden=3),
+    "weight_norm, L2": Case(spreads.fsdp, [L2_OF_WEIGHTS], computed="weight_norm"),
+    "weight_norm, max-norm": Case(spreads.fsdp, [MAX_NORM], computed="weight_norm"),
+    "spectral_norm": Case(spreads.fsdp, GRADIENTS, computed="spectral_norm", layer="LSTMCell"),
+    "orthogonal": Case(spreads.fsdp, [L1_GRADIENT], computed="orthogonal", layer="GRUCell"),
+    "a parametrization with a weight of its own": Case(spreads.fsdp, GRADIENTS, computed="scaled"),
+    "pruned": Case(spreads.fsdp, ALL, computed="pruned"),
+    "pruned, attached after": Case(spreads.fsdp_by_layer, ALL, computed="pruned", layer="GRUCell", attach_first=False),
+}
 TENSOR_PARALLEL = {
     "rows": Case(spreads.tensor_parallel_rows, ALL, BOTH, attach_first=False, layer="MatmulCell"),
     "columns": Case(spreads.tensor_parallel_columns, ALL, attach_first=False, layer="MatmulCell"),
     "attached before": Case(spreads.tensor_parallel_rows, ALL, layer="MatmulCell"),
     "max-norm, columns": Case(spreads.tensor_parallel_columns, [MAX_NORM], layer="MatmulCell"),
+    "pruned": Case(spreads.tensor_parallel_rows, ALL, layer="MatmulCell", computed="pruned"),
 }
 FSDP2_AND_TENSOR_PARALLEL = {
     "rows": Case(spreads.fsdp_and_rows, ALL, (4,), attach_first=False, layer="MatmulCell"),
@@ -88,6 +105,7 @@ ZERO = {
 CASES = {
     "DDP": DDP,
     "FSDP2": FSDP2,
+    "FSDP2 of computed weights": COMPUTED,
     "Tensor parallel": TENSOR_PARALLEL,
     "FSDP2 with tensor parallel": FSDP2_AND_TENSOR_PARALLEL,
     "ZeroRedundancyOptimizer": ZERO,
@@ -97,7 +115,7 @@ CASES = {
 def _tasks(size: int) -> dict[str, Task]:
     rows = CASES.items()
     cases = {f"{row}: {name}": case for row, named in rows for name, case in named.items() if size in case.sizes}
-    return {**{name: CaseTask(case) for name, case in cases.items()}, **tasks.of_size(size)}
+    return {**{name: CaseTask(case) for name, case in cases.items()}, **tasks.of_size(size), **silence.of_size(size)}
 
 
 @cache

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, parametrize, prune
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
@@ -66,10 +67,35 @@ class Net(nn.Module):
         return self.head(torch.stack(outputs))
 
 
-def make_net(layer: str = "LSTM", hidden: int = 5, spare: bool = False) -> Net:
-    """The same weights at every call, in float64."""
+class Scaled(nn.Module):
+    """A parametrization of a user's own, with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.prod()
+
+
+COMPUTE: dict[str, Callable[[nn.Module, str], Any]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "scaled": lambda module, name: parametrize.register_parametrization(module, name, Scaled()),
+    "pruned": lambda module, name: prune.l1_unstructured(module, name, 0.3),
+}
+"""The ways in which torch computes a weight from another."""
+
+
+def make_net(layer: str = "LSTM", hidden: int = 5, spare: bool = False, computed: str = "") -> Net:
+    """The same weights at every call, in float64. computed: how those of the recurrent layer are, if they are."""
     torch.manual_seed(1)
-    return Net(layer, hidden, spare).double()
+    net = Net(layer, hidden, spare).double()
+    if computed:
+        for name in [name for name in net.rnn._parameters if name.startswith("weight")]:
+            COMPUTE[computed](net.rnn, name)
+    return net
 
 
 # --- the ways to spread it -------------------------------------------------------------------------------------------
@@ -157,9 +183,10 @@ def mesh(*names: str) -> DeviceMesh:
 
 
 def _distribute(module: nn.Module, over: DeviceMesh, dimension: int) -> None:
-    for name, parameter in list(module.named_parameters()):
-        place: Placement = Shard(dimension) if parameter.dim() > dimension else Replicate()
-        setattr(module, name, nn.Parameter(distribute_tensor(parameter.detach(), over, [place])))
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        place: Placement = Shard(dimension) if tensor.dim() > dimension else Replicate()
+        spread = distribute_tensor(tensor.detach(), over, [place])
+        setattr(module, name, nn.Parameter(spread) if isinstance(tensor, nn.Parameter) else spread)
 
 
 def tensor_parallel_rows(net: Net) -> Spread:

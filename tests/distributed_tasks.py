@@ -7,13 +7,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed_spreads import MatmulCell, Net, Spread, by_rank, ddp, fsdp, make_net, mesh, tensor_parallel_rows
+from distributed_spreads import (
+    MatmulCell,
+    Net,
+    Spread,
+    by_rank,
+    ddp,
+    fsdp,
+    make_net,
+    mesh,
+    one_process,
+    tensor_parallel_rows,
+)
 from distributed_workers import Outcome, Rules, Task, batches, full, loss_of, outcome
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -72,7 +82,7 @@ def gradient_through_whole(folder: Path) -> Tensor:
     return full(weight.grad)
 
 
-# --- what torch leaves whole, casts, or flattens ----------------------------------------------------------------------
+# --- what torch leaves whole, or casts ----------------------------------------------------------------------
 
 
 def constrained_after_evaluation(folder: Path) -> dict[str, Tensor]:
@@ -125,47 +135,22 @@ def decayed_under_bfloat16(folder: Path) -> Outcome:
     return {name: full(parameter) for name, parameter in net.rnn.named_parameters()}
 
 
-def fsdp1(folder: Path, attach_first: bool, use_orig_params: bool) -> str:
-    """What is raised of a model that FSDP1 flattens."""
-    net = make_net()
-    attachment = regkit.attach(net, {"rules": L2}) if attach_first else None
-    module = FullyShardedDataParallel(net, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-    try:
-        if attachment is None:
-            attachment = regkit.attach(module, {"rules": L2})
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        loss_of(by_rank(module), *batches()[0]).backward()
-        optimizer.step()
-    except regkit.RegkitError as error:
-        return str(error)
-    finally:
-        if attachment is not None:
-            attachment.detach()
-    return "nothing was raised"
+CONVERTED = ("FSDP2", "tensor parallel")
 
 
-# --- what must not make processes wait for one another ----------------------------------------------------------------
-
-
-def forgotten_penalty(folder: Path) -> str:
-    """What is raised, in every process alike, where what was recorded is not in the loss."""
-    net = make_net()
-    spread = fsdp(net)
-    with regkit.attach(net, {"rules": [*L2, *ACTIVITY]}):
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        loss_of(spread, *batches()[0]).backward()
-        try:
+def converted(folder: Path, spread: str, alone: bool = False) -> Outcome:
+    """Trained in float32, to which the model was converted after attach(): torch swaps sharded parameters then."""
+    make, over = SPREADS[spread]
+    net = make()
+    there = one_process(net) if alone else over(net)
+    with regkit.attach(there.module, {"rules": [*L2, *MAX_NORM]}) as attachment:
+        there.module.float()
+        optimizer = torch.optim.SGD(there.module.parameters(), lr=0.1)
+        for x, y in batches():
+            optimizer.zero_grad()
+            loss_of(there, x.float(), y.float()).backward()
             optimizer.step()
-        except regkit.StepError as error:
-            return str(error)
-    return "nothing was raised"
-
-
-def plan_of_the_first(folder: Path) -> str:
-    """A plan that one process resolves while the others do something else."""
-    net = make_net()
-    fully_shard(net)
-    return str(regkit.resolve(net, {"rules": L2})) if dist.get_rank() == 0 else ""
+        return outcome(net, attachment)
 
 
 # --- saved and loaded -------------------------------------------------------------------------------------------------
@@ -221,21 +206,13 @@ def of_size(size: int) -> dict[str, Task]:
     }
     if size == 4:
         return sharing
-    fsdp1s = {
-        f"FSDP1, attach_first={first}, use_orig_params={original}": partial(
-            fsdp1, attach_first=first, use_orig_params=original
-        )
-        for first in (True, False)
-        for original in (True, False)
-    }
     own = (
         gradient_through_whole,
         constrained_after_evaluation,
         attached_after_evaluation,
         states_of_a_new_optimizer,
         decayed_under_bfloat16,
-        forgotten_penalty,
-        plan_of_the_first,
     )
+    converting = {f"converted {spread}": partial(converted, spread=spread) for spread in CONVERTED}
     saved = {f"resumed {spread}": partial(resumed, spread=spread) for spread in SPREADS}
-    return {**sharing, **fsdp1s, **{task.__name__: task for task in own}, **saved}
+    return {**sharing, **{task.__name__: task for task in own}, **converting, **saved}

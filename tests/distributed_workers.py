@@ -65,6 +65,7 @@ class Case:
     layer: str = "LSTM"
     hidden: int = 5
     spare: bool = False
+    computed: str = ""
     accumulate: int = 1
     clip: float | None = None
     evaluate: bool = False
@@ -106,8 +107,8 @@ def loss_of(spread: Spread, x: Tensor, y: Tensor) -> Tensor:
 
 
 def outcome(net: nn.Module, attachment: regkit.Attachment) -> Outcome:
-    """The whole weights, and what the attachment says of them."""
-    weights = {name: full(parameter) for name, parameter in net.named_parameters()}
+    """The whole weights, what else the model keeps, and what the attachment says of them."""
+    weights = {name: full(tensor) for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
     values = {f"value of {rule}": value for rule, value in attachment.values().items()}
     violations = {f"violation of {rule}": value for rule, value in attachment.violations().items()}
     return {**weights, **values, **violations}
@@ -115,7 +116,7 @@ def outcome(net: nn.Module, attachment: regkit.Attachment) -> Outcome:
 
 def run(case: Case, spread: Callable[[Net], Spread] | None = None) -> Outcome:
     """Train a case, spread as it says, or as is said here."""
-    net = make_net(case.layer, case.hidden, case.spare)
+    net = make_net(case.layer, case.hidden, case.spare, case.computed)
     there = None if case.attach_first else (spread or case.spread)(net)
     with regkit.attach(net if there is None else there.module, {"rules": case.rules}) as attachment:
         there = there or (spread or case.spread)(net)
@@ -181,13 +182,19 @@ class Failure:
     trace: str
 
 
+# A process takes seconds to import all this, so one does, and the others are forked from it.
+processes.set_forkserver_preload(
+    ["regkit", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor.debug"]
+)
+
+
 class World:
     """What the processes of a world found."""
 
     def __init__(self, size: int, tasks: Mapping[str, Task]) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            processes.spawn(live, (size, folder, tasks), nprocs=size)
+            processes.start_processes(live, (size, folder, tasks), nprocs=size, start_method="forkserver")
             self._found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
     def found(self, task: str) -> list[Any]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from distributed_cases import ALL, BOUND, CASES, DOCUMENTS, STRENGTH, world
-from distributed_spreads import make_net, one_process
+from distributed_spreads import Spread, make_net, one_process
+from distributed_tasks import CONVERTED, converted
 from distributed_workers import LR, Case, Outcome, assert_same, batches, loss_of, run_alone, together
-
-import regkit
 
 TOLERANCE = 1e-9
 
@@ -23,6 +23,13 @@ def every_case() -> Iterator[object]:
                 identity = f"{row}: {name}, {size} processes"
                 marks = [pytest.mark.works_with(row), *([pytest.mark.slow] if size > 2 else [])]
                 yield pytest.param(f"{row}: {name}", case, size, id=identity, marks=marks)
+
+
+def train_plainly(spread: Spread, optimizer: torch.optim.Optimizer) -> None:
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss_of(spread, x, y).backward()
+        optimizer.step()
 
 
 def weights(outcome: Outcome) -> Outcome:
@@ -49,11 +56,7 @@ def test_l2_in_two_processes_equals_the_weight_decay_of_torch_in_one(row):
     net = make_net()
     spread = one_process(net)
     groups = [{"params": net.rnn.parameters(), "weight_decay": 2 * STRENGTH}, {"params": net.head.parameters()}]
-    optimizer = torch.optim.SGD(groups, lr=LR, momentum=0.9)
-    for x, y in batches():
-        optimizer.zero_grad()
-        loss_of(spread, x, y).backward()
-        optimizer.step()
+    train_plainly(spread, torch.optim.SGD(groups, lr=LR, momentum=0.9))
     expected = {name: parameter.detach() for name, parameter in net.named_parameters()}
     assert_same(weights(together(world(2).found(f"{row}: L2"))), expected, TOLERANCE)
 
@@ -100,26 +103,32 @@ def test_a_penalty_under_bfloat16_computation_is_of_the_float32_weights():
     assert_same(found, {name: parameter.detach() for name, parameter in net.rnn.named_parameters()}, 1e-6)
 
 
-@pytest.mark.works_with("FSDP2")
-def test_a_forgotten_penalty_is_an_error_in_every_process_and_none_waits():
-    for error in world(2).found("forgotten_penalty"):
-        assert "add attachment.penalty() to the loss" in error
+@pytest.mark.works_with("FSDP2 of computed weights")
+def test_l2_under_weight_norm_equals_the_weight_decay_of_torch_of_the_magnitudes():
+    net = make_net(computed="weight_norm")
+    spread = one_process(net)
+    named = {name: parameter for name, parameter in net.named_parameters() if name.endswith("original0")}
+    rest = [parameter for name, parameter in net.named_parameters() if name not in named]
+    groups = [{"params": named.values(), "weight_decay": 2 * STRENGTH}, {"params": rest}]
+    train_plainly(spread, torch.optim.SGD(groups, lr=LR, momentum=0.9))
+    expected = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    assert_same(weights(together(world(2).found("FSDP2 of computed weights: weight_norm, L2"))), expected, TOLERANCE)
 
 
-@pytest.mark.works_with("FSDP2")
-def test_one_process_may_resolve_a_plan_alone_and_it_is_that_of_the_whole_model():
-    rules = [{"name": "l2", "penalty": {"kind": "l2", "strength": STRENGTH}}]
-    expected = str(regkit.resolve(make_net(), {"rules": rules}))
-    assert world(2).found("plan_of_the_first") == [expected, ""]
+@pytest.mark.works_with("FSDP2 of computed weights")
+def test_max_norm_under_weight_norm_bounds_the_magnitudes():
+    found = together(world(2).found("FSDP2 of computed weights: weight_norm, max-norm"))
+    magnitudes = torch.cat([g.flatten() for name, g in found.items() if name.endswith("original0")])
+    assert float(magnitudes.max()) == pytest.approx(BOUND)
+    assert float(magnitudes.min()) < BOUND - 0.01
 
 
-@pytest.mark.works_with("FSDP1 is refused")
-@pytest.mark.parametrize("attach_first", [True, False])
-@pytest.mark.parametrize("use_orig_params", [True, False])
-def test_weights_that_fsdp1_flattens_are_refused_with_the_cure(attach_first, use_orig_params):
-    for error in world(2).found(f"FSDP1, attach_first={attach_first}, use_orig_params={use_orig_params}"):
-        assert "a flat parameter of FSDP1" in error
-        assert "torch.distributed.fsdp.fully_shard" in error
+@pytest.mark.parametrize(
+    "spread", [pytest.param(name, marks=pytest.mark.works_with(name[0].upper() + name[1:])) for name in CONVERTED]
+)
+def test_a_model_may_be_converted_after_attach(spread):
+    found = together(world(2).found(f"converted {spread}"))
+    assert_same(found, converted(Path(), spread, alone=True), 1e-6)
 
 
 @pytest.mark.works_with("torch.distributed.checkpoint")
