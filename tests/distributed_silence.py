@@ -110,8 +110,8 @@ def watched_quietly(folder: Path, spread: str) -> int:
         with torch.no_grad():
             loss_of(there, *batches()[0])
         attachment.weights_changed()  # FSDP2 has left whole parameters in the modules
-        for _ in range(3):
-            for x, y in 3 * batches():
+        for _ in range(2):
+            for x, y in 2 * batches():
                 (loss_of(there, x, y) + attachment.penalty()).backward()
                 with torch.no_grad():
                     loss_of(there, x, y)
@@ -156,7 +156,7 @@ def sent_by_backward_passes(folder: Path, spread: str) -> tuple[int, int]:
         layer, over = WATCHED[spread]
         there = over(make_net(layer))
         with regkit.attach(there.module, {"rules": rules}) if rules else nullcontext():
-            return sum(map(sent_by, (loss_of(there, x, y) for x, y in batches())))
+            return sum(map(sent_by, (loss_of(there, x, y) for x, y in batches(2))))
 
     def sent_by(loss: Tensor) -> int:
         with CommDebugMode() as communication:

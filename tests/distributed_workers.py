@@ -38,7 +38,7 @@ def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
     """Sequences with targets, (time, batch, features), of a batch that two and four processes can share."""
     generator = torch.Generator().manual_seed(2)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-    return [(draw(6, 8, 3), draw(6, 8, 2)) for _ in range(count)]
+    return [(draw(4, 8, 3), draw(4, 8, 2)) for _ in range(count)]
 
 
 def full(tensor: Tensor) -> Tensor:

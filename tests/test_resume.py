@@ -154,45 +154,34 @@ def test_without_the_attachments_state_a_resumed_run_is_another_one(tmp_path):
 
 
 WEIGHTS = {"rules": SPEC["rules"][:3]}
-HALF = [
-    pytest.param(WEIGHTS, 0, id="weights, before the first"),
-    pytest.param(WEIGHTS, 1, id="weights, between the two"),
-    pytest.param(
-        SPEC,
-        0,
-        id="activity, before the first",
-        marks=pytest.mark.xfail(
-            raises=regkit.StepError, strict=True, reason="the state does not say that penalty() is in the gradients"
-        ),
-    ),
-    pytest.param(
-        SPEC,
-        1,
-        id="activity, between the two",
-        marks=pytest.mark.xfail(
-            raises=regkit.StepError, strict=True, reason="the state does not say that penalty() is in the gradients"
-        ),
-    ),
-]
 
 
-@pytest.mark.parametrize(("spec", "stepped"), HALF)
-def test_a_run_saved_with_its_gradients_in_the_middle_of_a_step_of_two_optimizers_goes_on_bitwise(
-    spec, stepped, tmp_path
-):
-    whole = Run("two", spec).finish()
+def resumed_with_gradients(spec: dict[str, Any], stepped: int, path: Path) -> Run:
+    """A run saved behind its backward pass, when so many of its two optimizers have stepped, and loaded anew."""
     killed = Run("two", spec)
     killed.train(5)
     killed.backward()
     killed.update(slice(stepped))
-    killed.save(tmp_path / "checkpoint.pt")
-
+    killed.save(path)
     resumed = Run("two", spec)
-    resumed.load(tmp_path / "checkpoint.pt")
+    resumed.load(path)
+    return resumed
+
+
+@pytest.mark.parametrize("stepped", [0, 1])
+def test_a_run_saved_with_its_gradients_in_the_middle_of_a_step_of_two_optimizers_goes_on_bitwise(stepped, tmp_path):
+    resumed = resumed_with_gradients(WEIGHTS, stepped, tmp_path / "checkpoint.pt")
     resumed.update(slice(stepped, None))
     resumed.done += 1
     assert resumed.attachment.step_count == 6
-    assert_bitwise(resumed.finish(), whole)
+    assert_bitwise(resumed.finish(), Run("two", WEIGHTS).finish())
+
+
+@pytest.mark.parametrize("stepped", [0, 1])
+def test_that_a_penalty_is_in_gradients_that_were_saved_cannot_be_known_and_is_not_taken_for_granted(stepped, tmp_path):
+    resumed = resumed_with_gradients(SPEC, stepped, tmp_path / "checkpoint.pt")
+    with pytest.raises(regkit.StepError, match="recorded nothing"):
+        resumed.update(slice(stepped, None))
 
 
 def accumulate(run: Run, batches: int) -> None:
