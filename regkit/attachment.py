@@ -23,6 +23,7 @@ from regkit.injection import Scale
 from regkit.ledger import Ticket
 from regkit.modes import uncast, uncompiled
 from regkit.modules import Parameters
+from regkit.orphans import Orphans
 from regkit.plan import Plan
 from regkit.records import total
 from regkit.rules import named, rules_of
@@ -53,6 +54,7 @@ class Attachment:
         self._watch = self._engine.watch = Watch(self._engine.watched, self._steps.inside)
         self._companion: Companion | None = None
         self._hooked = False
+        self._orphans: Orphans | None = None
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
@@ -98,6 +100,7 @@ class Attachment:
 
     def _remove(self) -> None:
         self._unhook()
+        self._engine.release()
         for rule in self._rules.on_weights:
             rule.release()
         self._live = False
@@ -105,6 +108,8 @@ class Attachment:
     def detach(self) -> None:
         """Take every hook off the model. May be called again; afterwards the attachment can only be read."""
         self._remove()
+        if self._orphans is not None:
+            hooks.dismiss(self._orphans)
         hooks.leave()
         siblings = _attached.get(self._key, [])
         if self in siblings:
@@ -292,3 +297,4 @@ class Attachment:
 def _forget(model_id: int) -> None:
     for attachment in _attached.pop(model_id, []):
         attachment._remove()
+        attachment._orphans = Orphans(attachment._rules.modules())

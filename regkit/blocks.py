@@ -35,6 +35,10 @@ class Block:
         name = f"{self.site.name}.{' + '.join(self.site.parameters)}".lstrip(".")
         return name if self._whole else f"{name} ({self.site.gate})"
 
+    def alive(self) -> nn.Module | None:
+        """The module that has it, None where that is gone."""
+        return self._module()
+
     @property
     def module(self) -> nn.Module:
         """The module that has it."""

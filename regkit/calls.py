@@ -80,6 +80,11 @@ class Calls:
             )
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing has been called."""
+        return self._last is None and not self._records
+
+    @property
     def records(self) -> list[Record]:
         """The calls that gradients reach, each in its place."""
         self._place()

@@ -29,13 +29,24 @@ class _Mark:
 
     leaf: nn.Parameter
     gradient: Tensor
-    version: int
     complete: bool
+    version: int | None = None
 
-    def fits(self, step: Step) -> bool:
-        """Whether this is the same step taken again, on the same gradients."""
-        same = id(self.leaf) in step.trained and self.leaf.grad is self.gradient
-        return same and self.gradient._version == self.version
+    def settle(self) -> None:
+        """No listener touches it any more before the step."""
+        if self.version is None:
+            self.version = self.gradient._version
+
+    def holds(self, step: Step) -> bool:
+        """Whether this step has these very gradients again. Raises StepError where they are no more what they were."""
+        if id(self.leaf) not in step.trained or self.leaf.grad is not self.gradient:
+            return False
+        if self.complete and self.gradient._version == self.version:
+            return True
+        raise StepError(
+            "the last step failed, and penalties are in its gradients already, which are not as they were then; call "
+            "zero_grad(set_to_none=True) and run the backward pass again"
+        )
 
 
 class Engine:
@@ -51,6 +62,7 @@ class Engine:
         self._restricted = restricted
         self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._mark: _Mark | None = None
+        self._owned: set[int] = set()
         self._health = Health(block for rule in rules.on_weights for block in rule.blocks)
         self.watch: Watch | None = None
         self._by_hand = False
@@ -61,7 +73,7 @@ class Engine:
 
     def moved(self) -> str | None:
         """The name of a bound module that is not where it was bound any more, if there is one."""
-        return next((place.name for place in self._rules.places if not place.intact()), None)
+        return next((link.name for link in self._rules.links if not link.intact()), None)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that makes a step ours. Raises AttachError where FSDP1 has flattened one that a rule needs.
@@ -100,20 +112,21 @@ class Engine:
         """Tell the watchdog; at an optimizer's first step, raise StepError for a weight that no optimizer owns."""
         if self.watch is not None:
             self.watch.heard(groups, acts)
+        for recorder in self._rules.recorders:
+            recorder.pass_by(groups)
         if optimizer in self._met or self._restricted or self._by_hand:
             return
-        self._met.add(optimizer)
         if any(id(p) in groups for p in self._model):
             self._refuse_unowned(groups)
+        self._met.add(optimizer)
 
     def _refuse_unowned(self, groups: Mapping[int, Any]) -> None:
         blocks = chain.from_iterable(rule.blocks for rule in self._rules.on_weights if not rule.binding.optional)
         trained = [(block, leaf) for block in blocks for leaf in block.leaves() if leaf.requires_grad]
-        missing = [(block, leaf) for block, leaf in trained if id(leaf) not in groups]
-        if not missing:
-            return
-        owned = owned_by_any()
-        names = [block.name for block, leaf in missing if id(leaf) not in owned]
+        self._owned |= set(groups)
+        if any(id(leaf) not in self._owned for _, leaf in trained):
+            self._owned |= owned_by_any()
+        names = [block.name for block, leaf in trained if id(leaf) not in self._owned]
         if names:
             raise StepError(
                 f"no optimizer owns {listing(names)}, though its neighbours are being trained: a rule on it can never "
@@ -124,10 +137,8 @@ class Engine:
     @uncast
     def at_gradients(self, step: Step) -> None:
         """Add gradients and decay, once it is sure that nothing the document says is left out of this step."""
-        if step.evaluations == 1 and self._mark is not None and self._mark.fits(step):
-            if self._mark.complete:
-                return  # the optimizer failed, and the step is taken again: all is in the gradients
-            raise StepError("the last step failed halfway; call zero_grad() and run the backward pass again")
+        if step.evaluations == 1 and self._mark is not None and self._mark.holds(step):
+            return  # the optimizer failed, and the step is taken again: all is in the gradients
         if step.optimizer is None:
             self._by_hand = True
             if not step.trained and any(p.requires_grad for p in self.parameters()):
@@ -153,7 +164,16 @@ class Engine:
         leaf = next(leaves, None)
         if leaf is None or leaf.grad is None:
             return None
-        return _Mark(leaf, leaf.grad, leaf.grad._version, complete)
+        return _Mark(leaf, leaf.grad, complete)
+
+    def settled(self) -> None:
+        """Gradients are as the optimizer will have them."""
+        if self._mark is not None:
+            self._mark.settle()
+
+    def release(self) -> None:
+        """Hold no gradient any more."""
+        self._mark = None
 
     @uncast
     def value(self, step: Step) -> Tensor:
@@ -175,8 +195,6 @@ class Engine:
     def _check(self, step: Step) -> None:
         for activity in self._rules.activities:
             activity.check(step)
-        for recorder in self._rules.recorders:
-            recorder.pass_by(step)
         for rule in self._rules.by_loss:
             trained = rule.trained_by(step)
             reason = rule.ledger.missing(trained) if trained else None

@@ -20,6 +20,7 @@ class Health:
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         self._blocks = tuple({(block.site.path, block.site.parameters): block for block in blocks}.values())
+        self._looked = -1
 
     def prove(self) -> None:
         """Raise AttachError where a weight is not finite."""
@@ -28,8 +29,11 @@ class Health:
 
     def look(self, index: int) -> None:
         """Look, if it is time to. Raises StepError where a weight is not finite."""
-        if index % _EVERY == 0 and (names := self._sick()):
+        if index % _EVERY or index == self._looked:  # several optimizers may take one step together
+            return
+        if names := self._sick():
             raise StepError(f"NaN or infinite numbers in {names} before step {index}; training has come apart")
+        self._looked = index
 
     def _sick(self) -> str | None:
         """The names of what is not finite."""

@@ -25,6 +25,9 @@ class Listener(Protocol):
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
         """A step begins. Returns the arguments to go on with, None for those given."""
 
+    def settled(self) -> None:
+        """Every listener has done what it does before the step."""
+
     def after(self, frame: FrameType) -> None:
         """A step has ended without an error."""
 
@@ -73,6 +76,8 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
     given = (args, kwargs)
     for listener in _listeners:
         given = listener.before(optimizer, *given, frame) or given
+    for listener in _listeners:
+        listener.settled()
     return given
 
 

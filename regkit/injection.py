@@ -12,10 +12,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
 from regkit import modes
 from regkit.calls import Call
+from regkit.errors import StepError
 from regkit.ledger import Ticket
 from regkit.records import ActivityRule, Recorder
 
@@ -89,6 +91,24 @@ class Injector(Recorder):
         ticket.backpropagated = True
         self.ledger.tickets.append(ticket)
 
+    def trains(self) -> bool:
+        """Whether the backward pass that runs is one of training: it gives parameters of the module their gradients.
+
+        Raises StepError where that cannot be told: gradients of parameters are asked for, and the graph is kept.
+        """
+        trained = [p for p in self._parameters if p.requires_grad]
+        if not trained:
+            return True  # its parameters have no part in any; what is before it in the model has
+        try:
+            return any(torch._C._will_engine_execute_node(get_gradient_edge(p).node) for p in trained)
+        except RuntimeError:  # of torch.autograd.grad(loss, parameters), which an update by hand may be made of
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                return True
+        raise StepError(
+            f"torch.autograd.grad is asked for gradients of parameters of {self.title}, and keeps the graph: whether "
+            'they are trained with cannot be told; use via "loss" here'
+        )
+
     def delivered(self, carrier: _Pass) -> None:
         """A pass has taken its part along."""
         self._waiting = [one for one in self._waiting if one is not carrier]
@@ -114,9 +134,11 @@ class _Pass:
 
     def take(self) -> list[Tensor] | None:
         """Its part of the gradient, the first time that it is asked for."""
+        if not any(one is self for one in self._injector._waiting):
+            return None  # discarded, or taken before
+        if not self._injector.trains():
+            return None  # a gradient is only looked at, and carries nothing away
         if self.gradients is None:
-            if not any(one is self for one in self._injector._waiting):
-                return None  # discarded, or taken before
             self._injector.compute()
         gradients, self.gradients = self.gradients, None
         self._injector.delivered(self)

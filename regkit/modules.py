@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -83,21 +83,31 @@ def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
     ]
 
 
-class Place:
-    """Where a module is in a model: to see whether it still is."""
+class Link:
+    """That a parent has a module under a name: to see whether it still has."""
 
-    def __init__(self, model: nn.Module, path: str) -> None:
+    def __init__(self, parent: nn.Module, leaf: str, path: str) -> None:
         self.name = path
-        parent, _, self._leaf = path.rpartition(".")
-        self._parent = weakref.ref(model.get_submodule(parent)) if path else None
-        self._module = weakref.ref(model.get_submodule(path))
+        self._parent, self._leaf = weakref.ref(parent), leaf
+        self._module = weakref.ref(parent.get_submodule(leaf))
 
     def intact(self) -> bool:
-        """Whether its parent still has it under its name."""
-        if self._parent is None:
-            return True
+        """Whether the module is where it was."""
         parent, module = self._parent(), self._module()
         return parent is not None and module is not None and parent._modules.get(self._leaf) is module
+
+
+def links(model: nn.Module, paths: Iterable[str]) -> list[Link]:
+    """Every link from the model down to the modules at these paths, each once."""
+    found: dict[str, Link] = {}
+    for path in paths:
+        parent, above = model, ""
+        for leaf in path.split(".") if path else ():
+            here = f"{above}.{leaf}".lstrip(".")
+            if here not in found:
+                found[here] = Link(parent, leaf, here)
+            parent, above = parent.get_submodule(leaf), here
+    return list(found.values())
 
 
 class Parameters:

@@ -10,13 +10,13 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from regkit import hooks, modes
@@ -55,7 +55,8 @@ class Recorder:
         self.title = name or "the model"
         self.ledger = Ledger()
         self._calls = Calls()
-        self._passed: weakref.WeakSet[Optimizer | Recorder] = weakref.WeakSet()
+        self._left = 0
+        self._thread: int | None = None
 
     def __reduce__(self) -> tuple[Callable[[int], Recorder], tuple[int]]:
         # What deepcopy and pickle make of a hook that travels with its model.
@@ -65,6 +66,10 @@ class Recorder:
     def inert(self) -> bool:
         """Whether it is a copy of a recorder, and records nothing."""
         return self._adapter is None
+
+    def alive(self) -> nn.Module | None:
+        """The module that it records, None where that is gone."""
+        return self._module()
 
     @property
     def module(self) -> nn.Module:
@@ -98,8 +103,9 @@ class Recorder:
                 carrying[role] = data
         if not compiling:
             modes.check(module, self.title, bool(carrying))
+            self._thread = get_ident()
         if not carrying:  # what no gradient can reach (evaluation under no_grad) is no training data
-            if self._calls.timed:
+            if self._calls.timed and self._steps:
                 self._calls.add(Call(None, {}, module.training, starts), compiling)
             return
         # Compiled code cannot be asked for the versions of tensors: changes in place go unchecked there.
@@ -115,6 +121,11 @@ class Recorder:
             return self._adapter.observe(module, args, kwargs, result)
         except Exception as error:  # a subclass may return what it likes; its user must learn what does not fit
             raise self._unreadable(error) from error
+
+    @property
+    def _steps(self) -> bool:
+        """Whether each call is one step of time, so that one which is not recorded counts too."""
+        return self._adapter is not None and self._adapter.steps
 
     def starts(self, observed: Mapping[str, Any]) -> bool:
         """Whether an observed call begins a new sequence. Raises StepError where its adapter cannot tell."""
@@ -140,7 +151,7 @@ class Recorder:
         """Inside, calls have this validity, counted from 0."""
         with self._calls.under(validity):
             yield
-            if self._adapter is not None and self._adapter.steps and self._calls.longest:
+            if self._steps and self._calls.longest:
                 validity.check_calls(self._calls.longest, self.title)
 
     def consume(self, ticket: Ticket) -> None:
@@ -152,12 +163,13 @@ class Recorder:
     def clear(self) -> None:
         """Drop what is in store."""
         self._calls.clear()
-        self._passed.clear()
+        self._left = 0
 
     def segments(self, site: OutputSite) -> Iterator[Segment]:
         """The segments of everything in store, for one site."""
         assert self._adapter is not None
         self._refuse_mixture()
+        self._refuse_leftovers()
         for record in self.records:
             for role, version in record.versions.items():
                 if _data(record.observed[role])._version != version:
@@ -186,20 +198,25 @@ class Recorder:
             return _UNCONSUMED
         if self.ledger.of(trained):
             return self.ledger.missing(trained)
-        return None if optional else _UNRECORDED
+        # One that is frozen as a whole is trained by no step: what is before it in the model may be, without it.
+        frozen = not any(p.requires_grad for p in self._parameters)
+        return None if optional or frozen else _UNRECORDED
 
-    def pass_by(self, step: Step) -> None:
-        """A step that does not train the module leaves its records to a later one, but not twice."""
-        if not self.records or step.evaluations > 1 or self.trained_by(step):
+    def pass_by(self, stepped: Mapping[int, Any]) -> None:
+        """A step of other parameters leaves the records to a later one, which must not find newer ones beside them."""
+        elsewhere = self._thread not in (None, get_ident())  # another model's training has nothing to do with it
+        if self._calls.empty or elsewhere or any(id(p) in stepped for p in self._parameters):
             return
-        by = step.optimizer or self  # an update that no optimizer makes is always the same one
-        if by in self._passed:
+        self._refuse_leftovers()
+        self._left = len(self.records)
+
+    def _refuse_leftovers(self) -> None:
+        if 0 < self._left < len(self.records):
             raise StepError(
-                f"outputs of {self.title} recorded before the last step of this optimizer were never "
-                "consumed: add attachment.penalty() to the loss, or run forward passes that it is not trained on under "
-                "torch.no_grad(), or call attachment.discard()"
+                f"outputs of {self.title} from before an optimizer's step and from after it were never consumed, and "
+                "would be counted together: add attachment.penalty() to the loss, or run forward passes that it is not "
+                "trained on under torch.no_grad(), or call attachment.discard()"
             )
-        self._passed.add(by)
 
 
 def _data(observed: Any) -> Any:

@@ -12,7 +12,7 @@ from regkit.blocks import Block
 from regkit.errors import AttachError, RegkitError, StepError
 from regkit.injection import Injector, Scale
 from regkit.kinds import ActivityPenalty, Layout, Penalty, Via
-from regkit.modules import Place
+from regkit.modules import Link, links
 from regkit.plan import Plan
 from regkit.records import ActivityRule, Recorder
 from regkit.sites import WeightSite
@@ -42,14 +42,14 @@ def named(rule: WeightRule | ActivityRule, run: Callable[P, T], *args: P.args, *
 class Rules:
     """Every rule of a plan, in the document's order.
 
-    recorders: what the activity rules need; places: of all modules that rules are bound to.
+    recorders: what the activity rules need; links: down to all modules that rules are bound to.
     """
 
     penalties: list[PenaltyRule]
     constraints: list[ConstraintRule]
     activities: list[ActivityRule]
     recorders: list[Recorder]
-    places: list[Place]
+    links: list[Link]
 
     def __post_init__(self) -> None:
         self.by_gradient, self.by_loss, self.by_prox, self.by_decay = (
@@ -66,6 +66,12 @@ class Rules:
     def injectors(self) -> list[Injector]:
         """The recorders of rules via inject."""
         return [one for one in self.recorders if isinstance(one, Injector)]
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that rules are bound to and that are there still, and their names."""
+        found = {block.site.name: block.alive() for rule in self.on_weights for block in rule.blocks}
+        found |= {recorder.name: recorder.alive() for recorder in self.recorders}
+        return ((name, module) for name, module in found.items() if module is not None)
 
     def acts(self) -> Iterator[tuple[Hashable, str, str]]:
         """Every place that a kind acts on, by what it is and not by its name; the name; the rule."""
@@ -118,7 +124,7 @@ def rules_of(plan: Plan, model: nn.Module) -> Rules:
         else:
             constraints.append(ConstraintRule(binding, blocks))
     paths = dict.fromkeys(site.path for binding in plan.bindings for site in binding.sites)
-    return Rules(penalties, constraints, activities, list(recorders.values()), [Place(model, path) for path in paths])
+    return Rules(penalties, constraints, activities, list(recorders.values()), links(model, paths))
 
 
 def _block(site: WeightSite, modules: Mapping[str, nn.Module], layout: Layout) -> Block:

@@ -13,8 +13,8 @@ from torch import nn
 
 from regkit.errors import listing
 from regkit.modules import named_modules
+from regkit.rounds import StepCount
 from regkit.rules import Rules
-from regkit.steps import StepCount
 
 _VERSION: Final = 2
 

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from regkit.errors import AttachError, StepError
 from regkit.modes import uncompiled
+from regkit.rounds import StepCount
 from regkit.shards import distributed, reshard, sharded
 
 
@@ -41,7 +42,7 @@ class Step:
     scale: Tensor | None
     skipped: bool
     index: int
-    frame: FrameType | None
+    frame: tuple[int, CodeType] | None
     trained: set[int] = field(default_factory=set)
     evaluations: int = 0
 
@@ -69,46 +70,14 @@ class Work(Protocol):
     def at_gradients(self, step: Step) -> None:
         """Gradients are complete, weights not yet updated. Comes once for each evaluation of a closure."""
 
+    def settled(self) -> None:
+        """Nothing more is done to the gradients before the step."""
+
     def value(self, step: Step) -> Tensor:
         """The value of what at_gradients added to the gradients: a line search needs it."""
 
     def after(self, step: Step) -> None:
         """Weights are updated."""
-
-
-class StepCount:
-    """Optimizer steps, where several optimizers that share the parameters out among them count once.
-
-    A step joins the one before if it trains none of the same parameters; one that does begins the next.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.stepped: set[int] = set()
-
-    def _joins(self, parameters: Iterable[int]) -> bool:
-        return bool(self.stepped) and self.stepped.isdisjoint(parameters)
-
-    def index(self, parameters: Iterable[int]) -> int:
-        """The number, from 0, of the step that an optimizer of these parameters is about to take part in."""
-        return self.count - 1 if self._joins(parameters) else self.count
-
-    def advance(self, parameters: Iterable[int]) -> None:
-        """An optimizer of these parameters has stepped."""
-        if not self._joins(parameters):
-            self.count += 1
-            self.stepped.clear()
-        self.stepped.update(parameters)
-
-    def keep(self, parameters: Mapping[int, object]) -> None:
-        """These are there now. Where none of those that were stepped is, all were replaced: no step can join theirs."""
-        if self.stepped.isdisjoint(parameters):
-            self.stepped.clear()
-
-    def restore(self, count: int, stepped: Iterable[int]) -> None:
-        """Go on from a saved count, of which these parameters have been stepped."""
-        self.count = count
-        self.stepped = set(stepped)
 
 
 class Steps:
@@ -125,14 +94,15 @@ class Steps:
         """The steps that this thread is in, outermost first.
 
         A step that raised never ends, and would claim its parameters for ever. It is told by its frame: one that is
-        not on the stack any more is over. `attachment.step()` has none, and always ends.
+        not on the stack any more is over. `attachment.step()` has none, and always ends. A frame is told by its id and
+        code, for to hold it would keep a batch alive; `before` sees to it that no new one is taken for it.
         """
         running: list[Step] = getattr(self._thread, "running", [])
         if running:
             on_stack = set()
             above: FrameType | None = frame
             while above is not None:
-                on_stack.add(above)
+                on_stack.add(_key(above))
                 above = above.f_back
             for step in [step for step in running if step.frame is not None and step.frame not in on_stack]:
                 self._leave(running, step)
@@ -162,6 +132,8 @@ class Steps:
                 raise _replaced(moved)
             return None
         running = self._running(frame)
+        for over in [one for one in running if one.frame == _key(frame)]:
+            self._leave(running, over)  # its step raised, and this one's frame has come to be where that was
         here = {id(parameter): parameter for parameter in self._work.parameters()}
         self.count.keep(here)
         ours = {i: groups[i] for i in here if i in groups}
@@ -176,7 +148,7 @@ class Steps:
         # Reading found_inf waits for the GPU; so does GradScaler itself at the step of every other optimizer.
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         skipped = found_inf is not None and bool(found_inf)
-        step = Step(optimizer, ours, scale, skipped, self.count.index(ours), frame)
+        step = Step(optimizer, ours, scale, skipped, self.count.index(ours), _key(frame))
         closure, put_back = _closure(args, kwargs)
         if closure is None and not skipped:
             self._at_gradients(step, here.values())
@@ -199,16 +171,19 @@ class Steps:
             step.trained = {id(p) for p in mine if p.requires_grad and p.grad is not None}
             self._work.at_gradients(step)
 
+    def settled(self) -> None:
+        """Whatever else is done before the step is done."""
+        self._work.settled()
+
     def after(self, frame: FrameType) -> None:
         """End the step of this frame, if it was ours. Another step of the same optimizer may run within it."""
         running = self._running(frame)
-        if running and running[-1].frame is frame:
+        if running and running[-1].frame == _key(frame):
             step = running[-1]
             self._leave(running, step)
             self._end(step)
 
     def _end(self, step: Step) -> None:
-        step.frame = None  # the frame holds the closure, which holds the step: a circle that would keep a batch alive
         if not step.skipped:
             try:
                 with torch.no_grad():
@@ -236,6 +211,7 @@ class Steps:
         groups = {id(parameter): group for parameter in self._work.parameters()}
         step = Step(None, groups, None, False, self.count.index(groups), None)
         self._at_gradients(step, self._work.parameters())
+        self._work.settled()
         self._enter(running, step)
         return step
 
@@ -265,6 +241,10 @@ class ByHand:
         self.hooks.end_by_hand(self.step, failed=kind is not None)
 
 
+def _key(frame: FrameType) -> tuple[int, CodeType]:
+    return id(frame), frame.f_code
+
+
 def _replaced(name: str) -> AttachError:
     return AttachError(f"the module {name!r} was replaced or removed after attach(); detach(), attach anew")
 
@@ -289,6 +269,7 @@ class _Closure:
     def __call__(self) -> Any:
         loss = self.closure()
         self.hooks._at_gradients(self.step, self.hooks._work.parameters())
+        self.hooks.settled()
         if isinstance(self.step.optimizer, torch.optim.LBFGS) and loss is not None:
             with torch.no_grad():
                 return loss + self.hooks._work.value(self.step)

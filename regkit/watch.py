@@ -22,13 +22,12 @@ from regkit.errors import StepError
 from regkit.modes import uncompiled
 from regkit.shards import sharded
 
-_TIMES: Final = 3
-"""How many times the weights may move with no step heard of between: sharpness-aware minimization moves them once or
-twice before each step."""
-_CLOSELY: Final = 8
+_TIMES: Final = 8
+"""How many times the weights may move with no step heard of between: sharpness-aware minimization, weight noise under
+accumulation and finite differences move them before each step."""
+_CLOSELY: Final = 256
 """The first backward passes, at each of which the numbers themselves are compared until a first step is heard of: a
-change through `.data` does not count as a new version. After them it is done at powers of two. On a GPU it is waited
-for."""
+change through `.data` does not count as a new version. On a GPU it is waited for."""
 
 _UNHEARD: Final = (
     "changed from one backward pass to the next, and no torch optimizer that owns it was heard to step: the rules are "
@@ -73,19 +72,20 @@ class Watch:
         self._leaf = leaf
         hook = _Hook(self)
         self._handles = [
-            leaf.register_hook(hook.look),  # type: ignore[no-untyped-call]  # torch leaves both unannotated
+            leaf.register_hook(hook.look),  # type: ignore[no-untyped-call]  # torch leaves all three unannotated
             module.register_load_state_dict_post_hook(hook.loaded),  # type: ignore[no-untyped-call]
         ]
         hook.number = self._handles[-1].id
-        if sharded(leaf):  # FSDP2 puts gradients into parameters past autograd, and calls these hooks itself
-            self._handles.append(leaf.register_post_accumulate_grad_hook(hook.look))
+        if sharded(leaf):  # FSDP2 puts gradients where they belong past autograd, and calls these hooks itself
+            handle = leaf.register_post_accumulate_grad_hook(hook.look)  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
         self.accept()
 
     def disarm(self) -> None:
         """Watch nothing. May be called again."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._leaf = [], None
+        self._handles, self._leaf, self._numbers = [], None, None
 
     def heard(self, parameters: Mapping[int, Any], acts: bool) -> None:
         """There is a step of these parameters. If the attachment does not act in it, its user said so."""
@@ -122,8 +122,7 @@ class Watch:
 
     def _differs(self, leaf: Tensor) -> bool:
         self._looks += 1
-        power_of_two = self._looks & (self._looks - 1) == 0
-        if self._ever_heard or leaf.is_meta or not (self._looks <= _CLOSELY or power_of_two):
+        if self._ever_heard or leaf.is_meta or self._looks > _CLOSELY:
             return False
         mine = leaf.to_local() if sharded(leaf) else leaf
         before, self._numbers = self._numbers, mine.detach().clone()

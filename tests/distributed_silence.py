@@ -111,7 +111,7 @@ def watched_quietly(folder: Path, spread: str) -> int:
             loss_of(there, *batches()[0])
         attachment.weights_changed()  # FSDP2 has left whole parameters in the modules
         for _ in range(2):
-            for x, y in 2 * batches():
+            for x, y in 4 * batches():
                 (loss_of(there, x, y) + attachment.penalty()).backward()
                 with torch.no_grad():
                     loss_of(there, x, y)
@@ -137,7 +137,7 @@ def unheard(folder: Path, spread: str, update: Callable[[Tensor], None]) -> tupl
     net = make_net(layer)
     there = over(net)
     with regkit.attach(there.module, {"rules": [*L2, *MAX_NORM]}):
-        for iteration, (x, y) in enumerate(2 * batches(), 1):
+        for iteration, (x, y) in enumerate(4 * batches(), 1):
             there.module.zero_grad()
             try:
                 loss_of(there, x, y).backward()

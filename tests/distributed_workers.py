@@ -29,12 +29,12 @@ import regkit
 Rules = list[dict[str, Any]]
 Outcome = dict[str, Tensor]
 
-LR = 0.1
+LR, STEPS = 0.1, 3
 OF_A_SHARE = ("value of ar", "value of tar")
 """What each process has of its own share of the batch."""
 
 
-def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
+def batches(count: int = STEPS) -> list[tuple[Tensor, Tensor]]:
     """Sequences with targets, (time, batch, features), of a batch that two and four processes can share."""
     generator = torch.Generator().manual_seed(2)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
@@ -84,7 +84,7 @@ def _holding_back(module: nn.Module, last: bool) -> AbstractContextManager[None]
 def train(case: Case, attachment: regkit.Attachment, spread: Spread) -> None:
     """An ordinary loop: what each process adds to the loss of its share is the mean over that share."""
     optimizer = spread.optimizer(spread.module.parameters(), lr=LR, momentum=0.9)
-    for index, (x, y) in enumerate(batches()):
+    for index, (x, y) in enumerate(batches(STEPS * case.accumulate)):
         last = (index + 1) % case.accumulate == 0
         with _holding_back(spread.module, last):
             loss = loss_of(spread, x, y) + attachment.penalty()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import re
 import runpy
@@ -33,6 +35,17 @@ def test_the_distributed_example_comes_to_the_weights_of_one_process(options, wa
     difference = re.search(r"largest difference of a weight: (\S+)", done.stdout)
     assert difference is not None
     assert float(difference[1]) < 1e-6
+
+
+def test_every_rule_of_the_distributed_example_has_a_share_in_what_is_compared(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    example = importlib.import_module("distributed")
+    spec = json.loads(example.SPEC.read_text())
+    expected = example.train(20).weights
+    for left_out in spec["rules"]:
+        monkeypatch.setattr(example, "SPEC", {**spec, "rules": [rule for rule in spec["rules"] if rule != left_out]})
+        found = example.train(20).weights
+        assert max(float((found[name] - weight).abs().max()) for name, weight in expected.items()) > 1e-4
 
 
 def test_the_distributed_example_says_how_it_is_started(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What cannot be right is an error in every process, and none waits for another; the watchdog does not err, nor send."""
+"""What cannot be right is an error in every process, and none waits for another; the watchdog sends nothing."""
 
 from __future__ import annotations
 
@@ -52,10 +52,11 @@ def test_the_watchdog_is_quiet_over_many_backward_passes_and_evaluations_to_a_st
 @watched
 @pytest.mark.parametrize("update", ["in_place", "through_data"])
 @pytest.mark.parametrize("spread", UNHEARD)
-def test_an_update_that_no_optimizer_makes_is_an_error_in_the_fourth_iteration_of_every_process(spread, update):
-    for iteration, error in world(2).found(f"unheard: {spread}, {update}"):
-        assert iteration == 4
-        assert "no torch optimizer that owns it was heard to step" in error
+def test_an_update_that_no_optimizer_makes_is_an_error_in_the_same_iteration_of_every_process(spread, update):
+    (iteration, error), other = world(2).found(f"unheard: {spread}, {update}")
+    assert iteration > 1
+    assert "no torch optimizer that owns it was heard to step" in error
+    assert other == (iteration, error)
 
 
 @watched

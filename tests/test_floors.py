@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"errors", "fields", "hooks", "ledger", "shards", "table"},
+    {"errors", "fields", "hooks", "ledger", "rounds", "shards", "table"},
     {"modes", "storage", "validity"},
     {"activity", "calls"},
     {"kinds", "sites"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"document", "schema"},
     {"selection"},
     {"plan"},
-    {"copies", "health", "steps", "watch"},
+    {"copies", "orphans", "health", "steps", "watch"},
     {"records", "weights"},
     {"injection"},
     {"rules"},

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import regkit
+from regkit.watch import _TIMES
 
 pytestmark = pytest.mark.works_with("Updates without a torch optimizer")
 
@@ -154,7 +155,7 @@ UPDATES = [
 
 
 def iterations_until_told(iterate: Iteration, batches: Batches, name: str = "weight_ih_l0") -> int:
-    for done in range(12):
+    for done in range(3 * _TIMES):
         try:
             iterate(*batches[done % len(batches)])
         except regkit.StepError as error:
@@ -165,18 +166,18 @@ def iterations_until_told(iterate: Iteration, batches: Batches, name: str = "wei
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_an_update_that_no_torch_optimizer_makes_is_an_error_in_the_fourth_iteration(update, make_model, batches):
+def test_an_update_that_no_torch_optimizer_makes_is_an_error_before_long(update, make_model, batches):
     model = make_model()
     regkit.attach(model, L2)
-    assert iterations_until_told(update(model), batches) == 3
+    assert iterations_until_told(update(model), batches) == _TIMES
 
 
 def test_it_is_told_again_and_again(make_model, batches):
     model = make_model()
     regkit.attach(model, L2)
     iterate = in_place(model)
-    assert iterations_until_told(iterate, batches) == 3
-    assert iterations_until_told(iterate, batches) < 4
+    assert iterations_until_told(iterate, batches) == _TIMES
+    assert iterations_until_told(iterate, batches) <= _TIMES
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -191,7 +192,7 @@ def test_small_changes_of_large_half_precision_weights_are_seen(dtype):
         model(x)[0].sum().backward()
         model.weight_ih_l0.data[0, 0] += 0.1
 
-    assert iterations_until_told(iterate, [(x, x)]) == 3
+    assert iterations_until_told(iterate, [(x, x)]) == _TIMES
 
 
 @pytest.mark.parametrize("accumulation", [4, 16])
@@ -206,7 +207,7 @@ def test_a_change_through_data_is_seen_however_many_batches_are_accumulated(accu
             p.data -= RATE * p.grad
         model.zero_grad()
 
-    assert iterations_until_told(iterate, batches) < 9
+    assert iterations_until_told(iterate, batches) <= 2 * _TIMES
 
 
 def test_it_is_seen_after_torch_optimizers_have_stepped_as_well(make_model, batches):
@@ -217,7 +218,7 @@ def test_it_is_seen_after_torch_optimizers_have_stepped_as_well(make_model, batc
         optimizer.zero_grad()
         loss_of(model, x, y).backward()
         optimizer.step()
-    assert iterations_until_told(in_place(model), batches) == 3
+    assert iterations_until_told(in_place(model), batches) == _TIMES
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -227,7 +228,7 @@ def test_it_is_seen_after_a_state_was_loaded(assign, make_model, batches):
     iterate = in_place(model)
     iterate(*batches[0])
     model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=assign)
-    assert iterations_until_told(iterate, batches) == 3
+    assert iterations_until_told(iterate, batches) == _TIMES
 
 
 def test_activity_rules_are_watched_over_too(make_model, batches):
@@ -241,7 +242,7 @@ def test_activity_rules_are_watched_over_too(make_model, batches):
             for p in model.parameters():
                 p -= RATE * p.grad
 
-    assert iterations_until_told(iterate, batches, "a weight of rnn") == 3
+    assert iterations_until_told(iterate, batches, "a weight of rnn") == _TIMES
 
 
 def test_step_called_without_with_is_no_step(make_model, batches):
@@ -253,7 +254,7 @@ def test_step_called_without_with_is_no_step(make_model, batches):
         iterate(x, y)
         attachment.step(lr=RATE)
 
-    assert iterations_until_told(and_step, batches) == 3
+    assert iterations_until_told(and_step, batches) == _TIMES
     assert attachment.step_count == 0
 
 
@@ -266,4 +267,4 @@ def test_it_is_seen_after_an_optimizer_of_weights_that_were_replaced_has_stepped
     with pytest.raises(regkit.StepError, match="no optimizer owns"):
         train(model, optimizer, batches)
     train(model, SGD(model.parameters(), lr=RATE), batches)
-    assert iterations_until_told(in_place(model), batches) == 3
+    assert iterations_until_told(in_place(model), batches) == _TIMES

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import regkit
+from regkit.watch import _TIMES
 
 pytestmark = pytest.mark.works_with("Updates without a torch optimizer")
 
@@ -174,7 +175,7 @@ def test_parameters_that_are_replaced_and_announced_are_watched_anew(make_model,
     backward(model, batches)
     model.rnn.weight_ih_l0 = nn.Parameter(model.rnn.weight_ih_l0.detach().clone())
     attachment.weights_changed()
-    for _ in range(3):
+    for _ in range(_TIMES):
         backward(model, batches)
         model.rnn.weight_ih_l0.data += 0.1
     with pytest.raises(regkit.StepError, match="weight_ih_l0 changed"):
