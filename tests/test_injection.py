@@ -223,6 +223,34 @@ def test_a_graph_that_is_walked_twice_carries_it_once():
         torch.testing.assert_close(twice.grad, bare + with_penalty)
 
 
+def test_a_gradient_that_is_only_looked_at_carries_nothing_away():
+    """As for a saliency map or a gradient penalty, before the backward pass of training."""
+    model = nn.GRU(3, 4).double()
+    x = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
+    expected = gradients(model, whole_sequence, x, "inject")
+    (bare,) = torch.autograd.grad(whole_sequence(model, x), x)
+    regkit.attach(model, document("inject"), loss_scale=1.0)
+    loss = whole_sequence(model, x)
+    (looked_at,) = torch.autograd.grad(loss, x, retain_graph=True)
+    torch.testing.assert_close(looked_at, bare)
+    loss.backward()
+    for one, parameter in zip(expected, model.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=0, atol=1e-12)
+
+
+def test_gradients_that_are_asked_for_by_hand_carry_it_and_are_refused_where_they_may_be_a_probe():
+    model = nn.GRU(3, 4).double()
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    expected = gradients(model, whole_sequence, x, "inject")
+    regkit.attach(model, document("inject"), loss_scale=1.0)
+    loss = whole_sequence(model, x)
+    with pytest.raises(regkit.StepError, match="whether they are trained with cannot be told"):
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    by_hand = torch.autograd.grad(loss, list(model.parameters()))
+    for one, other in zip(expected, by_hand, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
 def test_rules_via_loss_and_via_inject_live_on_one_module():
     model = nn.LSTM(3, 4).double()
     x = torch.randn(5, 4, 3, dtype=torch.float64)
