@@ -105,7 +105,7 @@ def gan(attached: bool) -> tuple[nn.Module, nn.Module, list[torch.optim.Optimize
     generator, critic = Encoder(), nn.Linear(4, 1)
     model = nn.ModuleDict({"generator": generator, "critic": critic})
     attachment = regkit.attach(model if attached else generator, AR)
-    critic.both = [model]  # in a list, so that it is no module of the critic's: rules end with what they are attached to
+    critic.both = [model]  # in a list, no module of the critic's: rules end with what they were attached to
     return generator, critic, [SGD(one.parameters(), lr=0.1) for one in (generator, critic)], attachment
 
 
