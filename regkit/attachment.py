@@ -143,8 +143,8 @@ class Attachment:
 
     def __repr__(self) -> str:
         model = self._model()
-        state = "detached" if not self._live else f"on {type(model).__name__}, step {self.step_count}"
-        return f"<regkit.Attachment of {len(self.plan.bindings)} rules, {state}>"
+        standing = "detached" if not self._live else f"on {type(model).__name__}, step {self.step_count}"
+        return f"<regkit.Attachment of {len(self.plan.bindings)} rules, {standing}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         raise RegkitError(
@@ -172,6 +172,7 @@ class Attachment:
     # --- the loss ----------------------------------------------------------------------------------------------------
 
     @uncompiled
+    @uncast
     def penalty(self) -> Tensor:
         """Σ strength · factor · penalty of all that goes through the loss: activity rules, and weight rules via loss.
 
@@ -181,8 +182,7 @@ class Attachment:
         Raises RegkitError after detach.
         """
         self._refuse_dead("nothing to add to the loss")
-        with self._no_autocast():
-            result = total(self._rules.loss_terms(self.step_count), self._device())
+        result = total(self._rules.loss_terms(self.step_count), self._device())
         ticket = Ticket()
         if result.requires_grad:
             result.register_hook(ticket)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -204,11 +204,6 @@ class Attachment:
     def _device(self) -> torch.device:
         first = next(iter(self._parameters), None)
         return torch.device("cpu") if first is None else first.device
-
-    def _no_autocast(self) -> torch.autocast:
-        # Penalties are sums of many small numbers: they are taken in float32 whatever the forward pass ran in.
-        device = self._device().type  # autocast knows no "meta"
-        return torch.autocast("cpu" if device == "meta" else device, enabled=False)
 
     @contextmanager
     def lengths(self, lengths: Tensor | Sequence[int]) -> Iterator[None]:
@@ -244,6 +239,7 @@ class Attachment:
         """Optimizer steps taken since attach, or since the state that was loaded."""
         return self._steps.count.count
 
+    @uncast
     @torch.no_grad()
     def values(self) -> dict[str, Tensor]:
         """For each penalty rule, strength · factor · penalty as optimized now, detached.  -> () each.
@@ -251,14 +247,13 @@ class Attachment:
         An activity rule gives what is in store, or else what `penalty()` last took; NaN before there was any. Frozen
         weights are not counted: nothing optimizes them.
         """
-        with self._no_autocast():
-            values: dict[str, Tensor | None] = {
-                rule.binding.key: named(rule, rule.value, self.step_count) for rule in self._rules.penalties
-            }
-            for rule in self._rules.activities:
-                value = named(rule, rule.value, self.step_count)
-                missing = torch.full((), torch.nan, device=self._device()) if rule.last is None else rule.last
-                values[rule.binding.key] = missing if value is None else value
+        values: dict[str, Tensor | None] = {
+            rule.binding.key: named(rule, rule.value, self.step_count) for rule in self._rules.penalties
+        }
+        for rule in self._rules.activities:
+            value = named(rule, rule.value, self.step_count)
+            missing = torch.full((), torch.nan, device=self._device()) if rule.last is None else rule.last
+            values[rule.binding.key] = missing if value is None else value
         zero = torch.zeros((), device=self._device())
         order = (b.key for b in self.plan.bindings if b.key in values)
         return {key: zero if (value := values[key]) is None else value.detach() for key in order}

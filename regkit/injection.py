@@ -19,7 +19,7 @@ from regkit import modes
 from regkit.calls import Call
 from regkit.errors import StepError
 from regkit.ledger import Ticket
-from regkit.records import ActivityRule, Recorder
+from regkit.records import ActivityRule, Recorder, data_of
 
 Scale = float | Callable[[], float | Tensor]
 """What the loop multiplies its loss by before the backward pass: a number, or a function that is asked each time."""
@@ -58,7 +58,7 @@ class Injector(Recorder):
         if self.inert or modes.is_rehearsal(self.title, False):
             return None
         observed = self.observe(module, args, kwargs, result)
-        sources = {id(data): data for data in map(_data, observed.values()) if _carries(data)}
+        sources = {id(data): data for data in map(data_of, observed.values()) if _carries(data)}
         starts = self.starts(observed)
         if not sources:
             if self._calls.timed:
@@ -70,14 +70,17 @@ class Injector(Recorder):
         carrier = _Pass(self, everything)
         # Views of the leaves have a past, as the originals have: what has none is no neighbour in time.
         leaves = {id(data): leaf.view_as(leaf) for data, leaf in zip(everything, carrier.leaves, strict=True)}
-        self._calls.add(Call({role: _with(one, leaves) for role, one in observed.items()}, {}, True, starts), False)
+        self._calls.add(
+            Call({role: _with(one, leaves) for role, one in observed.items()}, {}, module.training, starts), False
+        )
         self._waiting.append(carrier)
-        carried = _Carry.apply(carrier, len(outputs), *everything)  # type: ignore[no-untyped-call]
+        carried = _Carry.apply(carrier, len(outputs), *everything)  # type: ignore[no-untyped-call]  # torch leaves it so
         return _with(result, dict(zip(outputs, carried, strict=True)))
 
+    @modes.uncast
     def compute(self) -> None:
         """The gradient of all passes so far, to be taken along by each."""
-        with torch.enable_grad(), torch.autocast(self._waiting[0].leaves[0].device.type, enabled=False):
+        with torch.enable_grad():
             scale = self._scale() if callable(self._scale) else self._scale
             terms = [rule.inject(self, self._index()) for rule in self._rules]
             total = torch.stack([term for term in terms if term is not None]).sum() * scale
@@ -162,10 +165,6 @@ class _Carry(torch.autograd.Function):
         return None, None, *(new if old is None else old + new for old, new in zip(own, added, strict=True))
 
 
-def _data(observed: Any) -> Any:
-    return observed.data if isinstance(observed, PackedSequence) else observed
-
-
 def _carries(data: Any) -> bool:
     return isinstance(data, Tensor) and data.requires_grad
 
@@ -174,7 +173,7 @@ def _tensors(result: Any) -> list[Tensor]:
     """The tensors in what a module returns."""
     if isinstance(result, tuple | list) and not isinstance(result, PackedSequence):
         return [tensor for one in result for tensor in _tensors(one)]
-    data = _data(result)
+    data = data_of(result)
     return [data] if isinstance(data, Tensor) else []
 
 

@@ -98,7 +98,7 @@ class Recorder:
         starts = self.starts(observed)
         carrying = {}
         for role, one in observed.items():
-            data = one.data if isinstance(one, PackedSequence) else one
+            data = data_of(one)
             if isinstance(data, Tensor) and data.requires_grad and type(data) is not FakeTensor:
                 carrying[role] = data
         if not compiling:
@@ -172,7 +172,7 @@ class Recorder:
         self._refuse_leftovers()
         for record in self.records:
             for role, version in record.versions.items():
-                if _data(record.observed[role])._version != version:
+                if data_of(record.observed[role])._version != version:
                     raise StepError(
                         f"the {role} of {self.title} was changed in place after it was recorded, so its "
                         "penalty would be that of other values; change a copy"
@@ -219,7 +219,8 @@ class Recorder:
             )
 
 
-def _data(observed: Any) -> Any:
+def data_of(observed: Any) -> Any:
+    """The tensor of an output, which may be packed."""
     return observed.data if isinstance(observed, PackedSequence) else observed
 
 
