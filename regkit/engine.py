@@ -30,6 +30,7 @@ class _Mark:
     leaf: nn.Parameter
     gradient: Tensor
     complete: bool
+    passes: int
     version: int | None = None
 
     def settle(self) -> None:
@@ -37,9 +38,12 @@ class _Mark:
         if self.version is None:
             self.version = self.gradient._version
 
-    def holds(self, step: Step) -> bool:
-        """Whether this step has these very gradients again. Raises StepError where they are no more what they were."""
-        if id(self.leaf) not in step.trained or self.leaf.grad is not self.gradient:
+    def holds(self, step: Step, passes: int) -> bool:
+        """Whether this step has these very gradients again. Raises StepError where they are no more what they were.
+
+        passes: how many backward passes there were by now; a new one makes new gradients, if in the same tensors.
+        """
+        if id(self.leaf) not in step.trained or self.leaf.grad is not self.gradient or passes != self.passes:
             return False
         if self.complete and self.gradient._version == self.version:
             return True
@@ -137,7 +141,7 @@ class Engine:
     @uncast
     def at_gradients(self, step: Step) -> None:
         """Add gradients and decay, once it is sure that nothing the document says is left out of this step."""
-        if step.evaluations == 1 and self._mark is not None and self._mark.holds(step):
+        if step.evaluations == 1 and self._mark is not None and self._mark.holds(step, self._passes()):
             return  # the optimizer failed, and the step is taken again: all is in the gradients
         if step.optimizer is None:
             self._by_hand = True
@@ -164,7 +168,10 @@ class Engine:
         leaf = next(leaves, None)
         if leaf is None or leaf.grad is None:
             return None
-        return _Mark(leaf, leaf.grad, complete)
+        return _Mark(leaf, leaf.grad, complete, self._passes())
+
+    def _passes(self) -> int:
+        return 0 if self.watch is None else self.watch.passes
 
     def settled(self) -> None:
         """Gradients are as the optimizer will have them."""

@@ -41,7 +41,7 @@ class Watch:
     """Watches one parameter from its backward passes.
 
     find: the name of the parameter to watch, its module, and itself as it is now; inside: whether a step that is acted
-    in is running.
+    in is running. passes: the backward passes that reached it.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Watch:
         self._handles: list[RemovableHandle] = []
         self._off = False
         self._ever_heard = False
+        self.passes = 0
         self.accept()
 
     def accept(self) -> None:
@@ -104,6 +105,7 @@ class Watch:
 
     def look(self) -> None:
         """A gradient arrives. Raises StepError where the weight has moved unheard once too often."""
+        self.passes += 1
         leaf = self._leaf
         if leaf is None or self._inside():
             self._version = self._numbers = None

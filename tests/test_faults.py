@@ -57,7 +57,7 @@ def test_a_step_that_failed_halfway_asks_for_new_gradients(calls, make_model, ba
     with pytest.raises(regkit.StepError, match="'mine'"):
         step()
     Fault.after.clear()
-    with pytest.raises(regkit.StepError, match=r"the last step failed.* call zero_grad\(set_to_none=True\)"):
+    with pytest.raises(regkit.StepError, match=r"the last step failed.*call zero_grad\(set_to_none=True\)"):
         step()
     stepping(model, attachment, batches)()
     assert attachment.step_count == 1

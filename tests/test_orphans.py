@@ -179,6 +179,25 @@ def test_a_step_taken_again_on_gradients_that_were_changed_since_asks_for_new_on
         retried([L2], change=0.5)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_after_a_step_that_failed_the_next_batch_is_right(set_to_none):
+    models = [Encoder(), Encoder()]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, fails in zip(models, (True, False), strict=True):
+        regkit.attach(model, L2)
+        optimizer = Failing(model.parameters(), lr=0.1)
+        optimizer.failed = not fails
+        if fails:
+            model(3 * X).square().mean().backward()
+            with pytest.raises(MemoryError):
+                optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        model(X).square().mean().backward()
+        optimizer.step()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_step_that_fails_keeps_no_batch_and_no_model_alive():
     def train() -> list[weakref.ref[object]]:
         model = Encoder()
