@@ -13,6 +13,7 @@ marked.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ def main() -> None:
         parser.error(f"a batch of {BATCH} has no {size} equal shares")
     many = train(options.steps, rank, size, options.fsdp2)
     averages = numbers(many, shared=True)
+    gc.collect()  # where a DDP model outlives its process group, torch may hang
     dist.destroy_process_group()
     if rank == 0:
         way = "one copy" if size == 1 else "fully_shard" if options.fsdp2 else "DDP"

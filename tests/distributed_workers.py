@@ -5,6 +5,7 @@ A world is some processes that are started once and go through every task; each 
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
@@ -172,6 +173,7 @@ def live(rank: int, size: int, folder: Path, tasks: Mapping[str, Task]) -> None:
             found[name] = Failure(traceback.format_exc())
         dist.barrier()
     torch.save(found, folder / f"{rank}.pt")
+    gc.collect()  # where a DDP model outlives its process group, torch may hang
     dist.destroy_process_group()
 
 

@@ -25,7 +25,7 @@ CPU = {**os.environ, "OMP_NUM_THREADS": "1"}
 @pytest.mark.parametrize(("options", "way"), [([], "DDP"), (["--fsdp2"], "fully_shard")])
 def test_the_distributed_example_comes_to_the_weights_of_one_process(options, way):
     command = [*TORCHRUN, EXAMPLE, "--steps", "20", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=CPU)
+    done = subprocess.run(command, capture_output=True, text=True, env=CPU, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained by") == 1  # by the first process alone
     assert f"2 processes, {way}" in done.stdout
