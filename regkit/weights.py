@@ -16,7 +16,7 @@ from torch.optim import LBFGS
 
 from regkit.binding import Binding
 from regkit.blocks import Block
-from regkit.errors import AttachError, PluginError, StepError
+from regkit.errors import PluginError, StepError
 from regkit.kinds import Constraint, Penalty
 from regkit.ledger import Ledger
 from regkit.steps import Step
@@ -128,7 +128,8 @@ class PenaltyRule(WeightRule):
             for block, storages in self._each():
                 w = block.weight(storages)
                 if not w.is_meta:
-                    _prove_writes(self, block, storages, [w * 0.5])
+                    for storage in storages:
+                        block.prove(storage, [w * 0.5])
 
     @property
     def penalty(self) -> Penalty:
@@ -224,14 +225,6 @@ def _signed(step: Step, storage: Storage, amount: float) -> Iterator[tuple[nn.Pa
             yield leaf, -amount if step.groups[id(leaf)].get("maximize") else amount
 
 
-def _prove_writes(rule: WeightRule, block: Block, storages: Sequence[Storage], points: Sequence[Tensor]) -> None:
-    for storage in storages:
-        try:
-            block.prove(storage, points)
-        except AttachError as error:
-            raise AttachError(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()}): {error}") from None
-
-
 @dataclass(eq=False)
 class ConstraintRule(WeightRule):
     """A constraint on weights. due: the blocks that wait for a step that trains them to be projected."""
@@ -248,7 +241,9 @@ class ConstraintRule(WeightRule):
             w = block.weight(storages)
             if not w.is_meta:
                 # One of the points is far outside, so that the projection is sure to move it.
-                _prove_writes(self, block, storages, [constraint.project(w), constraint.project(w * 1e3)])
+                points = [constraint.project(w), constraint.project(w * 1e3)]
+                for storage in storages:
+                    block.prove(storage, points)
 
     def at_step(self, index: int) -> Constraint:
         """The constraint, its bound scaled as the schedule says."""

@@ -21,6 +21,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 import regkit
+from regkit.hooks import leave
 
 SPEC = {
     "rules": [
@@ -109,6 +110,7 @@ class Left:
 def traced() -> Iterator[None]:
     """Memory is traced, and the garbage collector looks only at what comes from now on: it is much quicker."""
     gc.collect()
+    leave()  # what models that are collected just now have left of the hooks
     gc.freeze()
     tracemalloc.start()
     yield
