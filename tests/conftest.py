@@ -11,6 +11,25 @@ from torch import Tensor, nn
 from regkit import attachment as attachment_room
 from regkit.hooks import leave
 
+SLOW = {
+    "test_compile",
+    "test_compiled_steps",
+    "test_distributed",
+    "test_distributed_example",
+    "test_distributed_silence",
+    "test_distributed_trainers",
+    "test_lightning_resume",
+    "test_transformers_resume",
+}
+"""Files whose tests compile, or start processes: in sum, some minutes."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks are looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def isolation() -> Iterator[None]:
