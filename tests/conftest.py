@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from regkit import attachment as attachment_room
 from regkit.hooks import leave
 
+torch.set_num_threads(1)  # the models are small: threads would only wait for one another
+
 SLOW = {
     "test_compile",
     "test_compiled_steps",
