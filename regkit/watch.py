@@ -73,12 +73,12 @@ class Watch:
         self._leaf = leaf
         hook = _Hook(self)
         self._handles = [
-            leaf.register_hook(hook.look),  # type: ignore[no-untyped-call]  # torch leaves all three unannotated
-            module.register_load_state_dict_post_hook(hook.loaded),  # type: ignore[no-untyped-call]
+            leaf.register_hook(hook.look),  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            module.register_load_state_dict_post_hook(hook.loaded),  # type: ignore[no-untyped-call]  # and this one
         ]
         hook.number = self._handles[-1].id
         if sharded(leaf):  # FSDP2 puts gradients where they belong past autograd, and calls these hooks itself
-            handle = leaf.register_post_accumulate_grad_hook(hook.look)  # type: ignore[no-untyped-call]
+            handle = leaf.register_post_accumulate_grad_hook(hook.look)  # type: ignore[no-untyped-call]  # and this
             self._handles.append(handle)
         self.accept()
 
