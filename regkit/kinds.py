@@ -8,10 +8,11 @@ decided elsewhere. It names itself with a `Literal` field `kind`, and the docstr
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
 from regkit.activity import Activity, Reduction, at_least_float32
@@ -58,6 +59,23 @@ class Kind(BaseModel):
     def inert(self) -> str | None:
         """Why these options have no effect at all, or None where they have one. A rule with none is refused."""
         return None
+
+    @classmethod
+    def examples(cls) -> Sequence[Kind]:
+        """Kinds of this class with options that make sense: `regkit kinds NAME` shows the first, the laws of
+        `regkit.testing` try each.
+
+        Unless a class says otherwise: one, whose options without a default are all 1. Raises PluginError where that
+        is no valid kind.
+        """
+        needed = [name for name, option in cls.model_fields.items() if name != "kind" and option.is_required()]
+        try:
+            return (cls.model_validate(dict.fromkeys(needed, 1)),)
+        except ValidationError as error:
+            raise PluginError(
+                f"{cls.__module__}.{cls.__qualname__} needs a classmethod `examples`, which returns kinds with options "
+                f"that make sense: {', '.join(needed)} cannot be 1"
+            ) from error
 
     def describe(self) -> str:
         """The kind and its options on one line: `l2(strength=0.0001)`."""

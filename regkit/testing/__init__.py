@@ -1,0 +1,1 @@
+"""The laws that penalties, constraints, schedules and adapters keep, for plugins to prove themselves by."""
