@@ -133,7 +133,8 @@ class Activity:
 
     def reduce_pairs(self, f: Callable[[Tensor, Tensor], Tensor], reduction: Reduction = "mean") -> Tensor:
         """Σ or mean of f(h_t, h_{t-1}) over the valid pairs of neighbours; 0 where there is none."""
-        parts = [(segment.batch, pairs) for segment in self.segments if (pairs := segment.pairs()) is not None]
+        found = [(segment.batch, segment.pairs()) for segment in self.segments]
+        parts = [(batch, pairs) for batch, pairs in found if pairs is not None]
         if not parts:
             return at_least_float32(next(self.values())).new_zeros(())
         return _reduced([(b, _masked(f, valid, h, prev), valid) for b, (h, prev, valid) in parts], reduction)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from regkit.errors import AttachError
+from regkit.kept import held, storage_of
 from regkit.kinds import Layout
 from regkit.shards import marked
-from regkit.sites import WeightSite
-from regkit.storage import Plain, Storage, storage_of
+from regkit.sites import WeightSite, turned
+from regkit.storage import Plain, Storage
 
 
 class Block:
@@ -26,13 +27,17 @@ class Block:
         self._parent = (lambda: None) if parent is None else weakref.ref(parent)
         self._layout = layout
         self._whole = site.gate is None
+        self._turned = site.transposed or site.columns is not None
+        self._dotted = any("." in name for name in site.parameters)
+        as_kept = self._whole and not self._turned and layout != "cell"
+        self._as_kept = site.shape if as_kept else None  # of what is a view of itself
         self._kept: list[Storage] = []
         self._plain: list[tuple[str, nn.Parameter]] = []
 
     @property
     def name(self) -> str:
         """What it is, for a sentence: `encoder.rnn.weight_hh_l0 (forget)`."""
-        name = f"{self.site.name}.{' + '.join(self.site.parameters)}".lstrip(".")
+        name = f"{self.site.name}.{self.site.parameter}".lstrip(".")
         return name if self._whole else f"{name} ({self.site.gate})"
 
     def alive(self) -> nn.Module | None:
@@ -53,11 +58,16 @@ class Block:
         Plain parameters that are still the same give the very same sequence.
         """
         module = self.module
-        own = module._parameters
-        if self._plain and all(own.get(name) is leaf and not marked(leaf) for name, leaf in self._plain):
-            return self._kept
+        own = {name: held(module, name) for name in self.site.parameters} if self._dotted else module._parameters
+        for name, leaf in self._plain:
+            if own.get(name) is not leaf or marked(leaf):
+                break
+        else:
+            if self._plain:
+                return self._kept
         try:
-            found = [storage_of(module, self._parent(), name) for name in self.site.parameters]
+            acting = self.site.through, self.site.mask
+            found = [storage_of(module, self._parent(), name, *acting) for name in self.site.parameters]
         except AttachError as error:
             raise self._named(error) from None
         # A plain parameter stays what it is while it is the same one, but for FSDP1, which marks what it flattens.
@@ -75,17 +85,31 @@ class Block:
         for storage in self.storages():
             yield from storage.leaves
 
-    def place(self, storages: Sequence[Storage]) -> tuple[int, ...]:
+    def place(self, storages: Sequence[Storage]) -> tuple[Hashable, ...]:
         """Equal for blocks that are one and the same, by whatever names: tied weights."""
-        return (*(one for storage in storages for one in storage.identity), self.site.start, self.site.rows)
+        return (*(one for storage in storages for one in storage.identity), self.site.part)
 
     def view(self, tensor: Tensor) -> Tensor:
         """A view of the block in a whole weight or its gradient, in the layout that the kind asked for."""
+        if tensor.shape == self._as_kept:
+            return tensor
         site = self.site
+        if self._turned:
+            tensor = self._turn(tensor)
         if tensor.dim() != len(site.shape) or tensor.size(0) < site.start + site.rows:
-            raise AttachError(f"{self.name} was {site.shape} at attach() and is {tuple(tensor.shape)} now; attach anew")
+            raise self._changed(tensor)
         block = tensor if self._whole else tensor.narrow(0, site.start, site.rows)
         return torch.unflatten(block, 0, (site.gates, -1)) if self._layout == "cell" else block
+
+    def _turn(self, kept: Tensor) -> Tensor:
+        """Units in rows, and the columns of the site alone."""
+        try:
+            return turned(kept, self.site.transposed, self.site.columns)
+        except (IndexError, RuntimeError):
+            raise self._changed(kept) from None
+
+    def _changed(self, now: Tensor) -> AttachError:
+        return AttachError(f"{self.name} was {self.site.shape} at attach() and is {tuple(now.shape)} now; attach anew")
 
     def weight(self, storages: Sequence[Storage]) -> Tensor:
         """The weight that acts: a view of the one weight, or the sum of two biases."""

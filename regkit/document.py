@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
-from regkit import source
-from regkit.errors import Problem, SpecError, unknown
+from regkit import errors, source
+from regkit.entries import Origin, canonical
+from regkit.errors import Problem, SpecError
+from regkit.foreign import Foreign, Reading, Unknown
 from regkit.registry import Registry, default
 from regkit.spec import Layer, Provenance, Rule, Spec
 from regkit.target import Target
@@ -31,11 +34,23 @@ _echo: Final = reprlib.Repr()
 _echo.maxstring = _echo.maxother = _echo.maxlong = 80
 
 
-def load(document: str | Path | dict[str, Any] | Spec, *, registry: Registry | None = None) -> Spec:
+def load(
+    document: str | Path | dict[str, Any] | Spec,
+    *,
+    registry: Registry | None = None,
+    strict: bool = False,
+    unknown: Unknown = "error",
+) -> Spec:
     """The Spec in a path, a JSON text, a dict, or a Spec itself.
+
+    strict: every kind must come from the distribution and version that the document was saved with.
+    unknown: "keep" takes rules of kinds that are not installed, for tools that edit a document and save it again: they
+    are saved as they were written; to resolve or attach them is an error.
 
     Raises SpecError with every problem found, each with its JSON Pointer and, where there is a text, line and column.
     """
+    if unknown not in ("error", "keep"):
+        raise ValueError(f"unknown is 'error' or 'keep', not {unknown!r}")
     if isinstance(document, Spec):
         return document
     if not isinstance(document, (str, Path, dict)):
@@ -44,11 +59,34 @@ def load(document: str | Path | dict[str, Any] | Spec, *, registry: Registry | N
     read = source.read(document)
     if not isinstance(read.value, dict):
         raise SpecError(read.origin, [read.problem("", "a document is an object with `rules` or `layers`")])
-    context = {"registry": registry, "provenance": read.value.get("provenance")}
+    given = read.value.get("provenance")
+    reading = Reading(registry, given if isinstance(given, dict) else {}, unknown)
     try:
-        return Spec.model_validate(read.value, context=context)
+        spec = Spec.model_validate(read.value, context={"reading": reading})
     except ValidationError as error:
         raise SpecError(read.origin, _problems(error, read, registry)) from None
+    if drift := [read.problem(*one) for one in _drift(spec, reading, strict)]:
+        raise SpecError(read.origin, drift)
+    return spec
+
+
+def _drift(spec: Spec, reading: Reading, strict: bool) -> Iterator[tuple[str, str]]:
+    """Which kinds come from elsewhere than when the document was saved: a pointer and a sentence for each."""
+    for name in sorted({kind.kind for kind in spec.kinds() if not isinstance(kind, Foreign)}):
+        entry, saved = reading.registry.find(name), reading.saved(name)
+        if entry is None:  # Python code has made it, and only what is saved must be found again
+            continue
+        where = source.pointer(("provenance", name))
+        if saved is None:
+            if strict:
+                yield "/provenance", f"does not say where {name!r} comes from, and strict compares it; see Spec.save()"
+            continue
+        was, now = Origin(saved["distribution"], saved.get("version")), entry.origin
+        elsewhere = canonical(was.distribution) != canonical(now.distribution)
+        if elsewhere and was.version and now.version:
+            yield where, f"{name!r} was saved from {was}; here it is another kind, of {now}. If both are one, edit this"
+        elif strict and (elsewhere or was.version != now.version):
+            yield where, f"{name!r} was saved from {was}; installed is {now}, and strict compares them"
 
 
 def _problems(error: ValidationError, read: source.Source, registry: Registry) -> list[Problem]:
@@ -88,7 +126,7 @@ def _place(path: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
 def _sentence(error: dict[str, Any], read: source.Source, registry: Registry) -> str:
     kind, path, given = error["type"], error["loc"], error["input"]
     if kind == "extra_forbidden":
-        return unknown("key", str(path[-1]), _known_keys(path[:-1], read.value, registry))
+        return errors.unknown("key", str(path[-1]), _known_keys(path[:-1], read.value, registry))
     if kind == "missing":
         return f"`{path[-1]}` is missing"
     if kind == "regkit":

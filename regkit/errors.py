@@ -69,6 +69,10 @@ class PluginError(RegkitError):
     """A plugin that cannot be used: it does not import, offers something that is no kind, or clashes."""
 
 
+class PluginWarning(UserWarning):
+    """A plugin that cannot be used, while nothing has asked for it yet."""
+
+
 class AttachError(RegkitError, ValueError):
     """A plan that cannot be put on this model."""
 

@@ -3,6 +3,11 @@
 A kind is mathematics. It is a final, frozen pydantic class: its fields are its options in the document, its methods are
 functions of tensors. It holds no step counter, registers no hook and writes nothing in place; when and where it acts is
 decided elsewhere. It names itself with a `Literal` field `kind`, and the docstrings under its fields are its manual.
+
+`values`, `add_gradients` and `project_` are list forms: the same mathematics of many weights at once, which a kind may
+have for speed, in operations over lists (`torch._foreach_add_`). Unless a kind has its own they are loops, as written
+here. Its own agree with the loops up to rounding, which is tried when a rule is attached; they write only into what
+they are given to write into, and never wait for a GPU: no `if` and no `float()` of what a tensor holds.
 """
 
 from __future__ import annotations
@@ -88,6 +93,9 @@ class _Strong(Kind):
 
     shorthand: ClassVar[tuple[str, ...]] = ("strength",)
 
+    signed: ClassVar[bool] = False
+    """Whether its value may be negative, as an entropy is. The laws of `regkit.testing` hold any other to ≥ 0."""
+
     strength: NonNegative
     """What the unit value is multiplied by, times the schedule's factor. Range: > 0."""
 
@@ -140,6 +148,23 @@ class Penalty(_Strong, _OnWeights):
         """Whether the kind knows its proximal operator."""
         return type(self).prox is not Penalty.prox
 
+    def values(self, weights: list[Tensor]) -> Tensor:
+        """List form of `value`: Σ_i Ω(weights[i]) at unit strength, in float32 or better. Autograd may follow.  -> ().
+
+        There is at least one weight. All are on one device and of one dtype; their shapes may differ.
+        """
+        return sum((self.value(w) for w in weights), start=torch.zeros(()))
+
+    def add_gradients(self, weights: list[Tensor], gradients: list[Tensor], amount: float) -> None:
+        """List form of `gradient`: gradients[i] += amount · ∇Ω(weights[i]), in place; weights[i] is left as it is.
+
+        There is at least one weight. All are on one device and of one dtype; their shapes may differ, and they need not
+        be contiguous. gradients[i] has the shape and dtype of weights[i]; no two overlap. It is called without
+        autograd. What meets a half-precision gradient is computed in float32 and rounded once, when it is added.
+        """
+        for w, gradient in zip(weights, gradients, strict=True):
+            gradient.add_(self.gradient(w), alpha=amount)
+
 
 class ActivityPenalty(_Strong):
     """A scalar function of what a module put out; strength × factor × value is added to the loss."""
@@ -161,6 +186,13 @@ class Constraint(_OnWeights):
     bounds: ClassVar[tuple[str, ...]] = ()
     """The options that a schedule multiplies; none: the constraint takes no schedule."""
 
+    @property
+    def convex(self) -> bool:
+        """Whether the set holds the straight line between any two of its points, as a ball does and a sphere does not:
+        the laws of `regkit.testing` then ask more of the projection.
+        """
+        return True
+
     @abstractmethod
     def project(self, w: Tensor) -> Tensor:
         """The nearest allowed point, in w's shape and dtype; w itself is left as it is."""
@@ -168,6 +200,15 @@ class Constraint(_OnWeights):
     @abstractmethod
     def violation(self, w: Tensor) -> Tensor:
         """How far outside w is, in the unit of the bound: 0 exactly where it is allowed.  -> ()."""
+
+    def project_(self, weights: list[Tensor]) -> None:
+        """List form of `project`, in place: each weight becomes its nearest allowed point and stays the tensor it is.
+
+        There is at least one weight. All are on one device and of one dtype; their shapes may differ, and they need not
+        be contiguous. No two overlap. It is called without autograd.
+        """
+        for w in weights:
+            w.copy_(self.project(w))
 
     def at(self, factor: float) -> Constraint:
         """The same constraint with its bounds multiplied by a schedule's factor, which must be > 0."""

@@ -22,7 +22,7 @@ class Recurrent:
     """A recurrent module, under one of its names.
 
     path: where it is; name: the same without wrappers' prefixes ('' is the model itself); places: all its paths and
-    names, where the model holds it more than once.
+    names, where the model holds it more than once; origin: the plugin of its adapter.
     """
 
     path: str
@@ -31,6 +31,7 @@ class Recurrent:
     adapter: Adapter
     places: tuple[tuple[str, str], ...]
     parent: nn.Module | None
+    origin: str
 
     def __str__(self) -> str:
         return f"{self.name or '(the model itself)'} ({class_name(self.module)})"
@@ -68,19 +69,29 @@ def _walk(
 
 
 def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
-    """Every module that an adapter knows, each once, in the model's order."""
+    """Every module that an adapter knows, each once, in the model's order; but none that another's encloses."""
     places: dict[int, list[tuple[str, str]]] = {}
     modules: dict[int, nn.Module] = {}
     by_path: dict[str, nn.Module] = {}
     for path, name, module in named_modules(model):
         places.setdefault(id(module), []).append((path, name))
         modules[id(module)] = by_path[path] = module
-    found = ((places[key], module, registry.adapter(module)) for key, module in modules.items())
-    return [
-        Recurrent(*at[0], module, adapter, tuple(at), by_path[at[0][0].rpartition(".")[0]] if at[0][0] else None)
-        for at, module, adapter in found
-        if adapter is not None
-    ]
+    known = {key: adapter for key, module in modules.items() if (adapter := registry.adapter(module)) is not None}
+    enclosing = [path for key, adapter in known.items() if adapter.encloses for path, _ in places[key]]
+    found: list[Recurrent] = []
+    for key, adapter in known.items():
+        at = [(path, name) for path, name in places[key] if not any(_inside(path, outer) for outer in enclosing)]
+        if at:
+            path, module = at[0][0], modules[key]
+            parent = by_path[path.rpartition(".")[0]] if path else None
+            origin = str(registry.adapter_origin(module))
+            found.append(Recurrent(*at[0], module, adapter, tuple(at), parent, origin))
+    return found
+
+
+def _inside(path: str, outer: str) -> bool:
+    """Whether a dotted path lies within another."""
+    return path != outer and (not outer or path.startswith(f"{outer}."))
 
 
 class Link:

@@ -9,15 +9,10 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
 from regkit import shorthand
+from regkit.entries import CONTRACTS, Family
 from regkit.fields import mistake, mistakes_at
+from regkit.foreign import Foreign, Reading
 from regkit.kinds import Kind
-from regkit.registry import CONTRACTS, Family, Registry, default
-
-
-def registry_of(info: ValidationInfo) -> Registry:
-    """The registry that the reader was given, or that of everything installed."""
-    registry = (info.context or {}).get("registry")
-    return registry if isinstance(registry, Registry) else default()
 
 
 @dataclass(frozen=True)
@@ -41,19 +36,23 @@ class OpenUnion:
     def _validate(self, value: Any, info: ValidationInfo) -> Kind:
         if isinstance(value, Kind):
             return self._of_family(value)
-        registry = registry_of(info)
+        reading = Reading.of(info)
         try:
-            options = shorthand.canonical(value, self.families, registry)
+            options = shorthand.canonical(value, self.families, reading.registry)
         except shorthand.KindError as error:
-            provider = _provider(error.name, info) if isinstance(error, shorthand.UnknownKindError) else ""
-            sentence = f"{error}{provider}"
+            sentence = str(error)
+            if isinstance(error, shorthand.UnknownKindError):
+                sentence += reading.absence(error.name)
+                if reading.unknown == "keep":
+                    saved = reading.saved(error.name)
+                    return Foreign.model_construct(kind=error.name, given=value, saved=saved, reason=sentence)
             if isinstance(value, dict) and "kind" in value:
                 raise mistakes_at([("kind", value["kind"], sentence)]) from None
             raise mistake(sentence) from None
         except shorthand.ShorthandError as error:
             raise mistake(str(error)) from None
         # A ValidationError of the kind's own class is merged by pydantic, under this field's place.
-        return registry.kind(options["kind"], *self.families).model_validate(options, context=info.context)
+        return reading.registry.kind(options["kind"], *self.families).model_validate(options, context=info.context)
 
     def _of_family(self, kind: Kind) -> Kind:
         """A kind that Python code has made: it need not be registered to be used, only to be saved."""
@@ -62,22 +61,13 @@ class OpenUnion:
         return kind
 
 
-def _dump_kind(kind: Kind) -> dict[str, Any]:
-    """The options, without those that are null and would be if left out."""
+def _dump_kind(kind: Kind) -> Any:
+    """The options, without those that are null and would be if left out; of a foreign kind what was given."""
+    if isinstance(kind, Foreign):
+        return kind.given
     options = kind.model_dump(mode="json")
     fields = type(kind).model_fields
     return {name: value for name, value in options.items() if value is not None or fields[name].default is not None}
-
-
-def _provider(name: str, info: ValidationInfo) -> str:
-    """The sentence that says what to install, where the document was saved with the kind's provenance."""
-    provenance = (info.context or {}).get("provenance")
-    saved = provenance.get(name) if isinstance(provenance, dict) else None
-    if not isinstance(saved, dict) or "distribution" not in saved:
-        return ""
-    distribution, version = saved["distribution"], saved.get("version")
-    wanted = f"{distribution}=={version}" if version else distribution
-    return f". The document was saved with it from {distribution} {version or ''}; try: pip install {wanted}"
 
 
 AnyPenalty = Annotated[Kind, OpenUnion(("penalty", "activity penalty"))]

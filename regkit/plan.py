@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regkit import document
 from regkit.binding import Binding
 from regkit.errors import AttachError, Problem, ResolveError, listing
+from regkit.foreign import Foreign
+from regkit.kept import storage_of
 from regkit.modules import Recurrent, class_name, named_modules, recurrent_modules
 from regkit.registry import Registry, default
 from regkit.selection import Unbound, bind
-from regkit.sites import WeightSite
+from regkit.sites import WeightSite, turned
 from regkit.spec import Spec
-from regkit.storage import storage_of
 from regkit.table import table
 
 _HEADER: Final = (
@@ -82,7 +83,7 @@ def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:
     for w in binding.weights:
         place = (
             w.name or "(model)",
-            " + ".join(w.parameters),
+            w.parameter,
             w.role,
             str(w.layer),
             w.direction,
@@ -109,6 +110,9 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
     bindings: list[Binding] = []
     problems: list[Problem] = []
     for key, rule in spec.keyed_rules().items():
+        if gone := [kind for kind in (rule.kind, rule.schedule) if isinstance(kind, Foreign)]:
+            problems += [Problem(key, kind.reason) for kind in gone]
+            continue
         try:
             entry = registry.find(rule.kind.kind)
             origin = rule.kind.__class__.__module__ if entry is None else str(entry.origin)
@@ -124,18 +128,29 @@ def _sentence(reason: str, model: nn.Module, everywhere: list[Recurrent], regist
     if everywhere:
         return reason
     classes = listing(sorted({type(module).__name__ for _, _, module in named_modules(model)}))
-    return f"the model has no recurrent module. It has: {classes}; known are: {listing(registry.module_classes)}"
+    known = listing(registry.module_classes)
+    return f"the model has no recurrent module. It has: {classes}; known are: {known}{registry.idle('know one')}"
 
 
 def _check_shape(site: WeightSite, module: nn.Module, parent: nn.Module | None) -> None:
     for name in site.parameters:
         try:
             with torch.no_grad():
-                here = tuple(storage_of(module, parent, name).outline().shape)
+                outline = storage_of(module, parent, name, site.through, site.mask).outline()
         except AttachError as error:
             raise _of_another_model(f"{site.path}: {error}") from None
-        if here[1:] != site.shape[1:] or here[0] < site.start + site.rows:
+        here = tuple(outline.shape)
+        if not _fits(site, outline):
             raise _of_another_model(f"{site.path}.{name} is {here} here, {site.shape} in the plan")
+
+
+def _fits(site: WeightSite, outline: Tensor) -> bool:
+    try:
+        kept = torch.empty(outline.shape, device="meta")
+        rows, *columns = turned(kept, site.transposed, site.columns).shape
+    except (IndexError, RuntimeError):
+        return False
+    return columns == [*site.shape[1:]] and rows >= site.start + site.rows
 
 
 def _of_another_model(difference: str) -> AttachError:

@@ -2,224 +2,248 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
-from importlib import metadata
-from typing import Any, Final, Literal
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
 
-import pluggy
 from torch import nn
 
-from regkit import hookspecs
-from regkit.errors import PluginError, unknown
-from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty, Schedule
+from regkit.entries import CONTRACTS, Entry, Family, Origin, canonical
+from regkit.errors import PluginError, PluginWarning, unknown
+from regkit.kinds import Kind
+from regkit.plugins import Known, Offers, Plugin, ask, clashes, installed, loaded, name_of, place_of, record, same
+from regkit.policy import Policy
 from regkit.sites import OUTPUT_ROLES, WEIGHT_ROLES, Adapter
 
-Family = Literal["penalty", "activity penalty", "constraint", "schedule"]
+T = TypeVar("T")
 
-CONTRACTS: Final[Mapping[Family, type[Kind]]] = {
-    "penalty": Penalty,
-    "activity penalty": ActivityPenalty,
-    "constraint": Constraint,
-    "schedule": Schedule,
-}
-"""The class that every kind of a family is made from."""
-_HOOKS: Final[Mapping[str, Family]] = {
-    "regkit_penalties": "penalty",
-    "regkit_activity_penalties": "activity penalty",
-    "regkit_constraints": "constraint",
-    "regkit_schedules": "schedule",
-}
-_NAME: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
-_LONGEST_NAME: Final = 100
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a plugin comes from. One registered in-process has its module for a distribution and no version."""
-
-    distribution: str
-    version: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.distribution} {self.version}" if self.version else self.distribution
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A kind in the registry."""
-
-    family: Family
-    name: str
-    kind: type[Kind]
-    origin: Origin
-
-    @property
-    def meaning(self) -> str:
-        """The first line of the class' docstring."""
-        return (self.kind.__doc__ or "").strip().partition("\n")[0]
+_CURE: Final = "uninstall one, or name the one to leave out in REGKIT_DISABLE_PLUGINS"
 
 
 class Registry:
-    """The kinds and adapters at hand, by family and name: those of every entry point of group `regkit`, and more."""
+    """The kinds and adapters at hand: those of every entry point of group `regkit`, and what is registered.
 
-    def __init__(self, plugins: Iterable[object] = (), *, entry_points: bool = True) -> None:
-        self._manager = pluggy.PluginManager(hookspecs.GROUP)
-        self._manager.add_hookspecs(hookspecs)
-        self._kinds: dict[Family, dict[str, Entry]] = {family: {} for family in CONTRACTS}
-        self._adapters: dict[type[nn.Module], tuple[Adapter, Origin]] = {}
-        for point in metadata.entry_points(group=hookspecs.GROUP) if entry_points else ():
-            origin = Origin(point.dist.name, point.dist.version) if point.dist else Origin(point.value)
-            self._add(_load(point, origin), origin)
+    allow, block: names of installed distributions or of their entry points. With `allow`, of strangers' plugins only
+    those are imported; what `block` holds is not, even regkit's own. The environment has a say, too: `regkit.policy`.
+
+    A plugin that cannot be used is a PluginWarning, and an error where something asks for it. Raises PluginError for
+    clashes: two distributions with one entry point, kind or module class.
+    """
+
+    def __init__(
+        self,
+        plugins: Iterable[object] = (),
+        *,
+        entry_points: bool = True,
+        allow: Iterable[str] | None = None,
+        block: Iterable[str] = (),
+    ) -> None:
+        self._plugins: tuple[Plugin, ...] = ()
+        self._kinds: dict[str, Entry] = {}
+        self._adapters: dict[Known, tuple[Adapter, Origin]] = {}
+        if entry_points:
+            self._discover(Policy.of(allow, block))
+        elif allow is not None or block:
+            raise PluginError("allow and block choose among entry points, and entry_points is False")
         for plugin in plugins:
             self.register(plugin)
 
-    def register(self, plugin: object) -> None:
-        """Add a plugin of this process: a module, or any object with hook implementations.
+    def _discover(self, policy: Policy) -> None:
+        everything = installed()
+        policy.check(origin for _, origin in everything)
+        verdicts = {origin: policy.verdict(origin) for _, origin in everything}
+        allowed = [(point, origin) for point, origin in everything if verdicts[origin] is None]
+        problems = list(clashes(allowed))
+        for point, origin in everything:
+            if (verdict := verdicts[origin]) is not None:
+                self._plugins += (Plugin(origin, point.value, "blocked", verdict),)
+                continue
+            plugin, offers = loaded(point, origin)
+            self._plugins += (plugin,)
+            problems += self._clashes(offers)
+            self._take(offers)
+        if problems:
+            raise PluginError("\n".join(f"{problem}; {_CURE}" for problem in problems))
+        for plugin in self.broken:
+            if policy.strict:
+                raise PluginError(f"{plugin.reason} (and REGKIT_STRICT_PLUGINS is 1)\n\n{plugin.report}")
+            warnings.warn(f"{plugin.reason}; run `regkit plugins --broken`", PluginWarning, stacklevel=4)
+
+    def register(self, plugin: T) -> T:
+        """Add a plugin of this process, and return it: a module or an object with hook implementations, a kind's class
+        or an adapter. So it decorates a class, in a notebook, say; when the cell is run again, the new class replaces
+        the one of the same name and module.
 
         Raises PluginError, and adds nothing, where it offers something that is no kind or a name that exists.
         """
-        module = getattr(plugin, "__module__", None) or getattr(plugin, "__name__", type(plugin).__module__)
-        self._add(plugin, Origin(str(module)))
+        place = place_of(plugin)
+        offers = Offers(Origin(place.partition(":")[0]))
+        ask(plugin, offers)
+        if problems := list(self._clashes(offers)):
+            raise PluginError("\n".join(problems))
+        kept = tuple(one for one in self._plugins if one.origin.installed or one.place != place)
+        self._plugins = (*kept, record(place, offers))
+        self._take(offers)
+        return plugin
 
-    def _add(self, plugin: object, origin: Origin) -> None:
-        if self._manager.is_registered(plugin):
-            raise PluginError(f"plugin {origin} is registered already")
-        # Strangers' plugins may be called alike: each has a name of its own here.
-        name = f"{origin} #{len(self._manager.get_plugins())}"
+    @contextmanager
+    def temporary(self, *plugins: object) -> Iterator[Registry]:
+        """Register plugins for the length of a `with` block; afterwards the registry is as it was."""
+        kept = self._plugins, dict(self._kinds), dict(self._adapters)
         try:
-            self._manager.register(plugin, name)
-            self._manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            if self._manager.is_registered(plugin):
-                self._manager.unregister(plugin)
-            raise PluginError(f"plugin {origin}: {error}") from error
-        if not self._manager.get_hookcallers(plugin):
-            self._manager.unregister(plugin)
-            raise PluginError(
-                f"plugin {origin} implements no hook; hooks are: {', '.join([*_HOOKS, 'regkit_adapters'])}"
-            )
-        try:
-            entries, adapters = self._offers(name, origin)
-        except PluginError:
-            self._manager.unregister(plugin)
-            raise
-        for entry in entries:
-            self._kinds[entry.family][entry.name] = entry
-        self._adapters.update(adapters)
+            for plugin in plugins:
+                self.register(plugin)
+            yield self
+        finally:
+            self._plugins, self._kinds, self._adapters = kept
 
-    def _offers(
-        self, plugin_name: str, origin: Origin
-    ) -> tuple[list[Entry], dict[type[nn.Module], tuple[Adapter, Origin]]]:
-        entries: list[Entry] = []
-        for hook, family in _HOOKS.items():
-            for offer in self._call(hook, plugin_name, origin):
-                entry = _entry(offer, family, origin)
-                self._refuse_clash(entry, entries)
-                entries.append(entry)
-        adapters: dict[type[nn.Module], tuple[Adapter, Origin]] = {}
-        for adapter in self._call("regkit_adapters", plugin_name, origin):
-            if not isinstance(adapter, Adapter):
-                raise PluginError(f"plugin {origin}: regkit_adapters offers {adapter!r}, which is not an Adapter")
-            for module_class in _classes(adapter, origin):
-                other = self._adapters.get(module_class) or adapters.get(module_class)
-                if other is not None:
-                    raise PluginError(
-                        f"two plugins offer an adapter for {module_class.__name__}: {other[1]} and {origin}"
-                    )
-                adapters[module_class] = (adapter, origin)
-        return entries, adapters
+    def _take(self, offers: Offers) -> None:
+        self._kinds.update((entry.name, entry) for entry in offers.kinds)
+        self._adapters.update((known, (adapter, offers.origin)) for known, adapter in offers.adapters)
 
-    def _call(self, hook: str, plugin_name: str, origin: Origin) -> Iterator[Any]:
-        for impl in getattr(self._manager.hook, hook).get_hookimpls():
-            if impl.plugin_name != plugin_name:
-                continue
-            try:
-                yield from impl.function()
-            except Exception as error:  # whatever a stranger's code raises, its user must learn whose it was
-                raise PluginError(f"plugin {origin}: {hook} failed: {error!r}") from error
-
-    def _refuse_clash(self, entry: Entry, siblings: Iterable[Entry]) -> None:
-        taken = [*siblings, *(table[entry.name] for table in self._kinds.values() if entry.name in table)]
-        for other in taken:
-            if other.name == entry.name and other.origin == entry.origin:
-                raise PluginError(f"plugin {entry.origin} offers the kind {entry.name!r} twice")
-            if other.name == entry.name:
-                raise PluginError(
+    def _clashes(self, offers: Offers) -> Iterator[str]:
+        """What of the offers is there already, or twice among them."""
+        mine: dict[str, Entry] = {}
+        for entry in offers.kinds:
+            if entry.name in mine:
+                yield f"plugin {entry.origin} offers the kind {entry.name!r} twice"
+            mine[entry.name] = entry
+            other = self._kinds.get(entry.name)
+            if other is not None and not entry.redefines(other):
+                yield (
                     f"two plugins offer the kind {entry.name!r}: {other.origin} ({other.kind.__module__}) and "
-                    f"{entry.origin} ({entry.kind.__module__}); uninstall one, or rename its kind"
+                    f"{entry.origin} ({entry.kind.__module__})"
                 )
+        for index, (known, adapter) in enumerate(offers.adapters):
+            if any(same(known, other) for other, _ in offers.adapters[:index]):
+                yield f"plugin {offers.origin} offers an adapter for {name_of(known)} twice"
+            for taken, (there, origin) in self._adapters.items():
+                again = origin == offers.origin and not origin.installed and place_of(there) == place_of(adapter)
+                if same(known, taken) and not again:
+                    yield f"two plugins offer an adapter for {name_of(known)}: {origin} and {offers.origin}"
+
+    @property
+    def plugins(self) -> tuple[Plugin, ...]:
+        """What became of each plugin: loaded, blocked or broken."""
+        return self._plugins
+
+    @property
+    def broken(self) -> tuple[Plugin, ...]:
+        """The plugins that cannot be used."""
+        return tuple(plugin for plugin in self._plugins if plugin.state == "broken")
 
     def entries(self, *families: Family) -> list[Entry]:
         """Every kind of these families (none given: of all), by family, then by name."""
-        tables = [self._kinds[family] for family in (families or CONTRACTS)]
-        return [table[name] for table in tables for name in sorted(table)]
+        found = sorted(self._kinds.values(), key=lambda entry: entry.name)
+        return [entry for family in (families or CONTRACTS) for entry in found if entry.family == family]
 
     def find(self, name: str, *families: Family) -> Entry | None:
         """The kind of this name in any of these families (none given: in all)."""
-        return next((self._kinds[f][name] for f in (families or CONTRACTS) if name in self._kinds[f]), None)
+        entry = self._kinds.get(name)
+        return entry if entry is not None and (not families or entry.family in families) else None
 
     def kind(self, name: str, *families: Family) -> type[Kind]:
         """The class of this name. Raises PluginError that names the nearest one where there is none."""
         entry = self.find(name, *families)
         if entry is None:
             what = " or ".join(families) or "kind"
-            raise PluginError(unknown(what, name, [e.name for e in self.entries(*families)]))
+            sentence = unknown(what, name, [e.name for e in self.entries(*families)])
+            raise PluginError(sentence + self.absence(name))
         return entry.kind
+
+    def absence(self, name: str, distribution: str | None = None, version: str | None = None) -> str:
+        """Why a kind that does not exist may be missing: a sentence to append, or none.
+
+        distribution, version: where it once came from, if that is known.
+        """
+        idle = [plugin for plugin in self._plugins if plugin.state != "loaded"]
+        if distribution is not None:
+            origin, wanted = Origin(distribution, version), f"{distribution}=={version}" if version else distribution
+            saved = f". The document was saved with it from {origin}"
+            mine = [p for p in self._plugins if canonical(p.origin.distribution) == canonical(distribution)]
+            unusable = [plugin for plugin in idle if plugin in mine]
+            if unusable:
+                return f"{saved}; {'; '.join(map(str, unusable))}"
+            here = f"; {mine[0].origin} is installed, which has it not" if mine else ""
+            return f"{saved}{here}; try: pip install {wanted}"
+        if offering := [plugin for plugin in idle if name in plugin.kinds]:
+            return f". It is of {'; '.join(map(str, offering))}"
+        return self.idle("have it")
+
+    def idle(self, verb: str) -> str:
+        """A sentence to append that names the plugins that are not loaded and may do something, or none."""
+        found = [str(plugin) for plugin in self._plugins if plugin.state != "loaded"]
+        return f". Not loaded, and may {verb}: {'; '.join(found)}" if found else ""
 
     def adapter(self, module: nn.Module) -> Adapter | None:
         """The adapter of the module's class, or of its nearest ancestor that has one."""
-        found = (self._adapters.get(ancestor) for ancestor in type(module).__mro__)
-        return next((pair[0] for pair in found if pair is not None), None)
+        found = self._find_adapter(module)
+        return None if found is None else found[0]
+
+    def adapter_origin(self, module: nn.Module) -> Origin | None:
+        """Where that adapter comes from."""
+        found = self._find_adapter(module)
+        return None if found is None else found[1]
+
+    def _find_adapter(self, module: nn.Module) -> tuple[Adapter, Origin] | None:
+        for ancestor in type(module).__mro__:
+            for known in (ancestor, f"{ancestor.__module__}:{ancestor.__qualname__}"):
+                if known in self._adapters:
+                    return self._adapters[known]
+        return None
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """Every adapter, each once."""
+        return list({id(adapter): adapter for adapter, _ in self._adapters.values()}.values())
 
     @property
     def module_classes(self) -> list[str]:
         """The classes that adapters know, by name."""
-        return sorted(cls.__name__ for cls in self._adapters)
+        return sorted(map(name_of, self._adapters))
 
     @property
     def roles(self) -> list[str]:
         """Every role that a target may name."""
-        return list(
-            dict.fromkeys([*WEIGHT_ROLES, *OUTPUT_ROLES, *(r for a, _ in self._adapters.values() for r in a.roles)])
-        )
+        return list(dict.fromkeys([*WEIGHT_ROLES, *OUTPUT_ROLES, *(r for a in self.adapters for r in a.roles)]))
 
     @property
     def gates(self) -> list[str]:
         """Every gate that a target may name."""
-        return list(dict.fromkeys(gate for adapter, _ in self._adapters.values() for gate in adapter.gates))
+        return list(dict.fromkeys(gate for adapter in self.adapters for gate in adapter.gates))
+
+    def __deepcopy__(self, memo: object) -> Registry:
+        return self  # what is installed is one for all that is copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (default, ()) if self is _default else (_restored, (self._plugins, self._kinds, self._adapters))
 
 
-def _classes(adapter: Adapter, origin: Origin) -> tuple[type[nn.Module], ...]:
-    classes: Any = getattr(adapter, "modules", None)
-    if not isinstance(classes, tuple) or not classes or not all(isinstance(cls, type) for cls in classes):
-        name = type(adapter).__name__
-        raise PluginError(f"plugin {origin}: {name}.modules must be a tuple of nn.Module classes, got {classes!r}")
-    return classes
+def _restored(*tables: Any) -> Registry:
+    """A registry that was pickled with what was in it."""
+    registry = Registry(entry_points=False)
+    registry._plugins, registry._kinds, registry._adapters = tables
+    return registry
 
 
-def _load(point: metadata.EntryPoint, origin: Origin) -> object:
-    try:
-        return point.load()
-    except Exception as error:  # an import runs a stranger's code: anything can come out
-        raise PluginError(f"plugin {point.name!r} of {origin} does not import: {error!r}") from error
+_default: Registry | None = None
+_making: Final = threading.Lock()
 
 
-def _entry(offer: object, family: Family, origin: Origin) -> Entry:
-    contract = CONTRACTS[family]
-    if not (isinstance(offer, type) and issubclass(offer, contract)):
-        raise PluginError(f"plugin {origin}: {offer!r} is not a {family}: it must be a subclass of {contract.__name__}")
-    if missing := sorted(offer.__abstractmethods__):
-        raise PluginError(f"plugin {origin}: {offer.__qualname__} lacks {', '.join(missing)}")
-    name = offer.kind_name()
-    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
-        raise PluginError(f"plugin {origin}: a kind is named in lower_case, with dots at most, not {name!r}")
-    return Entry(family, name, offer, origin)
-
-
-@cache
 def default() -> Registry:
     """The registry of everything installed, made when it is first needed."""
-    return Registry()
+    global _default
+    with _making:
+        if _default is None:
+            _default = Registry()
+        return _default
+
+
+def register(plugin: T) -> T:
+    """Add a plugin of this process to the default registry, and return it: `@regkit.register` above a class will do.
+
+    Raises PluginError as `Registry.register`.
+    """
+    return default().register(plugin)

@@ -16,7 +16,8 @@ from regkit.modules import Link, links
 from regkit.plan import Plan
 from regkit.records import ActivityRule, Recorder
 from regkit.sites import WeightSite
-from regkit.weights import ConstraintRule, PenaltyRule, WeightRule
+from regkit.weightrule import WeightRule
+from regkit.weights import ConstraintRule, PenaltyRule
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,7 +79,7 @@ class Rules:
         for rule in self.on_weights:
             for block in rule.blocks:
                 site, ids = block.site, tuple(map(id, block.leaves()))
-                yield (rule.binding.kind.kind, ids, site.start, site.rows), block.name, rule.binding.key
+                yield (rule.binding.kind.kind, ids, site.part), block.name, rule.binding.key
         for activity in self.activities:
             for output, recorder in activity.places:
                 place = (activity.binding.kind.kind, id(recorder.module), output.role, output.layers, output.directions)

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from regkit.binding import Binding
+from regkit.declared import outline, outputs_of, weights_of
 from regkit.errors import AttachError, listing, nearest
+from regkit.kept import storage_of
 from regkit.kinds import ActivityPenalty, Constraint, Layout, Penalty, Schedule, Via
 from regkit.modules import Recurrent, class_name, matches
 from regkit.sites import OUTPUT_ROLES, OutputSite, Weight, WeightSite
 from regkit.spec import Rule
-from regkit.storage import storage_of
 from regkit.target import Target
 
 # Of a stacked module only the top layer's sequence comes out; the others stay inside.
@@ -116,7 +116,7 @@ def _select(target: Target, candidates: list[Candidate], choices: list[_Choice])
 
 def _weights(target: Target, kind: Penalty | Constraint, modules: list[Recurrent]) -> tuple[WeightSite, ...]:
     wanted = target.role
-    put_out = {o.role for r in modules for o in r.adapter.outputs(r.module)} | set(OUTPUT_ROLES)
+    put_out = {o.role for r in modules for o in outputs_of(r)} | set(OUTPUT_ROLES)
     if unfit := [role for role in wanted or () if role in put_out]:
         raise Unbound(f"{kind.kind} acts on weights, not on the {listing(unfit)}")
     if target.bias == "effective" and wanted and "bias" not in wanted:
@@ -125,7 +125,7 @@ def _weights(target: Target, kind: Penalty | Constraint, modules: list[Recurrent
         raise Unbound(f"{kind.kind} per cell takes all gates of a hidden unit together; leave out the gate")
     candidates = _select(
         target,
-        [(r, w) for r in modules for w in _read(r.adapter.weights(r.module), target)],
+        [(r, w) for r in modules for w in _read(weights_of(r), target)],
         [
             _Choice("role", wanted, lambda _, w: (w.role,)),
             _Choice("layer", target.layer, lambda _, w: (w.layer,)),
@@ -134,6 +134,8 @@ def _weights(target: Target, kind: Penalty | Constraint, modules: list[Recurrent
         ],
     )
     candidates = _of_fitting_rank(kind, candidates, wanted)
+    if kind.layout == "cell":
+        _refuse_scattered(kind, candidates)
     sites = [site for r, w in candidates for site in _blocks(r, w, target, kind.layout)]
     return _once(sites, {id(r.module): r for r, _ in candidates}.values())
 
@@ -153,7 +155,7 @@ def _of_fitting_rank(
     """The candidates that the kind is defined for. A constraint takes biases only where the target names them."""
     spared = ("bias",) if isinstance(kind, Constraint) and not wanted else ()
     candidates = [(r, w) for r, w in candidates if w.role not in spared]
-    fitting = [(r, w) for r, w in candidates if _weight(r, w.parameters[0]).dim() in kind.ranks]
+    fitting = [(r, w) for r, w in candidates if _outline(r, w).dim() in kind.ranks]
     unfit = sorted({w.role for _, w in candidates} - {w.role for _, w in fitting})
     if wanted and unfit:
         raise Unbound(f"{kind.kind} is not defined for the {listing(unfit)}: it takes {_ranks(kind)}")
@@ -162,34 +164,41 @@ def _of_fitting_rank(
     return fitting
 
 
+def _refuse_scattered(kind: Penalty | Constraint, candidates: list[Candidate]) -> None:
+    """Raise Unbound where the gates of one hidden unit are not in one weight: no block holds them together."""
+    found: dict[tuple[Any, ...], tuple[str, ...]] = {}
+    for recurrent, weight in candidates:
+        place = (id(recurrent.module), weight.role, weight.layer, weight.direction)
+        if found.setdefault(place, weight.gates) != weight.gates:
+            gates = listing([*found[place], *weight.gates])
+            raise Unbound(
+                f"{kind.kind} per cell takes all gates of a hidden unit together, but {recurrent} keeps {gates} of the "
+                f"{weight.role} in weights of their own"
+            )
+
+
 def _ranks(kind: Penalty | Constraint) -> str:
     names = {1: "vectors", 2: "matrices"}
     return " and ".join(names.get(rank, f"{rank}-dimensional weights") for rank in kind.ranks)
 
 
-def _weight(recurrent: Recurrent, name: str) -> Tensor:
-    """The weight of this name, as it acts. Raises Unbound where there is none that can be read and followed."""
+def _outline(recurrent: Recurrent, weight: Weight) -> Tensor:
+    """A tensor of the shape that kinds see of it. Raises Unbound where it cannot be read and followed."""
     try:
-        with torch.no_grad():
-            weight = storage_of(recurrent.module, recurrent.parent, name).outline()
+        return outline(recurrent, weight)
     except AttachError as error:
         raise Unbound(f"{recurrent}: {error}") from None
-    if not weight.is_floating_point():
-        raise Unbound(f"{recurrent}: {name} holds {weight.dtype}, not floating-point numbers")
-    return weight
 
 
 def _blocks(recurrent: Recurrent, weight: Weight, target: Target, layout: Layout) -> Iterator[WeightSite]:
     """The sites of one weight: whole, or one for each gate where the target or the kind tells gates apart."""
-    shape, *_ = [tuple(_weight(recurrent, name).shape) for name in weight.parameters]
+    shape = tuple(_outline(recurrent, weight).shape)
     gates = len(weight.gates) or 1
-    hidden, left = divmod(shape[0], gates)
-    if left:
-        where = f"{recurrent.name}.{weight.parameters[0]}".lstrip(".")
-        raise Unbound(f"{where} has {shape[0]} rows, which do not divide into {gates} gates: {listing(weight.gates)}")
+    hidden = shape[0] // gates
     whole = WeightSite(
         recurrent.path, recurrent.name, class_name(recurrent.module), weight.parameters, weight.role,
         weight.layer, weight.direction, None, 0, shape[0], gates, shape,
+        weight.transposed, weight.columns, weight.through, weight.mask,
     )  # fmt: skip
     apart = bool(target.gate) or layout == "gate"
     if apart and weight.gates:
@@ -218,8 +227,8 @@ def _once(sites: list[WeightSite], recurrents: Iterable[Recurrent]) -> tuple[Wei
     seen: dict[tuple[Any, ...], WeightSite] = {}
     for site in sites:
         at = by_path[site.path]
-        what = [one for name in site.parameters for one in storage_of(at.module, at.parent, name).identity]
-        seen.setdefault((*what, site.start, site.rows), site)
+        kept = [storage_of(at.module, at.parent, name, site.through, site.mask) for name in site.parameters]
+        seen.setdefault((*(one for storage in kept for one in storage.identity), site.part), site)
     return tuple(seen.values())
 
 
@@ -229,7 +238,7 @@ def _outputs(target: Target, kind: ActivityPenalty, modules: list[Recurrent]) ->
     if target.bias != "each":
         raise Unbound(f"{kind.kind} acts on outputs, which have no bias")
     roles = target.role or ("output",)
-    everything = [(r, o) for r in modules for o in r.adapter.outputs(r.module)]
+    everything = [(r, o) for r in modules for o in outputs_of(r)]
     put_out = dict.fromkeys([*OUTPUT_ROLES, *(o.role for _, o in everything)])
     if unfit := [role for role in roles if role not in put_out]:
         raise Unbound(f"{kind.kind} acts on outputs, not on the {listing(unfit)}; available roles: {listing(put_out)}")

@@ -10,8 +10,9 @@ import re
 import reprlib
 from typing import Any, Final
 
+from regkit.entries import Entry, Family
 from regkit.errors import listing, nearest, unknown
-from regkit.registry import Entry, Family, Registry
+from regkit.registry import Registry
 
 _CALL: Final = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _WORD: Final = re.compile(r"[A-Za-z_]\w*")

@@ -14,11 +14,13 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from regkit.entries import Entry
 from regkit.errors import PluginError
 from regkit.fields import Count, mistake, mistakes_at
+from regkit.foreign import Foreign
 from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty, Schedule, Via
 from regkit.openunion import AnyConstraint, AnyPenalty, AnySchedule, OutputPenalty, WeightPenalty
-from regkit.registry import Entry, Registry, default
+from regkit.registry import Registry, default
 from regkit.target import AnyOf, Frozen, Name, Pattern, Target
 
 VERSION: Final = 1
@@ -201,6 +203,13 @@ class Spec(Frozen):
         """The rules by their names, or by rules/3 where they have none."""
         return {rule.name or f"rules/{index}": rule for index, rule in enumerate(self.rules)}
 
+    def kinds(self) -> Iterator[Kind]:
+        """Every penalty, constraint and schedule in it."""
+        for rule in self.rules:
+            yield rule.kind
+            if rule.schedule is not None:
+                yield rule.schedule
+
     def to_json(self, registry: Registry | None = None) -> str:
         """The canonical text, with the provenance of its kinds: loading it and saving again gives the same bytes."""
         registry = registry or default()
@@ -220,13 +229,22 @@ class Spec(Frozen):
 
 
 def _provenance(spec: Spec, registry: Registry) -> Mapping[str, Mapping[str, str | None]]:
-    kinds = [kind for rule in spec.rules for kind in (rule.kind, rule.schedule) if kind is not None]
-    origins = {name: _entry(name, registry).origin for name in sorted({kind.kind for kind in kinds})}
-    return {name: {"distribution": o.distribution, "version": o.version} for name, o in origins.items()}
+    found = {kind.kind: saved for kind in spec.kinds() if (saved := _saved(kind, registry)) is not None}
+    return dict(sorted(found.items()))
 
 
-def _entry(name: str, registry: Registry) -> Entry:
-    entry = registry.find(name)
+def _saved(kind: Kind, registry: Registry) -> Mapping[str, str | None] | None:
+    """Where a kind comes from; of one that is not here, where it came from when the document was saved, if known."""
+    if isinstance(kind, Foreign):
+        saved: Mapping[str, str | None] | None = kind.saved
+        return saved
+    origin = _entry(kind, registry).origin
+    return {"distribution": origin.distribution, "version": origin.version}
+
+
+def _entry(kind: Kind, registry: Registry) -> Entry:
+    entry = registry.find(kind.kind)
     if entry is None:
-        raise PluginError(f"the kind {name!r} is not in the registry: what is saved with it could not be loaded again")
+        sentence = f"the kind {kind.kind!r} is not in the registry: what is saved with it could not be loaded again"
+        raise PluginError(sentence + registry.absence(kind.kind))
     return entry

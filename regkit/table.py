@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
+from typing import Final
+
+_NARROWEST: Final = 12
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Left-aligned columns under a ruled header."""
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, wrap: Sequence[int] = (), width: int | None = None
+) -> str:
+    """Left-aligned columns under a ruled header.
+
+    wrap, width: the columns whose cells go on below, so that the table is not wider than that, if it can be helped.
+    """
+    rows = list(rows)
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["─" * width for width in widths], *rows]
+    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+        widest = max(wrap, key=widths.__getitem__)
+        if widths[widest] <= _NARROWEST:
+            break
+        widths[widest] -= 1
+    told = [line for row in rows for line in _lines(row, widths, wrap)]
+    widths = [max(map(len, column)) for column in zip(header, *told, strict=True)]
+    lines = [header, ["─" * one for one in widths], *told]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _lines(row: Sequence[str], widths: Sequence[int], wrap: Sequence[int]) -> Iterator[tuple[str, ...]]:
+    """The lines of a row, in which long cells go on."""
+    cells = [
+        textwrap.wrap(cell, widths[n], break_long_words=False, break_on_hyphens=False) if n in wrap else [cell]
+        for n, cell in enumerate(row)
+    ]
+    return zip_longest(*cells, fillvalue="")

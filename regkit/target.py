@@ -19,7 +19,7 @@ from pydantic_core import CoreSchema
 
 from regkit.errors import unknown
 from regkit.fields import Index, mistake
-from regkit.openunion import registry_of
+from regkit.foreign import Reading
 from regkit.sites import GATE_ALIASES
 
 
@@ -59,16 +59,18 @@ AnyOf = Annotated[
 
 
 def _known_role(role: str, info: ValidationInfo) -> str:
-    roles = registry_of(info).roles
-    if role not in roles:
+    reading = Reading.of(info)
+    roles = reading.registry.roles
+    if role not in roles and reading.unknown == "error":
         raise mistake(unknown("role", role, roles))
     return role
 
 
 def _known_gate(gate: str, info: ValidationInfo) -> str:
-    gates = registry_of(info).gates
+    reading = Reading.of(info)
+    gates = reading.registry.gates
     name = gate if gate in gates else GATE_ALIASES.get(gate, gate)
-    if name not in gates:
+    if name not in gates and reading.unknown == "error":
         raise mistake(unknown("gate", gate, [*gates, *GATE_ALIASES]))
     return name
 

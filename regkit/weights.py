@@ -5,22 +5,22 @@ Nothing here is decided: a rule's kind, its sites and its factor come from the p
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import is_
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
-from regkit.binding import Binding
+from regkit.batches import Acts, compare_constraint, compare_penalty, samples
 from regkit.blocks import Block
-from regkit.errors import PluginError, StepError
+from regkit.errors import StepError
 from regkit.kinds import Constraint, Penalty
 from regkit.ledger import Ledger
 from regkit.steps import Step
 from regkit.storage import Storage
+from regkit.weightrule import WeightRule
 
 
 def _lr(step: Step, parameter: Tensor) -> float | Tensor:
@@ -31,85 +31,12 @@ def _lr(step: Step, parameter: Tensor) -> float | Tensor:
     return lr
 
 
-@dataclass(eq=False)
-class WeightRule(ABC):
-    """A rule on weights, with its live blocks. at: the block that it works on, for the sentence of an error."""
+_unfrozen: Acts = attrgetter("requires_grad")
 
-    binding: Binding
-    blocks: list[Block]
-    at: Block | None = field(default=None, init=False)
-    _kept: list[Sequence[Storage]] = field(default_factory=list, init=False)
-    _distinct: list[tuple[Block, Sequence[Storage]]] = field(default_factory=list, init=False)
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter that it acts on."""
-        for block in self.blocks:
-            yield from block.leaves()
-
-    @abstractmethod
-    def prove(self) -> None:
-        """Raise PluginError unless the kind returns what its contract says, on a block of each shape.
-
-        Raises AttachError where a weight is not finite, or cannot be written as the rule needs.
-        """
-
-    def trained_by(self, step: Step) -> set[int]:
-        """The ids of its parameters that this step trains."""
-        return {id(parameter) for parameter in self.parameters()} & step.trained
-
-    def _each(self) -> Iterator[tuple[Block, Sequence[Storage]]]:
-        """Each block with where it is kept now. What has been tied since attach() counts once, too."""
-        kept = [block.storages() for block in self.blocks]
-        if len(kept) != len(self._kept) or not all(map(is_, kept, self._kept)):
-            first: dict[tuple[int, ...], tuple[Block, Sequence[Storage]]] = {}
-            for block, storages in zip(self.blocks, kept, strict=True):
-                first.setdefault(block.place(storages), (block, storages))
-            self._kept, self._distinct = kept, list(first.values())
-        for block, storages in self._distinct:
-            self.at = block
-            yield block, storages
-        self.at = None
-
-    def release(self) -> None:
-        """Hold no parameter any more."""
-        self._kept, self._distinct = [], []
-        for block in self.blocks:
-            block.release()
-
-    def _unfrozen(self) -> Iterator[tuple[Block, Sequence[Storage], list[Storage]]]:
-        """Each block that is not frozen, its storages, and those of them with a leaf that is not."""
-        for block, storages in self._each():
-            mine = [storage for storage in storages if any(leaf.requires_grad for leaf in storage.leaves)]
-            if mine:
-                yield block, storages, mine
-
-    def _trained(self, step: Step) -> Iterator[tuple[Block, Sequence[Storage], list[Storage]]]:
-        """Each block that this step trains, its storages, and those of them that it trains."""
-        for block, storages in self._each():
-            mine = [storage for storage in storages if any(id(leaf) in step.trained for leaf in storage.leaves)]
-            if mine:
-                yield block, storages, mine
-
-    def _samples(self) -> Iterator[Tensor]:
-        """Ones, then zeros, in the place of a block, for each shape and dtype; on the CPU where there is no memory."""
-        seen = set()
-        for block, storages in self._each():
-            w = block.weight(storages)
-            device = torch.device("cpu") if w.is_meta else w.device
-            if (key := (w.shape, w.dtype, device)) not in seen:
-                seen.add(key)
-                yield torch.ones_like(w, device=device)
-                yield torch.zeros_like(w, device=device)
-
-    def _expect(self, method: str, result: object, shape: tuple[int, ...]) -> None:
-        kind = type(self.binding.kind)
-        whose = f"rule {self.binding.key!r}: {method} of {kind.__module__}.{kind.__qualname__} returns"
-        # A wrong shape would be broadcast, and change every weight without a word.
-        if not isinstance(result, Tensor) or tuple(result.shape) != shape or not result.is_floating_point():
-            got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-            raise PluginError(f"{whose} {got}, not a floating-point tensor of shape {shape}")
-        if not bool(result.isfinite().all()):
-            raise PluginError(f"{whose} NaN or infinity for a weight of ones or zeros")
+def _trained(step: Step) -> Acts:
+    """Whether a step trains a parameter."""
+    return lambda leaf: id(leaf) in step.trained
 
 
 @dataclass(eq=False)
@@ -124,6 +51,8 @@ class PenaltyRule(WeightRule):
             self._expect("gradient", self.penalty.gradient(w), tuple(w.shape))
             if self.binding.via == "proximal":
                 self._expect("prox", self.penalty.prox(w, 0.1), tuple(w.shape))
+        for batch in self._at(self._batches):
+            self._agree(compare_penalty(self.penalty, samples(batch), self.binding.via == "loss"))
         if self.binding.via in ("proximal", "decoupled"):
             for block, storages in self._each():
                 w = block.weight(storages)
@@ -144,24 +73,28 @@ class PenaltyRule(WeightRule):
 
     def value(self, index: int) -> Tensor | None:
         """strength · factor · Σ Ω over the blocks that are not frozen, None where all are.  -> ()."""
-        total = self._sum((block, storages) for block, storages, _ in self._unfrozen())
-        return None if total is None else total * self.amount(index)
-
-    def _sum(self, live: Iterable[tuple[Block, Sequence[Storage]]]) -> Tensor | None:
-        total: Tensor | None = None
-        for block, storages in live:
-            value = self.penalty.value(block.weight(storages))
-            total = value if total is None else total + value.to(total.device)
-        return total
+        return self._sum(_unfrozen, self.amount(index))
 
     def trained_value(self, step: Step) -> Tensor | None:
         """The same over the blocks that this step trains."""
-        total = self._sum((block, storages) for block, storages, _ in self._trained(step))
-        return None if total is None else total * self.amount(step.index)
+        return self._sum(_trained(step), self.amount(step.index))
+
+    def _sum(self, acts: Acts, amount: float) -> Tensor | None:
+        total: Tensor | None = None
+        for value in self._values(acts):
+            total = value if total is None else total + value.to(total.device)
+        return None if total is None else total * amount
+
+    def _values(self, acts: Acts) -> Iterator[Tensor]:
+        batches, others = self._live(acts, "values")
+        for batch in batches:
+            yield self.penalty.values(batch.weights())
+        for block, storages, _ in others:
+            yield self.penalty.value(block.weight(storages))
 
     def check(self, step: Step) -> None:
         """Raise StepError where a proximal or decoupled rule cannot act in this step, before anything is changed."""
-        for _, _, mine in self._trained(step):
+        for _, _, mine in self._live(_trained(step))[1]:
             if isinstance(step.optimizer, LBFGS) or step.evaluations > 1:
                 raise StepError(
                     f"rule {self.binding.key!r} is {self.binding.via}, which needs a single gradient evaluation per "
@@ -181,7 +114,11 @@ class PenaltyRule(WeightRule):
         amount = self.amount(step.index)
         if amount == 0:
             return
-        for block, storages, mine in self._trained(step):
+        form = "add_gradients" if step.scale is None and not _maximizes(step) else ""
+        batches, others = self._live(_trained(step), form)
+        for batch in batches:
+            self.penalty.add_gradients(batch.weights(), batch.gradients(), amount)
+        for block, storages, mine in others:
             gradient = self.penalty.gradient(block.weight(storages))
             if step.scale is not None:
                 gradient = gradient * step.scale.to(gradient.device)
@@ -193,7 +130,7 @@ class PenaltyRule(WeightRule):
         amount = self.amount(step.index)
         if amount == 0:
             return
-        for block, storages, mine in self._trained(step):
+        for block, storages, mine in self._live(_trained(step))[1]:
             gradient = self.penalty.gradient(block.weight(storages))
             for storage in mine:
                 lr = _lr(step, _leaves(step, [storage])[0])
@@ -207,7 +144,7 @@ class PenaltyRule(WeightRule):
         amount = self.amount(step.index)
         if amount == 0:
             return
-        for block, storages, mine in self._trained(step):
+        for block, storages, mine in self._live(_trained(step))[1]:
             size = _lr(step, _leaves(step, mine)[0]) * amount * len(mine)
             block.move(storages, mine, self.penalty.prox(block.weight(storages), size))
 
@@ -215,6 +152,11 @@ class PenaltyRule(WeightRule):
 def _leaves(step: Step, mine: Sequence[Storage]) -> list[nn.Parameter]:
     """The leaves that this step trains."""
     return [leaf for storage in mine for leaf in storage.leaves if id(leaf) in step.trained]
+
+
+def _maximizes(step: Step) -> bool:
+    """Whether the optimizer goes up the gradient of anything."""
+    return step.optimizer is not None and any(group.get("maximize") for group in step.optimizer.param_groups)
 
 
 def _signed(step: Step, storage: Storage, amount: float) -> Iterator[tuple[nn.Parameter, float]]:
@@ -237,6 +179,8 @@ class ConstraintRule(WeightRule):
         for w in self._samples():
             self._expect("project", constraint.project(w), tuple(w.shape))
             self._expect("violation", constraint.violation(w), ())
+        for batch in self._at(self._batches):
+            self._agree(compare_constraint(constraint, samples(batch)))
         for block, storages in self._each():
             w = block.weight(storages)
             if not w.is_meta:
@@ -256,13 +200,22 @@ class ConstraintRule(WeightRule):
         if (step.index + 1) % self.binding.every == 0 and step.index != self._called:
             self._called = step.index  # once, though several optimizers may take one step together
             self.due = set(self.blocks)
-        if not self.due:
-            return
-        constraint = self.at_step(step.index)
-        for block, storages, mine in self._trained(step):
-            if block in self.due:
+        if self.due:
+            self._project(step.index, _trained(step), self.due)
+
+    def _project(self, index: int, acts: Acts, due: set[Block]) -> None:
+        """Project what of `due` is to be acted on, and take it out of there."""
+        constraint = self.at_step(index)
+        batches, others = self._live(acts, "project_")
+        for batch in batches:
+            ready = batch.among(due)
+            if ready.blocks:
+                constraint.project_(ready.weights())
+                due.difference_update(ready.blocks)
+        for block, storages, mine in others:
+            if block in due:
                 block.move(storages, mine, constraint.project(block.weight(storages)))
-                self.due.discard(block)
+                due.discard(block)
 
     def restore(self, count: int, due: Iterable[str]) -> None:
         """Go on after `count` steps, with the blocks of these names waiting."""
@@ -271,9 +224,7 @@ class ConstraintRule(WeightRule):
 
     def project_all(self, index: int) -> None:
         """Project every block that is not frozen."""
-        constraint = self.at_step(index)
-        for block, storages, mine in self._unfrozen():
-            block.move(storages, mine, constraint.project(block.weight(storages)))
+        self._project(index, _unfrozen, set(self.blocks))
 
     def violation(self, index: int) -> Tensor:
         """The largest violation over its blocks.  -> ()."""

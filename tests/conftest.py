@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from installing import Install, installer
 from torch import Tensor, nn
 
 from regkit import attachment as attachment_room
@@ -42,6 +44,12 @@ def isolation() -> Iterator[None]:
         for attachment in list(attachments):
             attachment.detach()
     leave()
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Make a distribution with one module and an entry point for it, as an installer would leave it behind."""
+    yield from installer(tmp_path, monkeypatch)
 
 
 class Tagger(nn.Module):

@@ -66,14 +66,14 @@ def test_the_adapter_of_the_nearest_ancestor_serves():
 
 
 def test_an_adapter_may_add_roles_and_gates_to_the_language():
-    registry = Registry([plugin(adapter(Minimal, role="memory", gates=("write", "erase", "f")))])
-    target = {"role": "memory", "gate": ["erase", "f"]}
+    registry = Registry([plugin(adapter(Minimal, role="memory", gates=("write", "erase", "keep")))])
+    target = {"role": "memory", "gate": ["erase", "keep"]}
     plan = regkit.resolve(Sub(), {"rules": [{"target": target, "penalty": "l2(1)"}]}, registry=registry)
     (binding,) = plan.bindings
     # A gate that an adapter calls f is not turned into LSTM's forget gate.
     assert [(w.role, w.gate, w.start, w.rows) for w in binding.weights] == [
         ("memory", "erase", 2, 2),
-        ("memory", "f", 4, 2),
+        ("memory", "keep", 4, 2),
     ]
     with pytest.raises(regkit.SpecError, match="'memory'"):
         regkit.load({"rules": [{"target": {"role": "memory"}, "penalty": "l2(1)"}]})

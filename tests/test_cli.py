@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from installing import PLUGIN
 
 import regkit
+from regkit import cli, registry
 from regkit.cli import main
-from regkit.registry import default
+from regkit.cli.told import plugin_warnings
+from regkit.entries import CONTRACTS
+from regkit.scaffold import FAMILIES
+from regkit.table import table
 
 GOOD = '{"rules": [{"target": {"role": "recurrent"}, "penalty": "l2(1e-4)"}, {"constraint": "max_norm(3)"}]}'
 BAD = '{"rules": [\n  {"penalty": {"kind": "l3", "strength": 1}},\n  {"penalty": {"kind": "l2", "strenght": 1}}\n]}'
@@ -24,24 +32,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "good.json").write_text(GOOD)
     (tmp_path / "bad.json").write_text(BAD)
     return tmp_path
-
-
-def test_kinds_lists_every_kind_with_options_meaning_and_origin(capsys):
-    assert main(["kinds"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    entries = default().entries()
-    assert len(lines) == 2 * len(entries)
-    for entry, line, meaning in zip(entries, lines[::2], lines[1::2], strict=True):
-        assert line.startswith(f"{entry.family}: {entry.name}(")
-        assert line.endswith(f"from {entry.origin}")
-        assert meaning.strip() == entry.meaning
-    assert f"constraint: max_norm(max_value, per=unit)  from regkit {regkit.__version__}" in lines
-
-
-def test_kinds_of_one_family(capsys):
-    assert main(["kinds", "--family", "constraint"]) == 0
-    names = [line.split("(")[0] for line in capsys.readouterr().out.splitlines()[::2]]
-    assert names == [f"constraint: {name}" for name in ("max_norm", "min_max_norm", "non_negative", "unit_norm")]
 
 
 def test_a_reader_that_stops_early_and_a_file_that_cannot_be_written_are_no_tracebacks(tmp_path):
@@ -100,9 +90,46 @@ def test_a_model_that_cannot_be_made_is_one_clear_line(model, message, folder, c
     assert error.count("\n") == 1
 
 
+def test_plan_knows_the_kinds_that_the_models_module_registers(folder, capsys, monkeypatch):
+    monkeypatch.setattr(registry, "_default", None)
+    code = """
+    from typing import Literal
+    import regkit, torch
+
+    @regkit.register
+    class Mine(regkit.Penalty):
+        kind: Literal["my_own"] = "my_own"
+
+        def value(self, w):
+            return w.sum()
+
+    def make():
+        return torch.nn.GRU(3, 4)
+    """
+    (folder / "registering.py").write_text(code.replace("\n    ", "\n"))
+    (folder / "own.json").write_text('{"rules": [{"penalty": "my_own(1)"}]}')
+    assert main(["plan", "own.json", "--model", "registering:make"]) == 0
+    assert "my_own" in capsys.readouterr().out
+    assert main(["check", "own.json"]) == 1  # which imports no model
+
+
 def test_a_document_that_does_not_fit_is_told(folder, capsys):
     assert main(["plan", "good.json", "--model", "torch.nn:Identity"]) == 1
     assert "the model has no recurrent module" in capsys.readouterr().err
+
+
+def test_check_strict_compares_the_versions_that_a_document_was_saved_with(install, folder, capsys):
+    install("regkit-nuclear", "1.2", "nuclear_plugin", PLUGIN.format(name="nuclear", title="Nuclear"))
+    here = regkit.Registry()
+    spec = regkit.load({"rules": [{"penalty": "nuclear(1)"}, {"penalty": "l2(1)"}]}, registry=here)
+    (folder / "same.json").write_text(spec.to_json(here))
+    (folder / "older.json").write_text(spec.to_json(here).replace('"1.2"', '"1.1"'))
+    assert main(["check", "--strict", "same.json"]) == 0
+    assert main(["check", "older.json"]) == 0
+    assert main(["check", "--strict", "same.json", "older.json"]) == 1
+    error = capsys.readouterr().err
+    assert "'nuclear' was saved from regkit-nuclear 1.1; installed is regkit-nuclear 1.2" in error
+    assert "1 problem" in error
 
 
 def test_schema_is_printed_or_written(folder, capsys):
@@ -119,9 +146,109 @@ def test_the_installed_command_and_the_module_are_one():
         assert done.stdout == f"regkit {regkit.__version__}\n"
 
 
-def test_help_teaches_each_command(capsys):
-    for command in ("kinds", "check", "plan", "schema"):
-        with pytest.raises(SystemExit) as exit_:
-            main([command, "--help"])
-        assert exit_.value.code == 0
-        assert len(capsys.readouterr().out.splitlines()) > 6
+COMMANDS = ("kinds", "check", "plan", "schema", "plugins", "doctor", "new", "conformance")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_each_command(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 6
+
+
+def test_help_lists_every_command_and_its_examples_are_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out
+    listed, examples = told.split("examples:")
+    assert tuple(re.findall(r"^    (\w+)", listed, re.MULTILINE)) == COMMANDS
+    assert set(re.findall(r"^  regkit (\w+)", examples, re.MULTILINE)) == set(COMMANDS)
+
+
+def test_what_the_parser_offers_is_what_there_is():
+    """It says them itself, for the rooms that know them import torch."""
+    assert tuple(CONTRACTS) == cli._FAMILIES
+    assert set(cli._WRITES) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["kinds", "--help"], ["new", "--help"], ["nothing"]])
+def test_what_needs_no_torch_does_not_wait_for_it(arguments):
+    code = (
+        "import sys\nfrom regkit.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print('HEAVY', [name for name in ('torch', 'pydantic', 'pluggy', 'numpy') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("HEAVY []\n")
+
+
+def test_a_pipe_without_greek_gets_escapes_and_json_stays_json(monkeypatch):
+    def printed(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        assert main(arguments) == 0
+        return sys.stdout.buffer.getvalue().decode("ascii")
+
+    assert "Ridge: \\u03a3w" in printed("kinds", "l2")
+    assert json.loads(printed("schema")) == regkit.schema(regkit.Registry())
+    meanings = [kind["meaning"] for plugin in json.loads(printed("plugins", "--json")) for kind in plugin["kinds"]]
+    assert any("Σw²" in meaning for meaning in meanings)
+
+
+def test_a_broken_plugin_is_one_line_beside_what_was_asked_for(install, folder, capsys):
+    install("regkit-broken", "3.1", "broken_plugin", "import a_module_that_is_not_there")
+    assert main(["check", "good.json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "good.json: valid, 2 rules\n"
+    (line,) = captured.err.splitlines()
+    assert line.startswith("regkit: warning: plugin 'broken_plugin' of regkit-broken 3.1 does not import: ")
+    assert line.endswith("; run `regkit plugins --broken`")
+
+
+def test_a_document_that_needs_a_broken_plugins_kind_says_so(install, folder, capsys):
+    code = PLUGIN.format(name="nuclear", title="Nuclear") + "\n@regkit.hookimpl\ndef regkit_schedules():\n    1 / 0\n"
+    install("regkit-broken", "3.1", "broken_plugin", code)
+    (folder / "nuclear.json").write_text('{"rules": [{"penalty": "nuclear(1)"}]}')
+    assert main(["check", "nuclear.json"]) == 1
+    error = capsys.readouterr().err
+    assert "regkit-broken 3.1 (broken_plugin), which is broken" in error
+    assert "ZeroDivisionError" in error
+
+
+def test_two_plugins_that_clash_are_one_error(install, folder, capsys):
+    install("first-one", "1.0", "first_plugin", PLUGIN.format(name="nuclear", title="A"))
+    install("second-one", "2.5", "second_plugin", PLUGIN.format(name="nuclear", title="B"))
+    for command in (["check", "good.json"], ["kinds"], ["plugins"], ["schema"], ["conformance", "first-one"]):
+        assert main(command) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("regkit: two plugins offer the kind 'nuclear': first-one 1.0")
+        assert captured.err.count("\n") == 1
+
+
+def test_only_warnings_of_plugins_become_lines():
+    told: list[str] = []
+
+    @plugin_warnings(told.append)
+    def warn() -> None:
+        for category in (regkit.PluginWarning, regkit.PluginWarning, UserWarning):
+            warnings.warn(f"a {category.__name__}", category, stacklevel=1)
+
+    with pytest.warns(UserWarning, match="^a UserWarning$") as caught:
+        warn()
+    assert told == ["a PluginWarning", "a PluginWarning"]
+    assert len(caught) == 1
+
+
+def test_long_cells_of_a_table_go_on_below():
+    rows = [["a", "one two three four five six seven"], ["b", "eight"]]
+    whole = table(["", "numbers"], rows)
+    assert table(["", "numbers"], rows, wrap=[1], width=100) == whole
+    assert table(["", "numbers"], rows, wrap=[1], width=26).splitlines() == [
+        "   numbers",
+        "─  ───────────────────────",
+        "a  one two three four five",
+        "   six seven",
+        "b  eight",
+    ]
+    assert table(["", "z"], [["a", "one two three"]], wrap=[1], width=5).splitlines()[2:] == ["a  one two", "   three"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from loops import DECAY, RULE, assert_equal_weights
+from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from skorch import NeuralNet
 from skorch.callbacks import Checkpoint, LoadInitState
@@ -50,6 +51,27 @@ def test_an_activity_penalty_equals_the_loss_written_by_hand(module, data):
     module = copy.deepcopy(module)
     net = made(module, Net, callbacks=[RegularizationCallback({"rules": [AR]})]).fit(*data)
     assert_equal_weights(net.module_, by_hand(data))
+
+
+class Tall(regkit.Penalty):
+    """Σw⁴."""
+
+    kind: Literal["tall"] = "tall"
+
+    def value(self, w: Tensor) -> Tensor:
+        return w.pow(4).sum()
+
+
+def test_a_callback_with_a_registry_of_its_own_survives_clone_and_pickle(data):
+    spec = {"rules": [{"name": "tall", "penalty": "tall(0.01)"}]}
+    with pytest.raises(regkit.SpecError, match="unknown penalty 'tall'"):
+        RegularizationCallback(spec)
+    callback = RegularizationCallback(spec, registry=regkit.Registry([Tall]))
+    net = made(Reader, Net, callbacks=[callback])
+    histories = [one.fit(*data).history for one in (net, clone(net), pickle.loads(pickle.dumps(net)))]
+    first, *others = [[row["regkit/tall"] for row in history] for history in histories]
+    assert first[0] > 0
+    assert all(other == first for other in others)
 
 
 def test_the_mixin_takes_the_penalty_of_what_was_attached_by_hand(data):

@@ -147,7 +147,7 @@ def test_rows_that_the_gates_do_not_divide_are_refused(registry):
     cell = MinimalGatedCell(3, 3)
     cell.w = nn.Parameter(torch.randn(7, 3))
     spec = {"rules": [{"target": {"role": "kernel", "gate": "new"}, "penalty": "l2(1)"}]}
-    with pytest.raises(regkit.ResolveError, match="w has 7 rows, which do not divide into 2 gates: forget, new"):
+    with pytest.raises(regkit.PluginError, match="w has 7 rows, which do not divide into 2 gates: forget, new"):
         regkit.resolve(cell, spec, registry=registry)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
 import torch
@@ -47,6 +48,10 @@ class ActivityL1L2(ActivityPenalty):
 
     strength: NonNegative = 1.0
     """What both coefficients are multiplied by. Range: > 0."""
+
+    @classmethod
+    def examples(cls) -> Sequence[ActivityL1L2]:
+        return [cls(l1=0.5, l2=0.25), cls(l1=0.5), cls(l2=0.25, strength=2.0)]
 
     def inert(self) -> str | None:
         return "neither l1 nor l2 is positive" if self.l1 == self.l2 == 0 else super().inert()

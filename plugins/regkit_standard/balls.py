@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
 import torch
@@ -28,12 +30,6 @@ def _norms(w: Tensor, per: Per) -> Tensor:
     return norms if matrix.dim() == w.dim() else norms.squeeze(-1)
 
 
-def _scaled(w: Tensor, norms: Tensor, wanted: Tensor) -> Tensor:
-    """w with each group's norm made as wanted. A group already there is multiplied by exactly 1; one of norm zero, NaN
-    or infinity too: by 0 an infinite one would lose the numbers in it that are finite."""
-    return (w * torch.where((norms > 0) & (norms < math.inf), wanted / norms, 1.0)).to(w.dtype)
-
-
 class _NormConstraint(Constraint):
     per: Per = "unit"
     """Whose norm: `unit`, the incoming weights of each gate unit (a torch row; Keras axis=0); `input`, a column (Keras
@@ -42,6 +38,34 @@ class _NormConstraint(Constraint):
     @property
     def layout(self) -> Layout:
         return "cell" if self.per == "cell" else "matrix"
+
+    @abstractmethod
+    def _nearest(self, norms: Tensor) -> Tensor:
+        """The nearest norms that are allowed."""
+
+    def _wanted(self, norms: Tensor) -> Tensor:
+        """The norms that groups of these norms are given."""
+        return self._nearest(norms)
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        """What groups of these norms are multiplied by. A group already where it is wanted is multiplied by exactly 1;
+        one of norm zero, NaN or infinity too: by 0 an infinite one would lose the numbers in it that are finite. So is
+        one so near to zero that the factor overflows."""
+        factors = self._wanted(norms) / norms
+        return torch.where((factors > 0) & (factors < math.inf), factors, 1.0)
+
+    def project(self, w: Tensor) -> Tensor:
+        return (w * self._factors(_norms(w, self.per))).to(w.dtype)
+
+    def project_(self, weights: list[Tensor]) -> None:
+        norms = [_norms(w, self.per) for w in weights]
+        factors = self._factors(torch.cat([one.flatten() for one in norms]))
+        parts = torch.split_with_sizes(factors, [one.numel() for one in norms])
+        torch._foreach_mul_(weights, [part.view(one.shape) for part, one in zip(parts, norms, strict=True)])
+
+    def violation(self, w: Tensor) -> Tensor:
+        norms = _norms(w, self.per)
+        return (norms - self._nearest(norms)).abs().amax()
 
 
 @final
@@ -60,12 +84,12 @@ class MaxNorm(_NormConstraint):
     max_value: Positive
     """The largest norm allowed. Range: > 0."""
 
-    def project(self, w: Tensor) -> Tensor:
-        norms = _norms(w, self.per)
-        return _scaled(w, norms, norms.clamp(max=self.max_value))
+    @classmethod
+    def examples(cls) -> Sequence[MaxNorm]:
+        return [cls(max_value=3.0), *(cls(max_value=1.5, per=per) for per in ("input", "cell", "matrix"))]
 
-    def violation(self, w: Tensor) -> Tensor:
-        return (_norms(w, self.per) - self.max_value).clamp(min=0).amax()
+    def _nearest(self, norms: Tensor) -> Tensor:
+        return norms.clamp(max=self.max_value)
 
 
 @final
@@ -77,12 +101,16 @@ class UnitNorm(_NormConstraint):
 
     kind: Literal["unit_norm"] = "unit_norm"
 
-    def project(self, w: Tensor) -> Tensor:
-        norms = _norms(w, self.per)
-        return _scaled(w, norms, torch.ones_like(norms))
+    @classmethod
+    def examples(cls) -> Sequence[UnitNorm]:
+        return [cls(), *(cls(per=per) for per in ("input", "cell", "matrix"))]
 
-    def violation(self, w: Tensor) -> Tensor:
-        return (_norms(w, self.per) - 1).abs().amax()
+    @property
+    def convex(self) -> bool:
+        return False
+
+    def _nearest(self, norms: Tensor) -> Tensor:
+        return torch.ones_like(norms)
 
 
 @final
@@ -113,16 +141,23 @@ class MinMaxNorm(_NormConstraint):
             raise ValueError(f"min_value {self.min_value} is greater than max_value {self.max_value}")
         return self
 
+    @classmethod
+    def examples(cls) -> Sequence[MinMaxNorm]:
+        shells = [cls(min_value=0.5, max_value=2.0, per=per) for per in ("unit", "input", "cell", "matrix")]
+        return [*shells, cls(max_value=1.5)]
+
+    @property
+    def convex(self) -> bool:
+        return self.min_value == 0
+
     def inert(self) -> str | None:
         return "its rate is 0" if self.rate == 0 else None
 
-    def project(self, w: Tensor) -> Tensor:
-        norms = _norms(w, self.per)
-        return _scaled(w, norms, norms.lerp(norms.clamp(self.min_value, self.max_value), self.rate))
+    def _nearest(self, norms: Tensor) -> Tensor:
+        return norms.clamp(self.min_value, self.max_value)
 
-    def violation(self, w: Tensor) -> Tensor:
-        norms = _norms(w, self.per)
-        return (norms - norms.clamp(self.min_value, self.max_value)).abs().amax()
+    def _wanted(self, norms: Tensor) -> Tensor:
+        return norms.lerp(self._nearest(norms), self.rate)
 
 
 @final
@@ -133,6 +168,9 @@ class NonNegativity(Constraint):
 
     def project(self, w: Tensor) -> Tensor:
         return w.clamp(min=0)
+
+    def project_(self, weights: list[Tensor]) -> None:
+        torch._foreach_clamp_min_(weights, 0)
 
     def violation(self, w: Tensor) -> Tensor:
         return (-w).clamp(min=0).amax()

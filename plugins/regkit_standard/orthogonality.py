@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
 import torch
@@ -32,6 +33,10 @@ class Orthogonal(Penalty):
 
     per: Literal["gate", "matrix"] = "gate"
     """Each gate's block on its own, so that a square recurrent block can be orthogonal, or the stacked matrix."""
+
+    @classmethod
+    def examples(cls) -> Sequence[Orthogonal]:
+        return [cls(strength=1e-3), cls(strength=1e-3, per="matrix")]
 
     @property
     def layout(self) -> Layout:
@@ -65,6 +70,10 @@ class CosineOrthogonal(Penalty):
 
     per: Literal["gate", "matrix"] = "matrix"
     """The stacked matrix, as Keras, or each gate's block on its own."""
+
+    @classmethod
+    def examples(cls) -> Sequence[CosineOrthogonal]:
+        return [cls(strength=1e-2), cls(strength=1e-2, mode="columns", per="gate")]
 
     @property
     def layout(self) -> Layout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
 from pydantic import Field, model_validator
@@ -22,6 +23,10 @@ class Constant(Schedule):
 
     value: NonNegative
     """The factor. Range: > 0."""
+
+    @classmethod
+    def examples(cls) -> Sequence[Constant]:
+        return [cls(value=0.5)]
 
     def inert(self) -> str | None:
         return "its value is 0" if self.value == 0 else None
@@ -56,6 +61,10 @@ class Linear(_Ramp):
 
     kind: Literal["linear"] = "linear"
 
+    @classmethod
+    def examples(cls) -> Sequence[Linear]:
+        return [cls(start=0.0, end=1.0, steps=1000)]
+
     def factor(self, step: int) -> float:
         return self._between(min(step / self.steps, 1.0))
 
@@ -65,6 +74,10 @@ class Cosine(_Ramp):
     """Along half a cosine: end + (start − end)·(1 + cos(π·t/steps))/2, then end  (Loshchilov & Hutter 2017, eq. 5)."""
 
     kind: Literal["cosine"] = "cosine"
+
+    @classmethod
+    def examples(cls) -> Sequence[Cosine]:
+        return [cls(start=1.0, end=0.1, steps=1000)]
 
     def factor(self, step: int) -> float:
         return self._between((1 - math.cos(math.pi * min(step / self.steps, 1.0))) / 2)
@@ -89,6 +102,10 @@ class Exponential(Schedule):
 
     limit: Positive | None = None
     """The factor never passes this, in the direction it moves. A growing schedule needs one."""
+
+    @classmethod
+    def examples(cls) -> Sequence[Exponential]:
+        return [cls(decay=0.9, steps=100), cls(start=0.1, decay=2.0, steps=100, limit=1.0)]
 
     @model_validator(mode="after")
     def _bounded(self) -> Exponential:
@@ -117,6 +134,10 @@ class Piecewise(Schedule):
 
     values: tuple[NonNegative, ...] = Field(strict=False)
     """The factors: one more than there are boundaries. Range: ≥ 0."""
+
+    @classmethod
+    def examples(cls) -> Sequence[Piecewise]:
+        return [cls(boundaries=(1000, 5000), values=(0.0, 1.0, 0.1))]
 
     @model_validator(mode="after")
     def _consistent(self) -> Piecewise:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from regkit import Adapter, Output, OutputSite, StepError, Validity, Weight, hookimpl
+from regkit import Adapter, Example, Output, OutputSite, StepError, Validity, Weight, hookimpl
 from regkit.activity import Segment, Stepped, of_output, of_step
 
 # The order in which torch stacks the gates in the rows of weight_ih and weight_hh.
@@ -38,6 +39,40 @@ def _block(module: nn.Module, suffix: str, layer: int, direction: str, bias: boo
         for name in pair:
             yield Weight((name,), "bias", layer, direction, gates)
         yield Weight(pair, "bias", layer, direction, gates, separate)
+
+
+def _equations(
+    module: nn.Module, x: Tensor, h: Any, layer: int, direction: str
+) -> tuple[Mapping[str, Tensor], tuple[Tensor, ...]]:
+    """One step, as torch's own documentation of nn.LSTM, nn.GRU and nn.RNN writes it."""
+    suffix = f"_l{layer}{'_reverse' if direction == 'backward' else ''}" if isinstance(module, nn.RNNBase) else ""
+    own = dict(module.named_parameters())
+    a, b = x @ own[f"weight_ih{suffix}"].T, h[0] @ own[f"weight_hh{suffix}"].T
+    if f"bias_ih{suffix}" in own:
+        a, b = a + own[f"bias_ih{suffix}"], b + own[f"bias_hh{suffix}"]
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+        i, f, g, o = (a + b).chunk(4, -1)
+        c = f.sigmoid() * h[1] + i.sigmoid() * g.tanh()
+        new = o.sigmoid() * c.tanh()
+        projection = own.get(f"weight_hr{suffix}")
+        return {"input": i, "forget": f, "cell": g, "output": o}, (new if projection is None else new @ projection.T, c)
+    if isinstance(module, (nn.GRU, nn.GRUCell)):
+        (a_r, a_z, a_n), (b_r, b_z, b_n) = a.chunk(3, -1), b.chunk(3, -1)
+        r, z = (a_r + b_r).sigmoid(), (a_z + b_z).sigmoid()
+        n = torch.tanh(a_n + r * b_n)
+        return {"reset": r, "update": z, "new": n}, ((1 - z) * n + z * h[0],)
+    return {}, ((a + b).relu() if module.nonlinearity == "relu" else (a + b).tanh(),)
+
+
+def _zeros(module: nn.Module, batch: int) -> tuple[Tensor, ...]:
+    """The state that torch begins with."""
+    assert isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+    sizes = [getattr(module, "proj_size", 0) or module.hidden_size, module.hidden_size]
+    return tuple(torch.zeros(batch, size) for size in sizes[: 2 if isinstance(module, (nn.LSTM, nn.LSTMCell)) else 1])
+
+
+def _example(make: Callable[[], nn.Module]) -> Example:
+    return Example(make, 3, _equations, _zeros)
 
 
 class SequenceAdapter(Adapter):
@@ -102,6 +137,16 @@ class SequenceAdapter(Adapter):
         ]
         return [Stepped(h if len(kept) == len(places) else h[kept])]
 
+    def examples(self) -> Sequence[Example]:
+        return [
+            _example(lambda: nn.RNN(3, 4, 2, bidirectional=True)),
+            _example(lambda: nn.RNN(3, 4, nonlinearity="relu", bias=False, batch_first=True)),
+            _example(lambda: nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True)),
+            _example(lambda: nn.LSTM(3, 4, 2, proj_size=2, bias=False)),
+            _example(lambda: nn.GRU(3, 4, 2, bidirectional=True)),
+            _example(lambda: nn.GRU(3, 4, bias=False)),
+        ]
+
 
 class CellAdapter(Adapter):
     """nn.RNNCell, nn.LSTMCell and nn.GRUCell, called in a loop: each call is one step of time."""
@@ -139,6 +184,14 @@ class CellAdapter(Adapter):
         step: int,
     ) -> Sequence[Segment]:
         return [of_step(observed[site.role], observed[f"{site.role} before"], valid, step)]
+
+    def examples(self) -> Sequence[Example]:
+        return [
+            _example(lambda: nn.RNNCell(3, 4)),
+            _example(lambda: nn.LSTMCell(3, 4)),
+            _example(lambda: nn.LSTMCell(3, 4, bias=False)),
+            _example(lambda: nn.GRUCell(3, 4)),
+        ]
 
 
 @hookimpl

@@ -42,17 +42,25 @@ class RegularizationCallback(Callback):
     "regularization.pt")`, `net.save_params(f_regularization=...)`, and `LoadInitState` behind this one in `callbacks`.
 
     detach: take the rules off as training ends; the next `partial_fit` goes on with them. Left out, they stay.
+    registry: where the kinds are found; left out, everything installed.
 
     Raises SpecError for a bad document; what `regkit.attach` raises, as training begins.
     """
 
     def __init__(
-        self, spec: str | Path | dict[str, Any] | regkit.Spec, *, prefix: str = "regkit", detach: bool = False
+        self,
+        spec: str | Path | dict[str, Any] | regkit.Spec,
+        *,
+        prefix: str = "regkit",
+        detach: bool = False,
+        registry: regkit.Registry | None = None,
     ) -> None:
-        regkit.load(spec)  # mistakes are told here; what is kept is what was given, as scikit-learn's clone() wants it
+        # Mistakes are told here; what is kept is what was given, as scikit-learn's clone() wants it.
+        regkit.load(spec, registry=registry)
         self.spec = spec
         self.prefix = prefix
         self.detach = detach
+        self.registry = registry
         self.attachment_: regkit.Attachment | None = None
         self.state_: Mapping[str, Any] = {}
 
@@ -74,7 +82,7 @@ class RegularizationCallback(Callback):
             self.attachment_ = None
 
     def on_train_begin(self, net: Any, **_: Any) -> None:
-        plan = regkit.resolve(net.module_, self.spec)
+        plan = regkit.resolve(net.module_, self.spec, registry=self.registry)
         # A copied module has brought the rules along; one that skorch has made anew has none.
         mine = next((one for one in regkit.attachments(net.module_) if one.plan == plan), None)
         if mine is None or mine is not self.attachment_:

@@ -1,1 +1,28 @@
-"""The laws that penalties, constraints, schedules and adapters keep, for plugins to prove themselves by."""
+"""The laws that penalties, constraints, schedules and adapters keep, for plugins to prove themselves by.
+
+`check_penalty(kind)` and its like need no test runner: they try every law and return a `Report`, whose results say of
+each law whether it holds, what was seen, and why it matters. `parametrize_conformance` makes a test of each law.
+"""
+
+from regkit.testing.activities import check_activity_penalty
+from regkit.testing.adapters import check_adapter, check_example
+from regkit.testing.constraints import check_constraint
+from regkit.testing.laws import Report, Result
+from regkit.testing.parametrize import Check, ConformanceError, checks, parametrize_conformance
+from regkit.testing.penalties import check_penalty
+from regkit.testing.schedules import check_schedule
+
+__all__ = [
+    "Check",
+    "ConformanceError",
+    "Report",
+    "Result",
+    "check_activity_penalty",
+    "check_adapter",
+    "check_constraint",
+    "check_example",
+    "check_penalty",
+    "check_schedule",
+    "checks",
+    "parametrize_conformance",
+]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-Subject = TypeVar("Subject")
+Subject = TypeVar("Subject", contravariant=True)
 
 
 class Broken(Exception):  # noqa: N818  # a signal from a law to its table; what users see is a Result
@@ -64,7 +64,7 @@ class Report:
         return "\n".join([head, *(f"  {failure}" for failure in self.failures)])
 
 
-def _always(subject: object) -> bool:
+def _always(_: object) -> bool:
     return True
 
 

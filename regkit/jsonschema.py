@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from pydantic.json_schema import models_json_schema
 
-from regkit.registry import Entry, Family, Registry, default
+from regkit.entries import Entry, Family
+from regkit.registry import Registry, default
 from regkit.sites import GATE_ALIASES
 from regkit.spec import Spec
 

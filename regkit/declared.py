@@ -1,0 +1,119 @@
+"""What an adapter says of a module, held to its contract: what breaks it is told with the adapter and its plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from regkit.errors import AttachError, PluginError, listing, unknown
+from regkit.kept import MissingError, function_of, mask_of, storage_of
+from regkit.modules import Recurrent
+from regkit.shards import sharded
+from regkit.sites import OUTPUT_ROLES, WEIGHT_ROLES, Output, Weight, turned
+
+T = TypeVar("T", Weight, Output)
+
+
+def weights_of(recurrent: Recurrent) -> list[Weight]:
+    """Every weight that the adapter tells of. Raises PluginError where it fails, or gives what no target can name."""
+    weights = _given(recurrent, "weights", Weight)
+    for weight in weights:
+        names: object = weight.parameters
+        if not isinstance(names, tuple) or len(names) not in (1, 2) or not all(isinstance(one, str) for one in names):
+            raise broken(recurrent, f"gives a weight the parameters {names!r}, not a tuple of one name or two")
+        what = f"the weight {' + '.join(weight.parameters)!r}"
+        _refuse_role(recurrent, what, weight.role)
+        gates = recurrent.adapter.gates
+        if odd := [gate for gate in weight.gates if gate not in gates]:
+            raise broken(recurrent, f"gives {what} {unknown('gate', odd[0], gates)} (in its `gates`)")
+        if odd := [gate for gate in weight.separate if gate not in weight.gates]:
+            raise broken(recurrent, f"gives {what} separate gates that it does not have: {listing(odd)}")
+        if weight.mask is not None and len(weight.parameters) > 1:
+            raise broken(recurrent, f"gives {what} the mask {weight.mask}, which goes with one parameter alone")
+    return weights
+
+
+def outputs_of(recurrent: Recurrent) -> list[Output]:
+    """Everything that the module puts out. Raises PluginError as `weights_of`."""
+    outputs = _given(recurrent, "outputs", Output)
+    for output in outputs:
+        _refuse_role(recurrent, "an output", output.role)
+    return outputs
+
+
+def _given(recurrent: Recurrent, method: str, contract: type[T]) -> list[T]:
+    try:
+        given: Iterable[object] = getattr(recurrent.adapter, method)(recurrent.module)
+        found = list(given)
+    except Exception as error:  # a stranger's code: anything can come out
+        raise broken(recurrent, f"fails in {method}(): {error!r}") from error
+    if odd := [one for one in found if not isinstance(one, contract)]:
+        raise broken(recurrent, f"gives {odd[0]!r} in {method}(), which is no {contract.__name__}")
+    return [one for one in found if isinstance(one, contract)]
+
+
+def _refuse_role(recurrent: Recurrent, what: str, role: str) -> None:
+    roles = list(dict.fromkeys((*WEIGHT_ROLES, *OUTPUT_ROLES, *recurrent.adapter.roles)))
+    if role not in roles:
+        raise broken(recurrent, f"gives {what} the {unknown('role', role, roles)} (in its `roles`)")
+
+
+def outline(recurrent: Recurrent, weight: Weight) -> Tensor:
+    """A tensor on no device, of the shape that kinds see of a weight, and its dtype.
+
+    Raises AttachError where the weight cannot be followed, PluginError where it is not there, or not as it is told.
+    """
+    kept = [_outline(recurrent, weight, name) for name in weight.parameters]
+    try:
+        seen = [turned(one, weight.transposed, weight.columns) for one in kept]
+        if isinstance(weight.columns, tuple) and not seen[0].size(1):
+            raise IndexError("no column")
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        how = ["transposed"] * weight.transposed + [f"columns {weight.columns}"] * (weight.columns is not None)
+        names = " + ".join(weight.parameters)
+        raise broken(recurrent, f"reads {names} {listing(how)}, which {_shape(kept[0])} has not") from None
+    if any(one.shape != seen[0].shape for one in seen):
+        raise broken(recurrent, f"adds {' + '.join(weight.parameters)}, of shapes {listing(map(_shape, seen))}")
+    rows = seen[0].size(0) if seen[0].dim() else 0
+    if not rows or rows % (len(weight.gates) or 1):
+        into = f"which do not divide into {len(weight.gates)} gates: {listing(weight.gates)}"
+        raise broken(recurrent, f"is wrong: {weight.parameters[0]} has {rows} rows, {into}")
+    return seen[0]
+
+
+def _outline(recurrent: Recurrent, weight: Weight, name: str) -> Tensor:
+    module, mask = recurrent.module, weight.mask
+    try:
+        with torch.no_grad():
+            kept = storage_of(module, recurrent.parent, name, weight.through, mask).outline()
+            if weight.through is not None and any(True for _ in function_of(module, weight.through).parameters()):
+                raise broken(recurrent, f"has {name} go through {weight.through}, which has parameters of its own")
+            if mask is not None:
+                _refuse_mask(recurrent, mask, mask_of(module, mask), kept.shape)
+    except MissingError as error:
+        raise broken(recurrent, f"tells of what is not there: {error}") from None
+    if not kept.is_floating_point():
+        raise AttachError(f"{name} holds {kept.dtype}, not floating-point numbers")
+    return torch.empty(kept.shape, dtype=kept.dtype, device="meta")
+
+
+def _refuse_mask(recurrent: Recurrent, name: str, mask: Tensor, shape: Sequence[int]) -> None:
+    """Raise PluginError unless the mask is of 0 and 1. On shards and on no device, nobody looks."""
+    if tuple(mask.shape) != tuple(shape):
+        raise broken(recurrent, f"masks {tuple(shape)} by {name}, which is {_shape(mask)}")
+    if not sharded(mask) and not mask.is_meta and not bool(((mask == 0) | (mask == 1)).all()):
+        raise broken(recurrent, f"masks a weight by {name}, which holds more than 0 and 1")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def broken(recurrent: Recurrent, how: str) -> PluginError:
+    """That the adapter broke its contract, and how."""
+    adapter = type(recurrent.adapter)
+    whose = f"{adapter.__module__}.{adapter.__qualname__} of plugin {recurrent.origin}"
+    return PluginError(f"the adapter {whose}, for {recurrent}, {how}")

@@ -1,0 +1,132 @@
+"""What a registry holds: kinds and adapters, and where each comes from."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from regkit.errors import PluginError
+from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty, Schedule
+
+Family = Literal["penalty", "activity penalty", "constraint", "schedule"]
+
+CONTRACTS: Final[Mapping[Family, type[Kind]]] = {
+    "penalty": Penalty,
+    "activity penalty": ActivityPenalty,
+    "constraint": Constraint,
+    "schedule": Schedule,
+}
+"""The class that every kind of a family is made from."""
+
+OWN: Final = "regkit"
+"""The distribution that regkit itself is, and the prefix that no stranger's kind may have."""
+
+RESERVED: Final = frozenset(
+    {
+        *("version", "provenance", "rules", "rule", "layers", "layer", "name", "kind", "target", "via", "optional"),
+        *("penalty", "activity", "constraint", "schedule", "regkit"),
+        *("null", "none", "true", "false", "any", "all", "auto", "default", "custom", "unknown"),
+    }
+)
+"""Words of the document and of JSON, which no kind may be named."""
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
+_LONGEST_NAME: Final = 100
+
+
+def canonical(distribution: str) -> str:
+    """A distribution's name as installers compare it  (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a plugin comes from: a distribution, its version, and the name of its entry point there.
+
+    One that was registered in-process has its module for a distribution, and neither version nor entry point.
+    """
+
+    distribution: str
+    version: str | None = None
+    point: str | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether it came through the entry point of an installed distribution."""
+        return self.point is not None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What allow and block lists may call it: its distribution, its entry point, or `distribution:entry_point`."""
+        whole = canonical(self.distribution)
+        point = canonical(self.point or whole)
+        return frozenset({whole, point, f"{whole}:{point}"})
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}" if self.version else self.distribution
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kind in the registry."""
+
+    family: Family
+    name: str
+    kind: type[Kind]
+    origin: Origin
+
+    @property
+    def meaning(self) -> str:
+        """The first line of the class' docstring."""
+        return (self.kind.__doc__ or "").strip().partition("\n")[0]
+
+    @property
+    def file(self) -> str | None:
+        """The source file, where there is one; a class that was typed in has neither file nor line."""
+        return None if self.line is None else inspect.getsourcefile(self.kind)
+
+    @property
+    def line(self) -> int | None:
+        """The line on which the class begins, where there is a source."""
+        try:
+            return inspect.getsourcelines(self.kind)[1]
+        except (OSError, TypeError):
+            return None
+
+    def redefines(self, other: Entry) -> bool:
+        """Whether it is the same class again, as when a notebook's cell is run once more or a module is reloaded."""
+        return self.origin == other.origin and not self.origin.installed and _place(self.kind) == _place(other.kind)
+
+
+def _place(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def entry_of(offer: object, family: Family, origin: Origin) -> Entry:
+    """What a plugin offers as a kind. Raises PluginError where it is none of this family, or may not be named so."""
+    contract = CONTRACTS[family]
+    if not (isinstance(offer, type) and issubclass(offer, contract)):
+        raise PluginError(f"plugin {origin}: {offer!r} is not a {family}: it must be a subclass of {contract.__name__}")
+    if missing := sorted(offer.__abstractmethods__):
+        raise PluginError(f"plugin {origin}: {offer.__qualname__} lacks {', '.join(missing)}")
+    name = offer.kind_name()
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        raise PluginError(f"plugin {origin}: a kind is named in lower_case, with dots at most, not {name!r}")
+    if name in RESERVED:
+        raise PluginError(
+            f"plugin {origin}: no kind may be named {name!r}; reserved are: {', '.join(sorted(RESERVED))}"
+        )
+    _refuse_foreign_prefix(name, origin)
+    return Entry(family, name, offer, origin)
+
+
+def _refuse_foreign_prefix(name: str, origin: Origin) -> None:
+    """A name with a dot says whose it is: the part before the first dot is the distribution's own name."""
+    prefix, dot, rest = name.partition(".")
+    own = canonical(origin.distribution).replace("-", "_")
+    if not dot or prefix == own or (prefix != OWN and not origin.installed):
+        return
+    raise PluginError(f"plugin {origin} may not name a kind {name!r}: it may be {rest!r}, or {f'{own}.{rest}'!r}")

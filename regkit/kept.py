@@ -1,0 +1,117 @@
+"""Where a weight is kept now. It is looked up at each use: parameters are replaced, sharded, parametrized and pruned
+while an attachment lives.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from regkit.computed import Parametrized, Through
+from regkit.errors import AttachError
+from regkit.shards import FSDP1, flattened, sharded
+from regkit.storage import Masked, Plain, Sharded, Storage
+
+
+class MissingError(AttachError):
+    """There is nothing of the name: neither a weight, nor what one could be computed from."""
+
+
+def storage_of(
+    module: nn.Module, parent: nn.Module | None, name: str, through: str | None = None, mask: str | None = None
+) -> Storage:
+    """Where the weight of this name is kept now. Raises AttachError where it is in no place that can be followed.
+
+    parent: what holds the module; wrappers that drop weights keep the raw one there or in the module itself. name:
+    dotted where a submodule has it. through, mask: what the module does with it, as `regkit.sites.Weight` says.
+    """
+    kept = _storage(module, parent, name)
+    if through is not None:
+        kept = Through(kept, function_of(module, through), name)
+    return kept if mask is None else Masked(kept, mask_of(module, mask), name, f"masked by {mask}")
+
+
+def function_of(module: nn.Module, name: str) -> nn.Module:
+    """The submodule of this name. Raises AttachError where there is none."""
+    owner, _, own = _owner(module, None, name)
+    function = owner._modules.get(own)
+    if function is None:
+        raise MissingError(f"the module {name} is missing")
+    return function
+
+
+def mask_of(module: nn.Module, name: str) -> Tensor:
+    """The mask of this name. Raises AttachError where there is none."""
+    owner, _, own = _owner(module, None, name)
+    mask = getattr(owner, own, None)
+    if not isinstance(mask, Tensor):
+        raise MissingError(f"the mask {name} is missing" if mask is None else f"the mask {name} is {mask!r}, no tensor")
+    return mask
+
+
+def held(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of a dotted name, if it is one, and there."""
+    *path, own = name.split(".")
+    for part in path:
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = child
+    return module._parameters.get(own)
+
+
+def _owner(module: nn.Module, parent: nn.Module | None, name: str) -> tuple[nn.Module, nn.Module | None, str]:
+    """What has the attribute of a dotted name itself, what holds that, and the name's last part."""
+    *path, own = name.split(".")
+    for part in path:
+        child = module._modules.get(part)
+        if child is None:
+            raise MissingError(f"{name} is missing: {type(module).__name__} has no module {part!r}")
+        module, parent = child, module
+        if flattened(module):
+            raise AttachError(f"{name} {FSDP1}")
+    return module, parent, own
+
+
+def _storage(module: nn.Module, parent: nn.Module | None, name: str) -> Storage:
+    if flattened(module):
+        raise AttachError(f"{name} {FSDP1}")
+    module, parent, own = _owner(module, parent, name)
+    parameter = _parameter(module, parent, own)
+    if parameter is not None:
+        if is_lazy(parameter):
+            raise AttachError(f"{name} has no shape yet (lazy); run a batch through the model before regkit.attach()")
+        return Sharded(parameter) if sharded(parameter) else Plain(parameter)
+    if parametrize.is_parametrized(module, own):
+        return Parametrized(module.get_submodule(f"parametrizations.{own}"), name)
+    original, mask = module._parameters.get(f"{own}_orig"), module._buffers.get(f"{own}_mask")
+    if original is not None and mask is not None:
+        return Masked(Sharded(original) if sharded(original) else Plain(original), mask, name)
+    raise _lost(module, own, name)
+
+
+def _parameter(module: nn.Module, parent: nn.Module | None, name: str) -> nn.Parameter | None:
+    """The parameter of this name, or the raw one that a wrapper makes it of (Merity et al.'s WeightDrop, fastai's)."""
+    own, raw = module._parameters.get(name), module._parameters.get(f"{name}_raw")
+    if raw is None and not isinstance(own, nn.Parameter) and parent is not None:
+        raw = parent._parameters.get(f"{name}_raw")
+    if raw is None or own is raw or not isinstance(own, nn.Parameter):
+        return own if raw is None and isinstance(own, nn.Parameter) else raw
+    raise AttachError(
+        f"{name} is a new Parameter at each forward pass, and so {name}_raw, which it is made of, gets no gradient and "
+        "is never trained; let the wrapper assign the tensor itself"
+    )
+
+
+def _lost(module: nn.Module, own: str, name: str) -> AttachError:
+    """Why it is nowhere."""
+    parameters = module._parameters
+    if f"{own}_v" in parameters or f"{own}_orig" in parameters:
+        return AttachError(
+            f"{name} is of the deprecated torch.nn.utils.weight_norm or spectral_norm; use "
+            "torch.nn.utils.parametrizations"
+        )
+    if getattr(module, own, None) is not None:
+        return AttachError(f"{name} is computed from another, and there is no parameter {own}_raw that it is made of")
+    return MissingError(f"{name} is missing")

@@ -1,0 +1,140 @@
+"""A rule on weights: where its blocks are kept now, which of them go through list forms, and the trial of its kind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from regkit.batches import LOOPS, Acts, Batch, Compared, batched, own_forms
+from regkit.binding import Binding
+from regkit.blocks import Block
+from regkit.errors import PluginError
+from regkit.kinds import Constraint, Penalty
+from regkit.steps import Step
+from regkit.storage import Storage
+
+Kept = tuple[Block, Sequence[Storage]]
+"""A block, and where it is kept."""
+
+Live = tuple[Block, Sequence[Storage], list[Storage]]
+"""The same, with those storages that have a leaf to act on."""
+
+Part = TypeVar("Part", Batch, Kept)
+
+
+@dataclass(eq=False)
+class WeightRule(ABC):
+    """A rule on weights, with its live blocks. at: what of them it works on, for the sentence of an error."""
+
+    binding: Binding
+    blocks: list[Block]
+    at: Block | Batch | None = field(default=None, init=False)
+    _kept: list[Sequence[Storage]] = field(default_factory=list, init=False)
+    _distinct: list[Kept] = field(default_factory=list, init=False)
+    _batches: list[Batch] = field(default_factory=list, init=False)
+    _lone: list[Kept] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        kind = self.binding.kind
+        assert isinstance(kind, (Penalty, Constraint))
+        self._own = own_forms(kind)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter that it acts on."""
+        for block in self.blocks:
+            yield from block.leaves()
+
+    @abstractmethod
+    def prove(self) -> None:
+        """Raise PluginError unless the kind returns what its contract says, on a block of each shape.
+
+        Raises AttachError where a weight is not finite, or cannot be written as the rule needs.
+        """
+
+    def trained_by(self, step: Step) -> set[int]:
+        """The ids of its parameters that this step trains."""
+        return {id(parameter) for parameter in self.parameters()} & step.trained
+
+    def release(self) -> None:
+        """Hold no parameter any more."""
+        self._kept, self._distinct, self._batches, self._lone = [], [], [], []
+        for block in self.blocks:
+            block.release()
+
+    # --- where its blocks are now ------------------------------------------------------------------------------------
+
+    def _resolve(self) -> None:
+        """Look up where each block is kept. What has been tied since attach() counts once, too."""
+        kept = [block.storages() for block in self.blocks]
+        if kept == self._kept and all(batch.holds() for batch in self._batches):
+            return
+        first: dict[tuple[Hashable, ...], Kept] = {}
+        for block, storages in zip(self.blocks, kept, strict=True):
+            first.setdefault(block.place(storages), (block, storages))
+        self._kept, self._distinct = kept, list(first.values())
+        self._batches = batched(self._distinct) if self._own else []
+        together = {block for batch in self._batches for block in batch.blocks}
+        self._lone = [one for one in self._distinct if one[0] not in together]
+
+    def _each(self) -> Iterator[Kept]:
+        """Each block with where it is kept now."""
+        self._resolve()
+        return self._at(self._distinct)
+
+    def _live(self, acts: Acts, form: str = "") -> tuple[Iterator[Batch], Iterator[Live]]:
+        """What there is to act on: in batches for a list form that the kind has of its own, all else block by block."""
+        self._resolve()
+        own = form in self._own
+        batches = (batch.where(acts) for batch in self._batches if own)
+        return self._at(batch for batch in batches if batch.blocks), self._singly(acts, own)
+
+    def _singly(self, acts: Acts, lone: bool) -> Iterator[Live]:
+        for block, storages in self._at(self._lone if lone else self._distinct):
+            mine = [storage for storage in storages if any(map(acts, storage.leaves))]
+            if mine:
+                yield block, storages, mine
+
+    def _at(self, parts: Iterable[Part]) -> Iterator[Part]:
+        for part in parts:
+            self.at = part if isinstance(part, Batch) else part[0]
+            yield part
+        self.at = None
+
+    # --- the trial of its kind ---------------------------------------------------------------------------------------
+
+    def _samples(self) -> Iterator[Tensor]:
+        """Ones, then zeros, in the place of a block, for each shape and dtype; on the CPU where there is no memory."""
+        seen = set()
+        for block, storages in self._each():
+            w = block.weight(storages)
+            device = torch.device("cpu") if w.is_meta else w.device
+            if (key := (w.shape, w.dtype, device)) not in seen:
+                seen.add(key)
+                yield torch.ones_like(w, device=device)
+                yield torch.zeros_like(w, device=device)
+
+    def _expect(self, method: str, result: object, shape: tuple[int, ...]) -> None:
+        kind = type(self.binding.kind)
+        whose = f"rule {self.binding.key!r}: {method} of {kind.__module__}.{kind.__qualname__} returns"
+        # A wrong shape would be broadcast, and change every weight without a word.
+        if not isinstance(result, Tensor) or tuple(result.shape) != shape or not result.is_floating_point():
+            got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise PluginError(f"{whose} {got}, not a floating-point tensor of shape {shape}")
+        if not bool(result.isfinite().all()):
+            raise PluginError(f"{whose} NaN or infinity for a weight of ones or zeros")
+
+    def _agree(self, compared: Compared) -> None:
+        kind = type(self.binding.kind)
+        for form, ours, wanted in compared:
+            for one, other in zip(ours, wanted, strict=True):
+                near = torch.finfo(other.dtype).eps ** 0.5
+                if one.shape != other.shape or not torch.allclose(one.to(other), other, near, near, equal_nan=True):
+                    raise PluginError(
+                        f"rule {self.binding.key!r}: {form} of {kind.__module__}.{kind.__qualname__} does not do what "
+                        f"the loop over its {LOOPS[form]} does, for weights of shape {tuple(other.shape)}"
+                    )
