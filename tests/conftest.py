@@ -11,7 +11,7 @@ from installing import Install, installer
 from torch import Tensor, nn
 
 from regkit import attachment as attachment_room
-from regkit.hooks import leave
+from regkit import hooks
 
 torch.set_num_threads(1)  # the models are small: threads would only wait for one another
 
@@ -43,7 +43,9 @@ def isolation() -> Iterator[None]:
     for attachments in list(attachment_room._attached.values()):
         for attachment in list(attachments):
             attachment.detach()
-    leave()
+    for listener in hooks._listeners:  # for modules of models that are gone, and that no collection has reached yet
+        hooks.dismiss(listener)
+    hooks.leave()
 
 
 @pytest.fixture

@@ -12,11 +12,15 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 
 import regkit
 from regkit import hookspecs
 from regkit.cli import main
+from regkit.policy import Policy
 from regkit.registry import default
+from regkit.testing import activities, adapters, check_penalty, constraints, penalties, schedules
+from regkit.testing.kinds import KIND_LAWS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,12 +38,14 @@ def first_column(header: str) -> list[str]:
 
 
 def test_the_python_blocks_run_in_order(capsys):
-    names: dict[str, object] = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec", dont_inherit=True), names)
+    names: dict[str, object] = {"__name__": "__main__"}
+    with default().temporary():
+        for block in blocks("python"):
+            exec(compile(block, "README.md", "exec", dont_inherit=True), names)
     printed = capsys.readouterr().out
     assert "'rules/0'" in printed
     assert "nuclear(strength=0.001)" in printed
+    assert re.search(r"UnitAdapter on Unit.*: (\d+) of \1 laws hold", printed)
 
 
 def test_the_json_blocks_are_valid_documents():
@@ -100,7 +106,45 @@ def test_the_command_line_in_readme_exists():
         with pytest.raises(SystemExit) as done:
             main([command, "--help"])
         assert done.value.code == 0
-    assert commands == ["kinds", "check", "plan", "schema"]
+    assert commands == ["kinds", "check", "plan", "schema", "plugins", "doctor", "new", "conformance"]
+
+
+def test_the_table_of_laws_is_complete():
+    table = re.search(r"^\| laws of \|.*\n\|[ |-]+\n((?:\|.*\n)+)", README, re.MULTILINE)
+    rows = {
+        title: re.findall(r"`(\w+)`", laws) for title, laws in re.findall(r"^\| ([\w ]+) \| (.*) \|$", table[1], re.M)
+    }
+    every = [law.name for law in KIND_LAWS]
+    assert rows.pop("every kind") == every
+    rooms = {
+        "penalties": penalties, "activity penalties": activities, "constraints": constraints,
+        "schedules": schedules, "adapters": adapters,
+    }  # fmt: skip
+    assert rows == {title: [law.name for law in room.LAWS if law.name not in every] for title, room in rooms.items()}
+
+
+def test_what_readme_says_of_a_wrong_kind_is_what_is_said():
+    (block,) = [block for block in blocks("python") if "class NuclearNorm" in block]
+    names: dict[str, object] = {"__name__": "__main__", "regkit": regkit, "torch": torch}
+    with default().temporary():
+        exec(compile(block.replace("at_least_float32(w)", "w"), "README.md", "exec", dont_inherit=True), names)
+    said = " ".join(str(check_penalty(names["NuclearNorm"](strength=1.0))).split())
+    (text,) = [block for block in blocks("text") if "FAILED  halves" in block]
+    seen, why = text.split("FAILED")[1].split(" …")
+    assert " ".join(seen.split()) in said
+    assert " ".join(why.split()) in said
+
+
+def test_the_table_of_variables_is_complete(monkeypatch):
+    asked = []
+
+    class Environment(dict):
+        def get(self, name, default=None):
+            asked.append(name)
+            return default
+
+    Policy.of(None, (), Environment())
+    assert first_column("variable") == asked
 
 
 def test_every_public_name_exists_and_is_described():
