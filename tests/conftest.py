@@ -22,10 +22,14 @@ SLOW = {
     "test_distributed_example",
     "test_distributed_silence",
     "test_distributed_trainers",
+    "test_leaks",
     "test_lightning_resume",
+    "test_shards",
+    "test_transformers",
+    "test_transformers_activity",
     "test_transformers_resume",
 }
-"""Files whose tests compile, or start processes: in sum, some minutes."""
+"""Files whose tests compile, start processes or train for long: in sum, some minutes."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before the marks are looked at

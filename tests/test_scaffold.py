@@ -83,6 +83,7 @@ def test_all_names_come_from_the_one_given(name, package, kind, cls, tmp_path):
     assert f'\nname = "{name}"\n' in project
 
 
+@pytest.mark.slow
 def test_what_is_written_works_as_it_is_once_it_is_installed(written, tmp_path):
     site = tmp_path / "site"
     for folder in written.values():

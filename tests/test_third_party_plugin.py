@@ -52,6 +52,7 @@ def test_regkit_knows_it_once_it_is_installed_and_names_it_where_it_is_not(sourc
         regkit.load(source / "saved.json")
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass_where_it_is_installed(source, tmp_path):
     unpack(source, tmp_path / "site")
     assert passed_in(sys.executable, cwd=source, PYTHONPATH=str(tmp_path / "site")) > 40
