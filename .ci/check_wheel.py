@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ section = pyproject.read_text(encoding="utf-8").partition("[project.entry-points
 expected = dict(line.replace('"', "").split(" = ") for line in section.splitlines())
 assert points == expected, points
 rooms = {Path(name).stem for name in names if name.startswith("regkit_standard/") and name.endswith(".py")}
-assert set(points) == rooms - {"__init__"}, rooms
+assert {value.rpartition(".")[2] for value in points.values()} == rooms - {"__init__"}, rooms
 
 assert "site-packages" in str(regkit.__file__), regkit.__file__
 model = torch.nn.LSTM(3, 4)
@@ -30,6 +31,16 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 model(torch.zeros(2, 1, 3))[0].sum().backward()
 optimizer.step()
 
-listed = subprocess.run([Path(sys.executable).with_name("regkit"), "kinds"], capture_output=True, text=True, check=True)
-assert "max_norm" in listed.stdout
-print(f"{wheel.name}: {len(names)} files, {len(points)} plugins, {len(listed.stdout.splitlines()) // 2} kinds")
+
+def command(*arguments: str) -> str:
+    """What the installed command prints; it must be content."""
+    script = Path(sys.executable).with_name("regkit")
+    return subprocess.run([script, *arguments], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+kinds = command("kinds")
+assert "max_norm" in kinds
+assert "no problems found" in command("doctor")
+with tempfile.TemporaryDirectory() as folder:
+    assert "pyproject.toml" in command("new", "regkit-mine", "--folder", folder)  # from the templates in the wheel
+print(f"{wheel.name}: {len(names)} files, {len(points)} plugins, {len(kinds.splitlines()) // 2} kinds")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar, get_type_hints
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from regkit.errors import AttachError, PluginError, listing, unknown
@@ -25,10 +26,13 @@ def weights_of(recurrent: Recurrent) -> list[Weight]:
         if not isinstance(names, tuple) or len(names) not in (1, 2) or not all(isinstance(one, str) for one in names):
             raise broken(recurrent, f"gives a weight the parameters {names!r}, not a tuple of one name or two")
         what = f"the weight {' + '.join(weight.parameters)!r}"
+        _refuse_types(recurrent, what, weight)
         _refuse_role(recurrent, what, weight.role)
         gates = recurrent.adapter.gates
         if odd := [gate for gate in weight.gates if gate not in gates]:
             raise broken(recurrent, f"gives {what} {unknown('gate', odd[0], gates)} (in its `gates`)")
+        if len(set(weight.gates)) < len(weight.gates):
+            raise broken(recurrent, f"gives {what} a gate twice: {listing(weight.gates)}")
         if odd := [gate for gate in weight.separate if gate not in weight.gates]:
             raise broken(recurrent, f"gives {what} separate gates that it does not have: {listing(odd)}")
         if weight.mask is not None and len(weight.parameters) > 1:
@@ -40,6 +44,7 @@ def outputs_of(recurrent: Recurrent) -> list[Output]:
     """Everything that the module puts out. Raises PluginError as `weights_of`."""
     outputs = _given(recurrent, "outputs", Output)
     for output in outputs:
+        _refuse_types(recurrent, "an output", output)
         _refuse_role(recurrent, "an output", output.role)
     return outputs
 
@@ -53,6 +58,26 @@ def _given(recurrent: Recurrent, method: str, contract: type[T]) -> list[T]:
     if odd := [one for one in found if not isinstance(one, contract)]:
         raise broken(recurrent, f"gives {odd[0]!r} in {method}(), which is no {contract.__name__}")
     return [one for one in found if isinstance(one, contract)]
+
+
+def _types(contract: type[Weight] | type[Output]) -> dict[str, TypeAdapter[object]]:
+    """What each field may hold; a number is no word here, and a list no tuple."""
+    strict = ConfigDict(strict=True)
+    return {name: TypeAdapter(hint, config=strict) for name, hint in get_type_hints(contract).items()}
+
+
+_WEIGHT: Final = _types(Weight)
+_OUTPUT: Final = _types(Output)
+
+
+def _refuse_types(recurrent: Recurrent, what: str, given: Weight | Output) -> None:
+    for name, expected in (_WEIGHT if isinstance(given, Weight) else _OUTPUT).items():
+        value = getattr(given, name)
+        try:
+            expected.validate_python(value)
+        except ValidationError as error:
+            why = error.errors()[0]["msg"]
+            raise broken(recurrent, f"gives {what} the {name} {value!r}: {why[0].lower()}{why[1:]}") from None
 
 
 def _refuse_role(recurrent: Recurrent, what: str, role: str) -> None:
@@ -69,8 +94,11 @@ def outline(recurrent: Recurrent, weight: Weight) -> Tensor:
     kept = [_outline(recurrent, weight, name) for name in weight.parameters]
     try:
         seen = [turned(one, weight.transposed, weight.columns) for one in kept]
-        if isinstance(weight.columns, tuple) and not seen[0].size(1):
-            raise IndexError("no column")
+        if weight.columns is not None:
+            columns = weight.columns
+            first, stop = columns if isinstance(columns, tuple) else (columns, columns + 1)
+            if not 0 <= first < stop:  # torch would count from the end: one column by two numbers
+                raise IndexError(columns)
     except (IndexError, RuntimeError, TypeError, ValueError):
         how = ["transposed"] * weight.transposed + [f"columns {weight.columns}"] * (weight.columns is not None)
         names = " + ".join(weight.parameters)

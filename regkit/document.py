@@ -43,7 +43,8 @@ def load(
 ) -> Spec:
     """The Spec in a path, a JSON text, a dict, or a Spec itself.
 
-    strict: every kind must come from the distribution and version that the document was saved with.
+    strict: every kind must come from the distribution and version that the document was saved with; a Spec no longer
+    says which those were.
     unknown: "keep" takes rules of kinds that are not installed, for tools that edit a document and save it again: they
     are saved as they were written; to resolve or attach them is an error.
 
@@ -52,6 +53,8 @@ def load(
     if unknown not in ("error", "keep"):
         raise ValueError(f"unknown is 'error' or 'keep', not {unknown!r}")
     if isinstance(document, Spec):
+        if strict:
+            raise ValueError("strict compares with what a document was saved with, and a Spec does not say: load that")
         return document
     if not isinstance(document, (str, Path, dict)):
         raise TypeError(f"a spec is a path, a JSON text, a dict or a Spec, not {type(document).__name__}")

@@ -100,6 +100,10 @@ class Entry:
         """Whether it is the same class again, as when a notebook's cell is run once more or a module is reloaded."""
         return self.origin == other.origin and not self.origin.installed and _place(self.kind) == _place(other.kind)
 
+    def made(self, kind: Kind) -> bool:
+        """Whether a kind is of this very class, or of an earlier run of the cell or module that defines it."""
+        return _place(type(kind)) == _place(self.kind)
+
 
 def _place(cls: type) -> tuple[str, str]:
     return cls.__module__, cls.__qualname__

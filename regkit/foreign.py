@@ -30,6 +30,9 @@ class Foreign(Kind):
     reason: str
     """Why it is not here."""
 
+    def __hash__(self) -> int:  # what was given may be a dict
+        return hash(self.kind)
+
     def describe(self) -> str:
         return f"{self.kind} (not installed)"
 

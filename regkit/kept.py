@@ -42,11 +42,13 @@ def function_of(module: nn.Module, name: str) -> nn.Module:
 
 
 def mask_of(module: nn.Module, name: str) -> Tensor:
-    """The mask of this name. Raises AttachError where there is none."""
+    """The mask of this name. Raises AttachError where there is none, or where it is trained."""
     owner, _, own = _owner(module, None, name)
     mask = getattr(owner, own, None)
     if not isinstance(mask, Tensor):
         raise MissingError(f"the mask {name} is missing" if mask is None else f"the mask {name} is {mask!r}, no tensor")
+    if mask.requires_grad:
+        raise AttachError(f"the mask {name} would be trained, and not be of 0 and 1 any more; requires_grad_(False)")
     return mask
 
 

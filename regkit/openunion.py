@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -45,7 +46,8 @@ class OpenUnion:
                 sentence += reading.absence(error.name)
                 if reading.unknown == "keep":
                     saved = reading.saved(error.name)
-                    return Foreign.model_construct(kind=error.name, given=value, saved=saved, reason=sentence)
+                    given = _plain(value)
+                    return Foreign.model_construct(kind=error.name, given=given, saved=saved, reason=sentence)
             if isinstance(value, dict) and "kind" in value:
                 raise mistakes_at([("kind", value["kind"], sentence)]) from None
             raise mistake(sentence) from None
@@ -59,6 +61,16 @@ class OpenUnion:
         if not any(isinstance(kind, CONTRACTS[family]) for family in self.families):
             raise mistake(f"{type(kind).__name__} is not a {' or '.join(self.families)}")
         return kind
+
+
+def _plain(value: Any) -> Any:
+    """What is kept of a foreign kind: a copy, of nothing that could not be saved as it is."""
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except ValueError:
+        raise mistake("it could not be saved as it is: it holds NaN, a number too large or half a character") from None
+    return json.loads(text)
 
 
 def _dump_kind(kind: Kind) -> Any:

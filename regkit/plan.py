@@ -60,6 +60,11 @@ class Plan:
                 has = "nothing" if module is None else class_name(module)
                 if module is None or has != site.module_class:
                     raise _of_another_model(f"{site.path!r} is {has} here, {site.module_class} in the plan")
+                if not isinstance(site, WeightSite) and self.registry.adapter(module) is None:
+                    raise AttachError(
+                        f"no adapter for {has} is known here, and {binding.key} needs one: import what registers it, "
+                        "or resolve the spec anew"
+                    )
                 if isinstance(site, WeightSite):
                     _check_shape(site, module, modules.get(site.path.rpartition(".")[0]))
 
@@ -70,12 +75,14 @@ class Plan:
         return self  # frozen
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _installed, (self.bindings,)
+        # Only outputs need their adapters again, and a registry of one's own may hold what cannot be pickled.
+        needed = self.registry if any(binding.outputs for binding in self.bindings) else None
+        return _unpickled, (self.bindings, needed)
 
 
-def _installed(bindings: tuple[Binding, ...]) -> Plan:
-    """A plan that was pickled: its kinds came along, its adapters are those of what is installed here."""
-    return Plan(bindings, default())
+def _unpickled(bindings: tuple[Binding, ...], registry: Registry | None) -> Plan:
+    """A plan that was pickled: its kinds came along, and its adapters unless they are those of what is installed."""
+    return Plan(bindings, registry or default())
 
 
 def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from types import ModuleType
@@ -14,7 +17,7 @@ import pluggy
 from torch import nn
 
 from regkit import hookspecs
-from regkit.entries import CONTRACTS, Entry, Family, Origin, entry_of
+from regkit.entries import CONTRACTS, Entry, Family, Origin, canonical, entry_of
 from regkit.errors import PluginError
 from regkit.kinds import Kind
 from regkit.sites import GATE_ALIASES, Adapter
@@ -64,14 +67,20 @@ class Plugin:
 
 
 def installed() -> list[tuple[metadata.EntryPoint, Origin]]:
-    """Every entry point of group `regkit`, by distribution and name."""
-    points = metadata.entry_points(group=hookspecs.GROUP)
-    found = [(point, _origin(point)) for point in points]
-    return sorted(found, key=lambda pair: (pair[1].distribution.lower(), pair[0].name))
+    """Every entry point of group `regkit`, by distribution and name.
+
+    What an installer has left behind twice (`~egkit-0.1.dist-info`) is one.
+    """
+    once: dict[tuple[str, str, str], tuple[metadata.EntryPoint, Origin]] = {}
+    for point in metadata.entry_points(group=hookspecs.GROUP):
+        origin = _origin(point)
+        once.setdefault((canonical(origin.distribution), point.name, point.value), (point, origin))
+    return sorted(once.values(), key=lambda pair: (pair[1].distribution.lower(), pair[0].name))
 
 
 def _origin(point: metadata.EntryPoint) -> Origin:
-    if point.dist is None:  # made by hand, as in a frozen program
+    # By hand, as in a frozen program, there is no distribution; a half uninstalled one has no metadata, and so no name.
+    if point.dist is None or not point.dist.name:
         return Origin(point.value.partition(":")[0], None, point.name)
     return Origin(point.dist.name, point.dist.version, point.name)
 
@@ -80,15 +89,51 @@ def loaded(point: metadata.EntryPoint, origin: Origin) -> tuple[Plugin, Offers]:
     """Import a plugin and ask what it offers. Whatever it does wrong is its own affair: then it offers nothing."""
     offers = Offers(origin)
     try:
-        try:
-            plugin = point.load()
-        except (Exception, SystemExit) as error:  # an import runs a stranger's code: anything can come out
-            raise PluginError(f"plugin {point.name!r} of {origin} does not import: {error!r}") from error
-        ask(plugin, offers)
+        with _asked():
+            ask(_imported(point, origin), offers)
     except PluginError as error:
         report = "".join(traceback.format_exception(error))
         return record(point.value, offers, reason=str(error), report=report), Offers(origin)
     return record(point.value, offers), offers
+
+
+def _imported(point: metadata.EntryPoint, origin: Origin) -> Any:
+    try:
+        plugin = point.load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an import runs a stranger's code: anything can come out
+        raise PluginError(f"plugin {point.name!r} of {origin} does not import: {_said(error)}") from error
+    if getattr(getattr(sys.modules.get(point.module), "__spec__", None), "_initializing", False):
+        raise PluginError(
+            f"plugin {point.name!r} of {origin} is half imported: {point.module} needs regkit's kinds while it is "
+            "imported, and regkit needs what it offers; read documents and register kinds inside functions"
+        )
+    return plugin
+
+
+_asking: Final = threading.local()
+
+
+@contextmanager
+def _asked() -> Iterator[None]:
+    before, _asking.now = being_asked(), True
+    try:
+        yield
+    finally:
+        _asking.now = before
+
+
+def being_asked() -> bool:
+    """Whether this thread is in the code of an installed plugin, to import it or to ask what it offers."""
+    return getattr(_asking, "now", False)
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return repr(error)
+    except Exception:  # its own repr fails, too
+        return type(error).__name__
 
 
 def record(place: str, offers: Offers, *, reason: str = "", report: str = "") -> Plugin:
@@ -125,6 +170,21 @@ def ask(plugin: object, offers: Offers, specs: ModuleType = hookspecs) -> None:
 
     Raises PluginError for what cannot be used; `offers` then holds what came before it.
     """
+    try:
+        _ask(plugin, offers, specs)
+    except (PluginError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a stranger's class answers questions in its own way
+        raise PluginError(f"plugin {offers.origin}: {_said(error)}") from error
+    names = [entry.name for entry in offers.kinds]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise PluginError(f"plugin {offers.origin} offers the kind {twice[0]!r} twice")
+    for index, (known, _) in enumerate(offers.adapters):
+        if any(same(known, other) for other, _ in offers.adapters[:index]):
+            raise PluginError(f"plugin {offers.origin} offers an adapter for {name_of(known)} twice")
+
+
+def _ask(plugin: object, offers: Offers, specs: ModuleType) -> None:
     origin = offers.origin
     if isinstance(plugin, type) and issubclass(plugin, Kind):
         fitting: list[Family] = [name for name, contract in CONTRACTS.items() if issubclass(plugin, contract)]
@@ -173,8 +233,10 @@ def _call(manager: pluggy.PluginManager, hook: str, origin: Origin) -> Iterator[
         if len(results) < sum(not (one.hookwrapper or one.wrapper) for one in caller.get_hookimpls()):
             raise TypeError("it returned None, not a list")  # pluggy leaves that out
         offers = [offer for result in results for offer in result]
-    except Exception as error:  # whatever a stranger's code raises, its user must learn whose it was
-        raise PluginError(f"plugin {origin}: {hook} failed: {error!r}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a stranger's code raises, its user must learn whose it was
+        raise PluginError(f"plugin {origin}: {hook} failed: {_said(error)}") from error
     yield from offers
 
 

@@ -13,7 +13,20 @@ from torch import nn
 from regkit.entries import CONTRACTS, Entry, Family, Origin, canonical
 from regkit.errors import PluginError, PluginWarning, unknown
 from regkit.kinds import Kind
-from regkit.plugins import Known, Offers, Plugin, ask, clashes, installed, loaded, name_of, place_of, record, same
+from regkit.plugins import (
+    Known,
+    Offers,
+    Plugin,
+    ask,
+    being_asked,
+    clashes,
+    installed,
+    loaded,
+    name_of,
+    place_of,
+    record,
+    same,
+)
 from regkit.policy import Policy
 from regkit.sites import OUTPUT_ROLES, WEIGHT_ROLES, Adapter
 
@@ -51,6 +64,7 @@ class Registry:
             self.register(plugin)
 
     def _discover(self, policy: Policy) -> None:
+        _refuse_to_wait_for_oneself()
         everything = installed()
         policy.check(origin for _, origin in everything)
         verdicts = {origin: policy.verdict(origin) for _, origin in everything}
@@ -101,28 +115,27 @@ class Registry:
 
     def _take(self, offers: Offers) -> None:
         self._kinds.update((entry.name, entry) for entry in offers.kinds)
+        for known, _ in offers.adapters:  # a class that was known by its name before, say, or the other way round
+            self._adapters = {one: held for one, held in self._adapters.items() if not same(one, known)}
         self._adapters.update((known, (adapter, offers.origin)) for known, adapter in offers.adapters)
 
     def _clashes(self, offers: Offers) -> Iterator[str]:
-        """What of the offers is there already, or twice among them."""
-        mine: dict[str, Entry] = {}
+        """What of the offers is there already."""
         for entry in offers.kinds:
-            if entry.name in mine:
-                yield f"plugin {entry.origin} offers the kind {entry.name!r} twice"
-            mine[entry.name] = entry
             other = self._kinds.get(entry.name)
             if other is not None and not entry.redefines(other):
                 yield (
-                    f"two plugins offer the kind {entry.name!r}: {other.origin} ({other.kind.__module__}) and "
-                    f"{entry.origin} ({entry.kind.__module__})"
+                    f"two plugins offer the kind {entry.name!r}: {_whose(other.origin, other.kind)} and "
+                    f"{_whose(entry.origin, entry.kind)}"
                 )
-        for index, (known, adapter) in enumerate(offers.adapters):
-            if any(same(known, other) for other, _ in offers.adapters[:index]):
-                yield f"plugin {offers.origin} offers an adapter for {name_of(known)} twice"
+        for known, adapter in offers.adapters:
             for taken, (there, origin) in self._adapters.items():
                 again = origin == offers.origin and not origin.installed and place_of(there) == place_of(adapter)
                 if same(known, taken) and not again:
-                    yield f"two plugins offer an adapter for {name_of(known)}: {origin} and {offers.origin}"
+                    yield (
+                        f"two plugins offer an adapter for {name_of(known)}: {_whose(origin, there)} and "
+                        f"{_whose(offers.origin, adapter)}"
+                    )
 
     @property
     def plugins(self) -> tuple[Plugin, ...]:
@@ -221,6 +234,11 @@ class Registry:
         return (default, ()) if self is _default else (_restored, (self._plugins, self._kinds, self._adapters))
 
 
+def _whose(origin: Origin, offer: object) -> str:
+    """Where an offer comes from, to tell it from another of its name: `nuclear 1.0 (its entry point, its class)`."""
+    return f"{origin} ({', '.join(filter(None, (origin.point, place_of(offer))))})"
+
+
 def _restored(*tables: Any) -> Registry:
     """A registry that was pickled with what was in it."""
     registry = Registry(entry_points=False)
@@ -228,13 +246,25 @@ def _restored(*tables: Any) -> Registry:
     return registry
 
 
+def _refuse_to_wait_for_oneself() -> None:
+    if being_asked():
+        raise PluginError(
+            "regkit's kinds were needed while plugins are loaded: leave @regkit.register off what an entry point "
+            "offers, and read documents inside functions"
+        )
+
+
 _default: Registry | None = None
 _making: Final = threading.Lock()
 
 
 def default() -> Registry:
-    """The registry of everything installed, made when it is first needed."""
+    """The registry of everything installed, made when it is first needed.
+
+    Raises PluginError where a plugin needs it while it is itself asked what it offers: it would wait for itself.
+    """
     global _default
+    _refuse_to_wait_for_oneself()
     with _making:
         if _default is None:
             _default = Registry()

@@ -199,6 +199,9 @@ class Spec(Frozen):
             raise mistake(f"two rules have the name {', '.join(map(repr, twice))}")
         return self
 
+    def __hash__(self) -> int:  # provenance, which is empty by then, is a dict
+        return hash(self.rules)
+
     def keyed_rules(self) -> dict[str, Rule]:
         """The rules by their names, or by rules/3 where they have none."""
         return {rule.name or f"rules/{index}": rule for index, rule in enumerate(self.rules)}
@@ -225,7 +228,8 @@ class Spec(Frozen):
 
     def save(self, path: str | Path, registry: Registry | None = None) -> None:
         """Write the canonical text to a file."""
-        Path(path).write_text(self.to_json(registry), encoding="utf-8")
+        written = self.to_json(registry).encode()  # first: what cannot be written must not empty the file
+        Path(path).write_bytes(written)
 
 
 def _provenance(spec: Spec, registry: Registry) -> Mapping[str, Mapping[str, str | None]]:
@@ -247,4 +251,10 @@ def _entry(kind: Kind, registry: Registry) -> Entry:
     if entry is None:
         sentence = f"the kind {kind.kind!r} is not in the registry: what is saved with it could not be loaded again"
         raise PluginError(sentence + registry.absence(kind.kind))
+    if not entry.made(kind):
+        mine, theirs = type(kind), entry.kind
+        raise PluginError(
+            f"{mine.__module__}.{mine.__qualname__} has the name {kind.kind!r} of another kind, "
+            f"{theirs.__module__}.{theirs.__qualname__} of {entry.origin}, as which it would be loaded again"
+        )
     return entry

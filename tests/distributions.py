@@ -9,6 +9,8 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+import pytest
+
 _BUILD = "import sys, hatchling.build as backend; print(backend.build_wheel(sys.argv[1]))"
 
 
@@ -29,6 +31,7 @@ def run(python: Path | str, *arguments: object, cwd: Path, **environment: str) -
 
 def wheel(source: Path, folder: Path) -> Path:
     """The wheel of a source tree, built by its own backend into a folder."""
+    pytest.importorskip("hatchling")
     folder.mkdir(exist_ok=True)
     return folder / run(sys.executable, "-c", _BUILD, folder, cwd=source).splitlines()[-1]
 
@@ -55,6 +58,7 @@ def environment(folder: Path) -> Path:
 
 def install(python: Path, *sources: Path) -> None:
     """What a user does, without the index."""
+    pytest.importorskip("hatchling")
     flags = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
     run(python, "-m", "pip", "install", *flags, *sources, cwd=python.parent)
 

@@ -79,6 +79,16 @@ WRONG = {
     "columns out of range": (weight("w", columns=(3, 6)), "reads w columns (3, 6), which (6, 5) has not"),
     "one column out of range": (weight("w", columns=5), "reads w columns 5, which (6, 5) has not"),
     "columns of a vector": (weight("b", columns=(0, 2)), "reads b columns (0, 2), which (6,) has not"),
+    "columns from the end": (weight("w", columns=(-2, 0)), "reads w columns (-2, 0), which (6, 5) has not"),
+    "one column from the end": (weight("w", columns=-1), "reads w columns -1, which (6, 5) has not"),
+    "columns in a list": (weight("w", columns=[0, 3]), "gives the weight 'w' the columns [0, 3]: input should be a"),
+    "gates in a list": (weight("w", gates=["write"]), "gives the weight 'w' the gates ['write']: input should be a"),
+    "a gate twice": (weight("w", gates=("write", "write")), "gives the weight 'w' a gate twice: write"),
+    "no role": (weight("w", role=None), "gives the weight 'w' the role None: input should be a valid string"),
+    "a layer by name": (weight("w", layer="first"), "gives the weight 'w' the layer 'first': input should be a valid"),
+    "turned or not": (weight("w", transposed="no"), "gives the weight 'w' the transposed 'no': input should be"),
+    "a mask that is no name": (weight("w", mask=3), "gives the weight 'w' the mask 3: input should be a valid string"),
+    "a function that is no name": (weight("w", through=nn.Tanh()), "gives the weight 'w' the through Tanh(): input"),
     "a turned vector": (weight("b", transposed=True), "reads b transposed, which (6,) has not"),
     "columns the wrong way": (weight("w", columns=(3, 1)), "reads w columns (3, 1), which (6, 5) has not"),
     "an unknown role": (
@@ -125,6 +135,12 @@ def test_an_output_of_a_role_that_no_target_can_name_is_the_adapters_fault():
     with pytest.raises(
         regkit.PluginError, match=WHOSE + "gives an output the unknown role 'ouput'; did you mean 'outp"
     ):
+        resolve(registry, {"penalty": "activity_l2(1)"})
+
+
+def test_an_output_of_another_type_is_the_adapters_fault():
+    registry = registry_of(lambda module: [weight("w")], lambda module: [Output("output", layers=[0])])
+    with pytest.raises(regkit.PluginError, match=WHOSE + r"gives an output the layers \[0\]: input should be a valid"):
         resolve(registry, {"penalty": "activity_l2(1)"})
 
 

@@ -1,5 +1,6 @@
 """Plugins of installed distributions: found by their entry points, imported when asked for, named when they clash."""
 
+import ast
 import importlib.metadata
 import inspect
 import pkgutil
@@ -156,6 +157,17 @@ def test_no_plugin_is_imported_before_a_kind_is_asked_for():
     assert {"torch", "pydantic", "regkit.attaching"} <= found
     assert not any(name.startswith("regkit_standard") for name in found)
     assert "regkit_standard.norms" in modules_after("import regkit; regkit.load({'rules': [{'penalty': 'l2(1)'}]})")
+
+
+def test_what_is_public_is_said_three_times_and_alike():
+    """For `import *`, for whoever asks at run time, and for type checkers."""
+    tree = ast.parse(inspect.getsource(regkit))
+    (seen,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    typed = {alias.name: one.module for one in seen.body for alias in one.names}
+    assert typed == {name: f"regkit.{room}" for room, names in regkit._ROOMS.items() for name in names}
+    assert sorted(typed) == regkit.__all__
+    rooms = {name for _, name, _ in pkgutil.iter_modules(regkit.__path__)}
+    assert rooms.isdisjoint(regkit.__all__)  # or a room that is imported later would take the name
 
 
 def test_every_public_name_is_found_and_no_other():

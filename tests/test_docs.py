@@ -186,6 +186,7 @@ def labels_in_tests() -> set[str]:
     return set(ast.literal_eval(line))
 
 
+@pytest.mark.slow
 def test_what_regkit_works_with_is_what_tests_prove():
     table = re.search(r"^\| with \| what holds \|\n\|[ |-]+\n((?:\|.*\n)+)", README, re.MULTILINE)
     assert table

@@ -183,6 +183,21 @@ def test_a_class_may_be_known_by_its_name_without_being_imported():
         registry.register(Reader)
 
 
+def test_an_adapter_that_knows_its_class_in_another_way_than_before_replaces_itself():
+    registry = Registry()
+    for modules in ((Cell,), (f"{__name__}:Cell",), (Cell,)):
+        again = type("Again", (Reader,), {"modules": modules, "__module__": __name__})
+        registry.register(again)
+        assert type(registry.adapter(Cell())) is again
+
+
+def test_two_adapters_of_one_file_are_told_by_their_names():
+    registry = Registry([Reader])
+    other = type("Other", (Reader,), {"__module__": __name__})
+    with pytest.raises(PluginError, match=rf"for Cell: .*{__name__}:Reader\) and .*{__name__}:Other\)"):
+        registry.register(other)
+
+
 @pytest.mark.parametrize("modules", [("Cell",), ("a.b.Cell",), ("a:",), (3,), (Tensor,), "a:B", ()])
 def test_what_names_no_class_is_refused(modules):
     class Wrong(Reader):

@@ -100,4 +100,4 @@ def test_what_cannot_be_understood_is_refused(monkeypatch):
 @pytest.mark.parametrize("key", ["plugins", "allow", "block", "registry"])
 def test_a_document_has_no_say_in_it(key):
     with pytest.raises(regkit.SpecError, match=f"unknown key '{key}'"):
-        regkit.load({key: ["regkit-one"], "rules": [{"penalty": "l2(1)"}]})
+        regkit.load({key: ["regkit-one"], "rules": [{"penalty": "l2(1)"}]}, registry=Registry())

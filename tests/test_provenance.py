@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+from typing import Literal
 
 import pytest
 from installing import PLUGIN
@@ -164,3 +165,48 @@ def test_a_kept_document_is_usable_once_its_plugin_is_there(install):
     install("regkit-low-rank", "1.2", "low_rank", NUCLEAR)
     registry = Registry()
     assert regkit.load(text, registry=registry) == regkit.load(RULES, registry=registry)
+
+
+def test_strict_needs_the_document_and_not_a_spec_that_has_forgotten_where_it_is_from():
+    with pytest.raises(ValueError, match="a Spec does not say"):
+        regkit.load(regkit.load({"rules": [{"penalty": "l2(1)"}]}), strict=True)
+
+
+def test_what_could_not_be_saved_untouched_is_not_kept():
+    for rank in ("NaN", "1e999", r'"\ud800"'):
+        text = f'{{"rules": [{{"penalty": {{"kind": "nuclear", "rank": [{rank}]}}}}]}}'
+        with pytest.raises(SpecError, match="could not be saved as it is"):
+            regkit.load(text, unknown="keep")
+
+
+def test_what_is_kept_is_a_copy_and_can_be_hashed():
+    document = {"rules": [{"penalty": {"kind": "nuclear", "rank": [3]}}]}
+    spec, again = (regkit.load(document, unknown="keep") for _ in range(2))
+    assert len({spec, again, regkit.load(RULES, unknown="keep")}) == 2
+    document["rules"][0]["penalty"]["rank"].append(4)
+    assert json.loads(spec.to_json())["rules"][0]["penalty"]["rank"] == [3]
+
+
+def test_a_file_is_left_as_it_was_where_a_spec_cannot_be_written(tmp_path):
+    there = tmp_path / "spec.json"
+    there.write_text("mine")
+    lost = {"nuclear": {"distribution": "\ud800", "version": None}}
+    spec = regkit.load({"rules": [{"penalty": "nuclear(1)"}], "provenance": lost}, unknown="keep")
+    with pytest.raises(UnicodeEncodeError):
+        spec.save(there)
+    assert there.read_text() == "mine"
+
+
+class Namesake(regkit.Penalty):
+    """Another L2, which is not registered."""
+
+    kind: Literal["l2"] = "l2"
+
+    def value(self, w):
+        return w.sum()
+
+
+def test_a_namesake_of_a_kind_is_not_saved_as_that_kind():
+    spec = regkit.Spec(rules=[regkit.Rule(penalty=Namesake(strength=1))])
+    with pytest.raises(regkit.PluginError, match=r"Namesake has the name 'l2' of another kind, regkit_standard\..*L2"):
+        spec.to_json()

@@ -140,6 +140,15 @@ def test_templates_are_in_the_wheel(tmp_path):
     assert templates <= names
 
 
+@pytest.mark.slow
+def test_the_wheel_has_what_ci_asks_of_it(tmp_path):
+    site = tmp_path / "site-packages"
+    unpack(ROOT, site)
+    (built,) = (tmp_path / "site-packages-wheels").glob("*.whl")
+    check = (ROOT / ".ci/check_wheel.py", built, ROOT / "pyproject.toml")
+    assert "7 plugins" in run(sys.executable, *check, cwd=tmp_path, PYTHONPATH=str(site))
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -174,7 +183,9 @@ def test_a_bad_name_is_refused(name, tmp_path):
         ("regkit-l2", "penalty", r"kind 'l2', which regkit \S+ offers as a penalty"),
         ("regkit-max-norm", "schedule", r"kind 'max_norm', which regkit \S+ offers as a constraint"),
         ("regkit-rule", "penalty", "kind 'rule', which no kind may be called"),
-        ("regkit-2d", "penalty", "kind '2d', which no kind may be called"),
+        ("regkit-2d", "penalty", "class '2d', and none begins so"),
+        ("regkit-2d", "adapter", "class '2d', and none begins so"),
+        ("regkit-i", "penalty", "class I, which looks like a digit"),
         ("regkit-tensor", "penalty", "class Tensor, as something that it imports"),
         ("regkit-activity-penalty", "activity", "class ActivityPenalty, as something that it imports"),
         ("regkit-mine", "regularizer", "unknown family 'regularizer'"),
@@ -190,6 +201,11 @@ def test_a_name_that_is_taken_is_refused(name, family, why, tmp_path):
 def test_an_adapter_may_be_called_as_a_kind_for_it_has_none(tmp_path):
     scaffold("regkit-l2", "adapter", tmp_path / "it")
     assert "class L2Cell(nn.Module):" in (tmp_path / "it/src/regkit_l2/__init__.py").read_text()
+
+
+def test_a_kind_may_be_called_class_which_nothing_imports(tmp_path):
+    scaffold("regkit-class", "penalty", tmp_path / "it")
+    assert "class Class(Penalty):" in (tmp_path / "it/src/regkit_class/__init__.py").read_text()
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):

@@ -321,6 +321,19 @@ def test_a_rule_per_cell_takes_the_gates_of_a_turned_matrix_together():
     torch.testing.assert_close(held, wanted)
 
 
+def test_a_mask_that_would_be_trained_is_an_error_whenever_it_comes_to_be_so(batches):
+    model = make("wired")
+    model.wiring.requires_grad_(True)
+    with pytest.raises(regkit.ResolveError, match="the mask wiring would be trained"):
+        regkit.attach(model, rules("gradient", "kernel", None), registry=REGISTRY)
+    model.wiring.requires_grad_(False)
+    regkit.attach(model, rules("gradient", "kernel", None), registry=REGISTRY)
+    train(model, batches[:1])
+    model.wiring.requires_grad_(True)  # as model.requires_grad_() does to masks that are parameters
+    with pytest.raises(regkit.AttachError, match="the mask wiring would be trained"):
+        train(model, batches[1:])
+
+
 def test_what_a_mask_takes_out_is_not_filled():
     """Nor is what is pruned behind a softplus, where 0 acts as log 2."""
     floor = {"rules": [{"name": "it", "target": {"role": "kernel"}, "constraint": "unit_norm"}]}
