@@ -2,7 +2,7 @@
 
 A module's outputs come as padded tensors, packed sequences, single steps of a cell, or final states. Each is a
 `Segment`; an `Activity` is all segments that one rule sees at one place since they were last consumed, and reduces a
-function over their valid elements. Half-precision outputs are read in float32.
+function over their valid elements, or adds the gradient of that to theirs. Half-precision outputs are read in float32.
 """
 
 from __future__ import annotations
@@ -10,22 +10,32 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import groupby, pairwise
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from regkit.errors import PluginError, StepError
+from regkit.errors import StepError
+from regkit.reduction import Part, Reduction, Total, add_slopes, at_least_float32, reduced
 from regkit.validity import Mask, Validity
 
-Reduction = Literal["mean", "batch", "sum"]
+__all__ = [
+    "Activity",
+    "Packed",
+    "Pairs",
+    "Reduction",
+    "Segment",
+    "Sequenced",
+    "Stepped",
+    "at_least_float32",
+    "of_output",
+    "of_step",
+]
+
 Pairs = tuple[Tensor, Tensor, "Tensor | None"]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32 where it is narrower: sums of half-precision numbers overflow and stall."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 class Segment(ABC):
@@ -43,6 +53,18 @@ class Segment(ABC):
     @abstractmethod
     def pairs(self) -> Pairs | None:
         """h_t and h_{t-1} (..., features), and which pairs are valid; None where there are no neighbours."""
+
+    def neighbours(self) -> Sequence[Pairs]:
+        """The pairs as views of the activity, in as many pieces as that takes."""
+        pairs = self.pairs()
+        return () if pairs is None else (pairs,)
+
+    def at(self, place: Callable[[Tensor], Any]) -> Segment | None:
+        """The same segment with what `place` makes of its tensors in their place; None if its class does not say how.
+
+        Closed-form gradients need it, with views from `values` and `neighbours`: autograd does without.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -65,6 +87,9 @@ class Sequenced(Segment):
         later, earlier = self.h[1:], self.h[:-1]
         # The backward half runs against time: what it computed before h_t is h_{t+1}.
         return (earlier, later, valid) if self.backward else (later, earlier, valid)
+
+    def at(self, place: Callable[[Tensor], Any]) -> Segment:
+        return type(self)(place(self.h), self.valid, self.backward)
 
 
 @dataclass(frozen=True)
@@ -92,6 +117,21 @@ class Packed(Segment):
         earlier = self.h.index_select(0, earlier_rows.to(self.h.device, non_blocking=True))
         return (earlier, later, None) if self.backward else (later, earlier, None)
 
+    def neighbours(self) -> Sequence[Pairs]:
+        # While as many sequences go on, the rows of the step before lie equally far behind: stretches of rows.
+        found: list[Pairs] = []
+        sizes: list[int] = self.batch_sizes.tolist()
+        start = sizes[0]
+        for back, steps in groupby(pairwise(sizes), itemgetter(0)):
+            rows = sum(now for _, now in steps)
+            later, earlier = self.h.narrow(0, start, rows), self.h.narrow(0, start - back, rows)
+            found.append((earlier, later, None) if self.backward else (later, earlier, None))
+            start += rows
+        return found
+
+    def at(self, place: Callable[[Tensor], Any]) -> Segment:
+        return type(self)(place(self.h), self.batch_sizes, self.backward)
+
 
 @dataclass(frozen=True)
 class Stepped(Segment):
@@ -112,6 +152,10 @@ class Stepped(Segment):
     def pairs(self) -> Pairs | None:
         return None if self.previous is None else (self.h, self.previous, self.pair_valid)
 
+    def at(self, place: Callable[[Tensor], Any]) -> Segment:
+        previous = None if self.previous is None else place(self.previous)
+        return type(self)(place(self.h), previous, self.valid, self.pair_valid)
+
 
 @dataclass(frozen=True)
 class Activity:
@@ -123,56 +167,76 @@ class Activity:
         """The raw outputs, padding included, a tensor (..., features) each."""
         return (segment.values()[0] for segment in self.segments)
 
-    def reduce(self, f: Callable[[Tensor], Tensor], reduction: Reduction = "mean") -> Tensor:
+    def reduce(
+        self, f: Callable[[Tensor], Tensor], reduction: Reduction = "mean", total: Total | None = None
+    ) -> Tensor:
         """f(h), summed or averaged over the valid elements as `reduction` says.
 
-        f: (..., features) -> (..., features) or (..., 1). Raises PluginError where f returns another shape.
+        f: (..., features) -> (..., features) or (..., 1). total: f and its sum in one go, for speed where autograd is
+        off: total(h, scratch=...) -> (), where scratch(h) is memory of h's shape to write into; f keeps the shape, and
+        f(0) is 0. Raises PluginError where f returns another shape.
         """
-        parts = [(segment.batch, *segment.values()) for segment in self.segments]
-        return _reduced([(batch, _masked(f, valid, h), valid) for batch, h, valid in parts], reduction)
+        return reduced(self._each(), f, reduction, total)
 
-    def reduce_pairs(self, f: Callable[[Tensor, Tensor], Tensor], reduction: Reduction = "mean") -> Tensor:
+    def reduce_pairs(
+        self,
+        f: Callable[[Tensor, Tensor], Tensor],
+        reduction: Reduction = "mean",
+        total: Total | None = None,
+    ) -> Tensor:
         """Σ or mean of f(h_t, h_{t-1}) over the valid pairs of neighbours; 0 where there is none."""
-        found = [(segment.batch, segment.pairs()) for segment in self.segments]
-        parts = [(batch, pairs) for batch, pairs in found if pairs is not None]
-        if not parts:
-            return at_least_float32(next(self.values())).new_zeros(())
-        return _reduced([(b, _masked(f, valid, h, prev), valid) for b, (h, prev, valid) in parts], reduction)
+        parts = self._neighbours()
+        return reduced(parts, f, reduction, total) if parts else at_least_float32(next(self.values())).new_zeros(())
 
+    def add_slopes(
+        self,
+        gradients: Activity,
+        slope: Callable[[Tensor], Tensor],
+        amount: Tensor,
+        reduction: Reduction = "mean",
+        *,
+        times: float = 1.0,
+        per_row: bool = False,
+    ) -> None:
+        """gradients += amount · times · d reduce(f, reduction) / d h, in place, where slope(h) is the derivative of f.
 
-def _masked(f: Callable[..., Tensor], valid: Tensor | None, *tensors: Tensor) -> Tensor:
-    wide = [at_least_float32(x) for x in tensors]
-    if valid is None:
-        return _kept(f(*wide), wide[0])
-    # Both sides of f are masked: the outside drops f(0) from the sum, the inside keeps a NaN in the padding from
-    # reaching the gradient, where 0 · NaN would be NaN.
-    inside = [torch.where(valid, x, 0.0) for x in wide]
-    return torch.where(valid, _kept(f(*inside), wide[0]), 0.0)
+        gradients: as `ActivityPenalty.add_gradients` is given them. slope: (..., features) -> (..., features).
+        per_row: whether f returns (..., 1). Raises PluginError where slope returns another shape.
+        """
+        add_slopes(self._each(gradients), slope, amount, reduction, times, per_row)
 
+    def add_pair_slopes(
+        self,
+        gradients: Activity,
+        slope: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]],
+        amount: Tensor,
+        reduction: Reduction = "mean",
+        *,
+        times: float = 1.0,
+        per_row: bool = False,
+    ) -> None:
+        """The same of `reduce_pairs`. slope(h_t, h_{t-1}) is the derivative by each of the two, or by h_t alone where
+        f is a function of h_t − h_{t-1}.
+        """
+        add_slopes(self._neighbours(gradients), slope, amount, reduction, times, per_row)
 
-def _kept(values: Tensor, h: Tensor) -> Tensor:
-    """The values of f, if it kept h's shape up to the features: else a mask would be broadcast over the wrong axis."""
-    if values.shape[:-1] != h.shape[:-1] or values.size(-1) not in (1, h.size(-1)):
-        raise PluginError(f"reduce() was given a function of {tuple(h.shape)} that returns {tuple(values.shape)}")
-    return values
+    def _each(self, gradients: Activity | None = None) -> list[Part]:
+        """What `reduce` reduces over, with the gradients of it."""
+        found = [Part(segment.batch, (h,), valid) for segment in self.segments for h, valid in (segment.values(),)]
+        if gradients is None:
+            return found
+        return [part._replace(gradients=(g,)) for part, g in zip(found, gradients.values(), strict=True)]
 
-
-def _reduced(parts: list[tuple[int, Tensor, Tensor | None]], reduction: Reduction) -> Tensor:
-    if reduction == "sum":
-        return _total([values.sum() for _, values, _ in parts])
-    if reduction == "batch":
-        return _total([values.sum() / max(batch, 1) for batch, values, _ in parts])
-    total = _total([values.sum() for _, values, _ in parts])
-    count = sum(_count(values, valid) for _, values, valid in parts)
-    return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
-
-
-def _total(terms: list[Tensor]) -> Tensor:
-    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
-
-
-def _count(values: Tensor, valid: Tensor | None) -> int | Tensor:
-    return values.numel() if valid is None else valid.sum() * values.size(-1)
+    def _neighbours(self, gradients: Activity | None = None) -> list[Part]:
+        """What `reduce_pairs` reduces over, with the gradients of it."""
+        # Autograd takes them in one piece: its graph grows with the pieces.
+        whole = gradients is None and torch.is_grad_enabled()
+        pairs = ((one.batch, Segment.neighbours(one) if whole else one.neighbours()) for one in self.segments)
+        found = [Part(batch, (later, earlier), valid) for batch, own in pairs for later, earlier, valid in own]
+        if gradients is None:
+            return found
+        live = (pair[:2] for segment in gradients.segments for pair in segment.neighbours())
+        return [part._replace(gradients=pair) for part, pair in zip(found, live, strict=True)]
 
 
 def of_output(
@@ -190,7 +254,7 @@ def of_output(
     if isinstance(h, PackedSequence) and isinstance(valid, Mask):
         raise StepError("mask() was given for a packed sequence, which knows what is data; leave the mask out")
     data = h.data if isinstance(h, PackedSequence) else h
-    halves = zip(directions, data.chunk(len(directions), dim=-1), strict=True)
+    halves = zip(directions, data.chunk(len(directions), dim=-1) if len(directions) > 1 else (data,), strict=True)
     kept = [(name == "backward", half) for name, half in halves if name in wanted]
     if isinstance(h, PackedSequence):
         return [Packed(half, h.batch_sizes, backward) for backward, half in kept]

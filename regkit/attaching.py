@@ -90,7 +90,7 @@ def _hook_numbers(model: nn.Module) -> Iterator[int]:
     """The numbers of all hooks on a model: it may have come with them from another process."""
     for module in model.modules():
         for name, held in vars(module).items():
-            if name.endswith("_hooks") and isinstance(held, dict):
+            if isinstance(held, dict) and held and name.endswith("_hooks"):
                 yield from (number for number in held if isinstance(number, int))
 
 
@@ -99,7 +99,7 @@ def _refuse_twice(attachment: Attachment) -> None:
     # A copy, for a model may be collected meanwhile. One whose modules have moved is an error at its own next step.
     others = [other for siblings in list(_attached.values()) for other in siblings if other._engine.moved() is None]
     live = {place: rule for other in others for place, _, rule in other._rules.acts()}
-    for place, name, rule in attachment._rules.acts():
+    for place, name, rule in attachment._rules.acts() if live else ():
         if place in live:
             raise AttachError(
                 f"rule {rule!r} acts on {name}, where rule {live[place]!r} of another attachment acts already: it "

@@ -61,11 +61,12 @@ class Attachment:
     @torch.no_grad()
     def _prove(self) -> None:
         self._engine.prove()
-        for rule in self._rules.on_weights:
+        for rule in self._rules.to_prove:
             try:
                 named(rule, rule.prove)
             except StepError as error:
                 raise PluginError(str(error)) from error.__cause__
+        self._rules.census.release()  # until the first step: parameters may be sharded or replaced before it
 
     def _install(self, model: nn.Module, attach_copy: Attach) -> None:
         self._companion = Companion(model, self.plan, lambda: self.step_count, attach_copy)
@@ -101,7 +102,8 @@ class Attachment:
     def _remove(self) -> None:
         self._unhook()
         self._engine.release()
-        for rule in self._rules.on_weights:
+        self._steps.release()
+        for rule in (*self._rules.on_weights, *self._rules.by_gradient):
             rule.release()
         self._live = False
 
@@ -247,6 +249,7 @@ class Attachment:
         An activity rule gives what is in store, or else what `penalty()` last took; NaN before there was any. Frozen
         weights are not counted: nothing optimizes them.
         """
+        self._rules.census.look()
         values: dict[str, Tensor | None] = {
             rule.binding.key: named(rule, rule.value, self.step_count) for rule in self._rules.penalties
         }
@@ -262,6 +265,7 @@ class Attachment:
     @torch.no_grad()
     def violations(self) -> dict[str, Tensor]:
         """For each constraint rule, how far its worst weight is outside, in the unit of its bound.  -> () each."""
+        self._rules.census.look()
         zero = torch.zeros((), device=self._device())
         return {
             rule.binding.key: named(rule, rule.violation, self.step_count) if rule.blocks else zero
@@ -275,6 +279,7 @@ class Attachment:
         model = self._model()
         if model is not None:
             reshard(model)
+        self._rules.census.look()
         for rule in self._rules.constraints:
             named(rule, rule.project_all, self.step_count)
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regkit.blocks import Block
+from regkit.buckets import buckets, room
 from regkit.kinds import Constraint, Penalty
 from regkit.storage import Plain, Storage, grad_of
-
-Acts = Callable[[nn.Parameter], bool]
-"""Whether something is to be done to a parameter."""
 
 
 @dataclass(eq=False)
@@ -30,31 +30,61 @@ class Batch:
         first, *others = self.blocks
         return f"{first.name} and {len(others)} more" if others else first.name
 
+    @cached_property
+    def ids(self) -> frozenset[int]:
+        """The ids of the parameters."""
+        return frozenset(map(id, self.parameters))
+
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether each block is a whole parameter as it is kept: then no view is needed."""
+        return all(block.as_kept for block in self.blocks)
+
     def holds(self) -> bool:
         """Whether they are of one device and dtype still: `model.to()` leaves a parameter the object that it is."""
-        dtype, device = self.parameters[0].dtype, self.parameters[0].get_device()
-        return all(one.dtype is dtype and one.get_device() == device for one in self.parameters)
+        first, n = self.parameters[0], len(self.parameters)
+        same = [one.dtype for one in self.parameters].count(first.dtype) == n
+        return same and [one.get_device() for one in self.parameters].count(first.get_device()) == n
 
-    def where(self, acts: Acts) -> Batch:
-        """Those blocks of it whose parameter something is to be done to."""
-        return self._these([acts(one) for one in self.parameters])
+    def of(self, ids: frozenset[int]) -> Batch:
+        """Those blocks of it whose parameters have these ids."""
+        return self if self.ids <= ids else self._these([id(one) in ids for one in self.parameters])
 
     def among(self, blocks: set[Block]) -> Batch:
         """Those of it that are among these."""
-        return self._these([one in blocks for one in self.blocks])
+        taken = [one in blocks for one in self.blocks]
+        return self if all(taken) else self._these(taken)
 
     def _these(self, taken: list[bool]) -> Batch:
-        if all(taken):
-            return self
         return Batch(list(compress(self.blocks, taken)), list(compress(self.parameters, taken)))
 
     def weights(self) -> list[Tensor]:
         """Live views of the weights."""
+        if self._whole:
+            return [*self.parameters]
         return [block.view(one) for block, one in zip(self.blocks, self.parameters, strict=True)]
 
     def gradients(self) -> list[Tensor]:
         """Live views of their gradients, which must be there."""
+        if self._whole:
+            found: list[Any] = [one.grad for one in self.parameters]
+            return found
         return [block.view(grad_of(one)) for block, one in zip(self.blocks, self.parameters, strict=True)]
+
+    def add_gradients(self, penalty: Penalty, amount: float) -> None:
+        """grad += amount · ∇Ω(w)."""
+        penalty.add_gradients(self.weights(), self.gradients(), amount)
+
+    def add_scaled(self, penalty: Penalty, amount: float, scale: Tensor) -> None:
+        """grad += scale · amount · ∇Ω(w).  scale: () or (1,), not to be waited for."""
+        scale = scale.to(self.parameters[0].device).reshape(())
+        weights, gradients = self.weights(), self.gradients()
+        together, large = buckets(weights, room(weights[0]))
+        for bucket in (*together, *([one] for one in large)):
+            slopes = [torch.zeros_like(weights[index]) for index in bucket]
+            penalty.add_gradients([weights[index] for index in bucket], list(slopes), amount)
+            torch._foreach_mul_(slopes, scale)
+            torch._foreach_add_([gradients[index] for index in bucket], slopes)
 
 
 def batched(live: Iterable[tuple[Block, Sequence[Storage]]]) -> list[Batch]:

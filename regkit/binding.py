@@ -8,6 +8,7 @@ from typing import Final
 
 from regkit.errors import StepError
 from regkit.kinds import ActivityPenalty, Constraint, Penalty, Schedule, Via
+from regkit.modes import capturing
 from regkit.sites import OutputSite, Site, WeightSite
 
 
@@ -31,9 +32,13 @@ class Binding:
         return (*self.weights, *self.outputs)
 
     def factor(self, index: int) -> float:
-        """The schedule's factor at a step. Raises StepError where a schedule gives no finite number ≥ 0."""
+        """The schedule's factor at a step.
+
+        Raises StepError where a schedule gives no finite number ≥ 0, or where a CUDA graph would keep this one.
+        """
         if self.schedule is None:
             return 1.0
+        self.refuse_capture(index)
         try:
             factor = self.schedule.factor(index)
         except Exception as error:  # a schedule is a stranger's code: anything can come out
@@ -44,6 +49,21 @@ class Binding:
         if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
             raise StepError(f"rule {self.key!r}: {self.schedule.describe()} gives {factor!r} at step {index}")
         return factor
+
+    @property
+    def counts(self) -> bool:
+        """Whether what it does depends on the step."""
+        return self.schedule is not None or self.every > 1
+
+    def refuse_capture(self, index: int) -> None:
+        """Raise StepError where a CUDA graph is captured, if it counts steps: the graph would do the same for ever."""
+        if self.counts and capturing():
+            counts = f"every {self.every} steps" if self.schedule is None else self.schedule.describe()
+            raise StepError(
+                f"rule {self.key!r} counts steps ({counts}), and a CUDA graph is being captured: each replay would do "
+                f"what is done at step {index}, for no Python runs in it. Keep what the rule acts in out of the graph "
+                "(for a rule on weights optimizer.step(), else the loss), or the count out of the rule"
+            )
 
     @property
     def reach(self) -> str:

@@ -29,8 +29,7 @@ class Block:
         self._whole = site.gate is None
         self._turned = site.transposed or site.columns is not None
         self._dotted = any("." in name for name in site.parameters)
-        as_kept = self._whole and not self._turned and layout != "cell"
-        self._as_kept = site.shape if as_kept else None  # of what is a view of itself
+        self.as_kept = self._whole and not self._turned and layout != "cell"  # and so needs no view
         self._kept: list[Storage] = []
         self._plain: list[tuple[str, nn.Parameter]] = []
 
@@ -76,6 +75,12 @@ class Block:
         self._kept, self._plain = found, list(zip(self.site.parameters, leaves, strict=True)) if plain else []
         return found
 
+    @property
+    def steady(self) -> bool:
+        """Whether it is kept where it was for as long as its module has the parameters that it had."""
+        own = self.module._parameters
+        return bool(self._plain) and all(own.get(name) is leaf for name, leaf in self._plain)
+
     def release(self) -> None:
         """Hold no parameter any more."""
         self._kept, self._plain = [], []
@@ -91,9 +96,9 @@ class Block:
 
     def view(self, tensor: Tensor) -> Tensor:
         """A view of the block in a whole weight or its gradient, in the layout that the kind asked for."""
-        if tensor.shape == self._as_kept:
-            return tensor
         site = self.site
+        if self.as_kept and tensor.shape == site.shape:
+            return tensor
         if self._turned:
             tensor = self._turn(tensor)
         if tensor.dim() != len(site.shape) or tensor.size(0) < site.start + site.rows:

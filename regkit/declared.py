@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Final, TypeVar, get_type_hints
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from types import GenericAlias
+from typing import Any, Final, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -14,6 +16,7 @@ from regkit.kept import MissingError, function_of, mask_of, storage_of
 from regkit.modules import Recurrent
 from regkit.shards import sharded
 from regkit.sites import OUTPUT_ROLES, WEIGHT_ROLES, Output, Weight, turned
+from regkit.storage import Storage
 
 T = TypeVar("T", Weight, Output)
 
@@ -60,40 +63,89 @@ def _given(recurrent: Recurrent, method: str, contract: type[T]) -> list[T]:
     return [one for one in found if isinstance(one, contract)]
 
 
-def _types(contract: type[Weight] | type[Output]) -> dict[str, TypeAdapter[object]]:
-    """What each field may hold; a number is no word here, and a list no tuple."""
-    strict = ConfigDict(strict=True)
-    return {name: TypeAdapter(hint, config=strict) for name, hint in get_type_hints(contract).items()}
+class _Fields:
+    """The fields of a contract, and what each may hold: a number is no word here, and a list no tuple."""
+
+    def __init__(self, contract: type[Weight] | type[Output]) -> None:
+        hints = get_type_hints(contract)
+        self.names = tuple(hints)
+        self.values: Callable[[object], tuple[object, ...]] = attrgetter(*hints)
+        together: Any = GenericAlias(tuple, tuple(hints.values()))  # they are looked at in one call
+        self.types: TypeAdapter[object] = TypeAdapter(together, config=ConfigDict(strict=True))
 
 
-_WEIGHT: Final = _types(Weight)
-_OUTPUT: Final = _types(Output)
+_WEIGHT: Final = _Fields(Weight)
+_OUTPUT: Final = _Fields(Output)
 
 
 def _refuse_types(recurrent: Recurrent, what: str, given: Weight | Output) -> None:
-    for name, expected in (_WEIGHT if isinstance(given, Weight) else _OUTPUT).items():
-        value = getattr(given, name)
-        try:
-            expected.validate_python(value)
-        except ValidationError as error:
-            why = error.errors()[0]["msg"]
-            raise broken(recurrent, f"gives {what} the {name} {value!r}: {why[0].lower()}{why[1:]}") from None
+    fields = _WEIGHT if isinstance(given, Weight) else _OUTPUT
+    values = fields.values(given)
+    try:
+        fields.types.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        index, why = int(first["loc"][0]), first["msg"]
+        wrong = f"the {fields.names[index]} {values[index]!r}: {why[0].lower()}{why[1:]}"
+        raise broken(recurrent, f"gives {what} {wrong}") from None
 
 
 def _refuse_role(recurrent: Recurrent, what: str, role: str) -> None:
-    roles = list(dict.fromkeys((*WEIGHT_ROLES, *OUTPUT_ROLES, *recurrent.adapter.roles)))
+    roles = (*WEIGHT_ROLES, *OUTPUT_ROLES, *recurrent.adapter.roles)
     if role not in roles:
-        raise broken(recurrent, f"gives {what} the {unknown('role', role, roles)} (in its `roles`)")
+        raise broken(recurrent, f"gives {what} the {unknown('role', role, dict.fromkeys(roles))} (in its `roles`)")
 
 
-def outline(recurrent: Recurrent, weight: Weight) -> Tensor:
-    """A tensor on no device, of the shape that kinds see of a weight, and its dtype.
+class Outline(NamedTuple):
+    """What is known of a weight without its numbers.
+
+    shape: that kinds see; identity: the ids of all that it is made of, equal for one weight under several names.
+    """
+
+    shape: tuple[int, ...]
+    identity: tuple[int, ...]
+
+
+def outline(recurrent: Recurrent, weight: Weight) -> Outline:
+    """The outline of a weight.
 
     Raises AttachError where the weight cannot be followed, PluginError where it is not there, or not as it is told.
     """
-    kept = [_outline(recurrent, weight, name) for name in weight.parameters]
+    kept = [_kept(recurrent, weight, name) for name in weight.parameters]
+    shapes = [shape for _, shape in kept]
+    if weight.transposed or weight.columns is not None:
+        shapes = _turned(recurrent, weight, shapes)
+    if any(shape != shapes[0] for shape in shapes):
+        raise broken(recurrent, f"adds {' + '.join(weight.parameters)}, of shapes {listing(map(str, shapes))}")
+    rows = shapes[0][0] if shapes[0] else 0
+    if not rows or rows % (len(weight.gates) or 1):
+        into = f"which do not divide into {len(weight.gates)} gates: {listing(weight.gates)}"
+        raise broken(recurrent, f"is wrong: {weight.parameters[0]} has {rows} rows, {into}")
+    return Outline(shapes[0], tuple(one for storage, _ in kept for one in storage.identity))
+
+
+def _kept(recurrent: Recurrent, weight: Weight, name: str) -> tuple[Storage, tuple[int, ...]]:
+    """Where a parameter is kept, and its shape there."""
+    module, mask = recurrent.module, weight.mask
     try:
-        seen = [turned(one, weight.transposed, weight.columns) for one in kept]
+        storage = storage_of(module, recurrent.parent, name, weight.through, mask)
+        with torch.no_grad():
+            kept = storage.outline()
+        if weight.through is not None and any(True for _ in function_of(module, weight.through).parameters()):
+            raise broken(recurrent, f"has {name} go through {weight.through}, which has parameters of its own")
+        if mask is not None:
+            _refuse_mask(recurrent, mask, mask_of(module, mask), kept.shape)
+    except MissingError as error:
+        raise broken(recurrent, f"tells of what is not there: {error}") from None
+    if not kept.is_floating_point():
+        raise AttachError(f"{name} holds {kept.dtype}, not floating-point numbers")
+    return storage, tuple(kept.shape)
+
+
+def _turned(recurrent: Recurrent, weight: Weight, kept: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The shapes of what is kept as kinds see it: units in rows, and the columns of the weight alone."""
+    try:
+        seen = [turned(torch.empty(one, device="meta"), weight.transposed, weight.columns) for one in kept]
         if weight.columns is not None:
             columns = weight.columns
             first, stop = columns if isinstance(columns, tuple) else (columns, columns + 1)
@@ -102,42 +154,16 @@ def outline(recurrent: Recurrent, weight: Weight) -> Tensor:
     except (IndexError, RuntimeError, TypeError, ValueError):
         how = ["transposed"] * weight.transposed + [f"columns {weight.columns}"] * (weight.columns is not None)
         names = " + ".join(weight.parameters)
-        raise broken(recurrent, f"reads {names} {listing(how)}, which {_shape(kept[0])} has not") from None
-    if any(one.shape != seen[0].shape for one in seen):
-        raise broken(recurrent, f"adds {' + '.join(weight.parameters)}, of shapes {listing(map(_shape, seen))}")
-    rows = seen[0].size(0) if seen[0].dim() else 0
-    if not rows or rows % (len(weight.gates) or 1):
-        into = f"which do not divide into {len(weight.gates)} gates: {listing(weight.gates)}"
-        raise broken(recurrent, f"is wrong: {weight.parameters[0]} has {rows} rows, {into}")
-    return seen[0]
-
-
-def _outline(recurrent: Recurrent, weight: Weight, name: str) -> Tensor:
-    module, mask = recurrent.module, weight.mask
-    try:
-        with torch.no_grad():
-            kept = storage_of(module, recurrent.parent, name, weight.through, mask).outline()
-            if weight.through is not None and any(True for _ in function_of(module, weight.through).parameters()):
-                raise broken(recurrent, f"has {name} go through {weight.through}, which has parameters of its own")
-            if mask is not None:
-                _refuse_mask(recurrent, mask, mask_of(module, mask), kept.shape)
-    except MissingError as error:
-        raise broken(recurrent, f"tells of what is not there: {error}") from None
-    if not kept.is_floating_point():
-        raise AttachError(f"{name} holds {kept.dtype}, not floating-point numbers")
-    return torch.empty(kept.shape, dtype=kept.dtype, device="meta")
+        raise broken(recurrent, f"reads {names} {listing(how)}, which {kept[0]} has not") from None
+    return [tuple(one.shape) for one in seen]
 
 
 def _refuse_mask(recurrent: Recurrent, name: str, mask: Tensor, shape: Sequence[int]) -> None:
     """Raise PluginError unless the mask is of 0 and 1. On shards and on no device, nobody looks."""
     if tuple(mask.shape) != tuple(shape):
-        raise broken(recurrent, f"masks {tuple(shape)} by {name}, which is {_shape(mask)}")
+        raise broken(recurrent, f"masks {tuple(shape)} by {name}, which is {tuple(mask.shape)}")
     if not sharded(mask) and not mask.is_meta and not bool(((mask == 0) | (mask == 1)).all()):
         raise broken(recurrent, f"masks a weight by {name}, which holds more than 0 and 1")
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))
 
 
 def broken(recurrent: Recurrent, how: str) -> PluginError:

@@ -14,12 +14,14 @@ from torch.optim import Optimizer
 
 from regkit.errors import AttachError, StepError, listing
 from regkit.health import Health
-from regkit.modes import uncast
+from regkit.modes import plain
 from regkit.modules import Parameters
+from regkit.ownership import Here, Met
 from regkit.records import total
+from regkit.routine import Routine
 from regkit.rules import Rules, named
-from regkit.shards import FSDP1, distributed, flattened
-from regkit.steps import Step
+from regkit.shards import FSDP1, flattened
+from regkit.step import Step
 from regkit.watch import Watch, owned_by_any
 
 
@@ -66,8 +68,13 @@ class Engine:
         self._restricted = restricted
         self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._mark: _Mark | None = None
+        self._census = rules.census
+        self._here: Here = {}
+        self._changed: list[nn.Parameter] = []
+        self._version = self._armed = -1
         self._owned: set[int] = set()
         self._health = Health(block for rule in rules.on_weights for block in rule.blocks)
+        self._counting = [rule.binding for rule in rules.on_weights if rule.binding.counts]
         self.watch: Watch | None = None
         self._by_hand = False
 
@@ -79,12 +86,34 @@ class Engine:
         """The name of a bound module that is not where it was bound any more, if there is one."""
         return next((link.name for link in self._rules.links if not link.intact()), None)
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter that makes a step ours. Raises AttachError where FSDP1 has flattened one that a rule needs.
+    def here(self) -> Here:
+        """Every parameter that makes a step ours, by its id: the very same mapping while they are the same.
 
-        Activity rules make every step ours that trains any part of the model: their gradient may flow anywhere.
+        Activity rules make every step ours that trains any part of the model: their gradient may flow anywhere. Raises
+        AttachError where FSDP1 has flattened one that a rule needs.
         """
         self._refuse_flattened()
+        self._census.look()
+        if self._version != self._census.version:
+            here = {id(parameter): parameter for parameter in self._parameters()}
+            if list(here) != list(self._here):  # the old ones are held, so that no id is another's by now
+                self._here = here
+            rules = (*self._rules.by_gradient, *self._rules.by_decay)
+            self._changed = [leaf for rule in rules for leaf in rule.parameters()]
+            steady = all(block.steady for rule in self._rules.on_weights for block in rule.blocks)
+            self._version = self._census.version if steady else -1
+        return self._here
+
+    def unchanged(self, here: Here) -> bool:
+        """Whether `here` would give these."""
+        self._census.look()
+        return self._version == self._census.version and here is self._here
+
+    def as_ever(self) -> bool:
+        """Whether a sample of them is what `here` last gave."""
+        return self._census.first_is_the_same()
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
         yield from chain.from_iterable(rule.parameters() for rule in self._rules.on_weights)
         if self._rules.activities:
             yield from self._model
@@ -92,11 +121,12 @@ class Engine:
     def prove(self) -> None:
         """Raise AttachError where a weight is not finite, or where FSDP1 has flattened one that a rule needs."""
         self._refuse_flattened()
+        self._census.look()
         self._health.prove()
 
     def _refuse_flattened(self) -> None:
         # What trains such a module could not be told any more. Rules on weights refuse as they look for them.
-        for recorder in self._rules.recorders if distributed() else ():
+        for recorder in self._rules.recorders:
             if flattened(recorder.module):
                 raise AttachError(f"a weight of {recorder.title} {FSDP1}")
 
@@ -138,14 +168,14 @@ class Engine:
                 'attachment.step():`, or narrow the rule\'s target; a rule with "optional": true may act on nothing'
             )
 
-    @uncast
+    @plain
     def at_gradients(self, step: Step) -> None:
         """Add gradients and decay, once it is sure that nothing the document says is left out of this step."""
         if step.evaluations == 1 and self._mark is not None and self._mark.holds(step, self._passes()):
             return  # the optimizer failed, and the step is taken again: all is in the gradients
         if step.optimizer is None:
             self._by_hand = True
-            if not step.trained and any(p.requires_grad for p in self.parameters()):
+            if not step.trained and any(p.requires_grad for p in self._here.values()):
                 raise StepError(
                     "attachment.step() found no gradient: put the backward pass's gradients into .grad before it, for "
                     "that is where penalties are added, and what says which weights are trained"
@@ -162,13 +192,42 @@ class Engine:
         finally:
             self._mark = self._marked(step, complete)
 
-    def _marked(self, step: Step, complete: bool) -> _Mark | None:
-        rules = (*self._rules.by_gradient, *self._rules.by_decay)
-        leaves = (leaf for rule in rules for leaf in rule.parameters() if id(leaf) in step.trained)
-        leaf = next(leaves, None)
-        if leaf is None or leaf.grad is None:
+    def routine(self, step: Step, met: Met) -> Routine | None:
+        """What was done at the gradients of a step, if the same may be done at the next; None where it may not."""
+        rules = self._rules
+        if rules.recorders or rules.by_loss or rules.by_prox or rules.by_decay or self._version < 0:
             return None
-        return _Mark(leaf, leaf.grad, complete, self._passes())
+        jobs = []
+        for rule in rules.by_gradient:
+            batches = rule.repeatable(step.trained)
+            if batches is None:
+                return None
+            jobs.append((rule, batches))
+        return Routine(met, self._census, jobs)
+
+    @plain
+    def repeat(self, step: Step, routine: Routine) -> bool:
+        """Do that. False where this step needs more: the last one failed, or the weights are to be looked at."""
+        if self._mark is not None or self._health.due(step.index):
+            return False
+        for binding in self._counting:
+            binding.refuse_capture(step.index)
+        if self.watch is not None:
+            self.watch.heard(step.owned.groups, True)
+        complete = False
+        try:
+            for rule, batches in routine.jobs:
+                named(rule, rule.repeat, batches, step.index)
+            complete = True
+        finally:
+            self._mark = self._marked(step, complete)
+        return True
+
+    def _marked(self, step: Step, complete: bool) -> _Mark | None:
+        for leaf in self._changed:
+            if id(leaf) in step.trained and leaf.grad is not None:
+                return _Mark(leaf, leaf.grad, complete, self._passes())
+        return None
 
     def _passes(self) -> int:
         return 0 if self.watch is None else self.watch.passes
@@ -179,27 +238,35 @@ class Engine:
             self._mark.settle()
 
     def release(self) -> None:
-        """Hold no gradient any more."""
-        self._mark = None
+        """Hold no parameter and no gradient any more."""
+        self._mark, self._here, self._changed, self._version = None, {}, [], -1
+        self._census.release()
 
-    @uncast
+    @plain
     def value(self, step: Step) -> Tensor:
         """The value of what `at_gradients` added to gradients."""
         terms = [rule.trained_value(step) for rule in self._rules.by_gradient]
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        device = next((p.device for p in self._here.values()), torch.device("cpu"))
         return total([term for term in terms if term is not None], device)
 
-    @uncast
     def after(self, step: Step) -> None:
         """Proximal operators, then constraints in the document's order."""
         self._mark = None
         self._settle(step)  # first of all: whatever fails below, the step is taken
+        if self._rules.by_prox or self._rules.constraints:
+            self._move(step)
+
+    @plain
+    def _move(self, step: Step) -> None:
+        self._census.look()
         for rule in self._rules.by_prox:
             named(rule, rule.shrink, step)
         for constraint in self._rules.constraints:
             named(constraint, constraint.project, step)
 
     def _check(self, step: Step) -> None:
+        for binding in self._counting:
+            binding.refuse_capture(step.index)
         for activity in self._rules.activities:
             activity.check(step)
         for rule in self._rules.by_loss:
@@ -215,7 +282,9 @@ class Engine:
         if self.watch is not None:
             if step.optimizer is None:
                 self.watch.heard(step.groups, True)
-            self.watch.arm()
+            if self._armed != self._version or self._version < 0 or not self.watch.on_trained:
+                self._armed = self._version
+                self.watch.arm()
         for recorder in self._rules.recorders:
             if trained := recorder.trained_by(step):
                 recorder.ledger.settle(trained)

@@ -13,7 +13,9 @@ from contextlib import ExitStack
 from types import FrameType
 from typing import Any, Final, Protocol
 
+from torch._C._dynamo import eval_frame
 from torch._compile import _disable_dynamo
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -68,8 +70,26 @@ def keep_clear(*numbers: int) -> None:
     RemovableHandle.next_id = max(RemovableHandle.next_id, *(number + 1 for number in numbers), 0)
 
 
-@_disable_dynamo  # not to be compiled with the steps of optimizers that are
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    return _uncompiled_before(optimizer, args, kwargs) if _compiles() else _hear(optimizer, args, kwargs)
+
+
+def _after(*_: Any) -> None:
+    if _compiles():
+        _uncompiled_after()
+    else:
+        _over()
+
+
+def _compiles() -> bool:
+    """Whether what is called from here would be compiled, with the step of an optimizer that is.
+
+    It must not be. What keeps the compiler out is a dozen functions of torch's, for which nobody else need pay.
+    """
+    return is_compiling() or _compiler() is not None
+
+
+def _hear(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     frame = _frame_of_step()
     if _rehearsed(frame):
         return None
@@ -81,12 +101,17 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
     return given
 
 
-@_disable_dynamo
-def _after(*_: Any) -> None:
-    frame = _frame_of_step()
+def _over() -> None:
+    frame, listeners = _frame_of_step(), _listeners
+    if len(listeners) == 1:
+        listeners[0].after(frame)
+        return
     with ExitStack() as stack:  # each is called, whatever another raises
-        for listener in reversed(_listeners):
+        for listener in reversed(listeners):
             stack.callback(listener.after, frame)
+
+
+_uncompiled_before, _uncompiled_after = _disable_dynamo(_hear), _disable_dynamo(_over)
 
 
 def _frame_of_step() -> FrameType:
@@ -107,5 +132,6 @@ def _rehearsed(frame: FrameType) -> bool:
     return False
 
 
-_COMPILER: Final = ("torch._compile", "torch._dynamo.eval_frame")
+_compiler: Final = getattr(eval_frame, "get_eval_frame_callback", bool)
+_COMPILER: Final = (__name__, "torch._compile", "torch._dynamo.eval_frame")
 _STATES: Final = "torch.distributed.checkpoint.state_dict"

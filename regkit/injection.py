@@ -16,10 +16,11 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
 from regkit import modes
+from regkit.activityrule import ActivityRule
 from regkit.calls import Call
 from regkit.errors import StepError
 from regkit.ledger import Ticket
-from regkit.records import ActivityRule, Recorder, data_of
+from regkit.records import Recorder, data_of
 
 Scale = float | Callable[[], float | Tensor]
 """What the loop multiplies its loss by before the backward pass: a number, or a function that is asked each time."""

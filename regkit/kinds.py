@@ -7,7 +7,8 @@ decided elsewhere. It names itself with a `Literal` field `kind`, and the docstr
 `values`, `add_gradients` and `project_` are list forms: the same mathematics of many weights at once, which a kind may
 have for speed, in operations over lists (`torch._foreach_add_`). Unless a kind has its own they are loops, as written
 here. Its own agree with the loops up to rounding, which is tried when a rule is attached; they write only into what
-they are given to write into, and never wait for a GPU: no `if` and no `float()` of what a tensor holds.
+they are given to write into, and never wait for a GPU: no `if` and no `float()` of what a tensor holds, unless that is
+on a CPU, and neither fake nor traced. `regkit.buckets` says how much to hold at a time.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class _Strong(Kind):
     """Whether its value may be negative, as an entropy is. The laws of `regkit.testing` hold any other to ≥ 0."""
 
     strength: NonNegative
-    """What the unit value is multiplied by, times the schedule's factor. Range: > 0."""
+    """What the unit value is multiplied by, times the schedule's factor. Range: ≥ 0; a rule with 0 is refused."""
 
     def inert(self) -> str | None:
         """A strength of zero optimizes nothing."""
@@ -148,6 +149,14 @@ class Penalty(_Strong, _OnWeights):
         """Whether the kind knows its proximal operator."""
         return type(self).prox is not Penalty.prox
 
+    def plus(self, other: Penalty) -> Penalty | None:
+        """A penalty that is the sum of both, where the kind knows one: of l1 and l2 it is l1_l2.
+
+        Its strength times its value is strength · value of this one and of the other added up, for every weight that
+        this one is for, in the same `layout`. Rules on the same weights then act in one pass.
+        """
+        return None
+
     def values(self, weights: list[Tensor]) -> Tensor:
         """List form of `value`: Σ_i Ω(weights[i]) at unit strength, in float32 or better. Autograd may follow.  -> ().
 
@@ -178,6 +187,21 @@ class ActivityPenalty(_Strong):
     @abstractmethod
     def value(self, activity: Activity) -> Tensor:
         """The penalty at unit strength, in float32 or better.  -> ()."""
+
+    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
+        """gradients += amount · d value / d activity, in place, where the kind knows a closed form; else autograd does
+        it, and holds what `value` makes on the way until the backward pass.
+
+        gradients: the segments of the activity, with live gradients in the place of the outputs; a view of one is a
+        live view of the other. amount: () on their device. It is called without autograd, and never waits for a GPU.
+        `activity.add_slopes` and `activity.add_pair_slopes` write most of them.
+        """
+        raise PluginError(f"{self.kind} offers no add_gradients")
+
+    @property
+    def offers_gradients(self) -> bool:
+        """Whether the kind knows its gradient in closed form."""
+        return type(self).add_gradients is not ActivityPenalty.add_gradients
 
 
 class Constraint(_OnWeights):

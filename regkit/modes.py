@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from regkit.errors import StepError
 
-__all__ = ["check", "forget_compiled", "is_rehearsal", "uncast", "uncompiled"]
+__all__ = ["capturing", "check", "forget_compiled", "is_rehearsal", "plain", "uncast", "uncompiled"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -68,6 +68,12 @@ def check(module: nn.Module, name: str, carries_gradient: bool = True) -> None:
         )
 
 
+def capturing() -> bool:
+    """Whether this is being captured into a CUDA graph: nothing may wait for the GPU, and a replay runs no Python."""
+    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    return begun and torch.cuda.is_current_stream_capturing()
+
+
 def forget_compiled() -> None:
     """Have whatever torch.compile has made so far made anew: it runs no hook that has come since."""
     if "torch._dynamo" in sys.modules:  # or nothing was compiled
@@ -81,6 +87,22 @@ def uncast(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def outer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         with torch._C._DisableAutocast():
             return function(*args, **kwargs)
+
+    return outer
+
+
+def plain(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function in which neither autocast nor autograd is on. It is called at each step, so its guards are bare."""
+
+    @wraps(function)
+    def outer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        differentiated = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            with torch._C._DisableAutocast():
+                return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(differentiated)
 
     return outer
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -21,20 +22,20 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 class Recurrent:
     """A recurrent module, under one of its names.
 
-    path: where it is; name: the same without wrappers' prefixes ('' is the model itself); places: all its paths and
-    names, where the model holds it more than once; origin: the plugin of its adapter.
+    path: where it is; name: the same without wrappers' prefixes ('' is the model itself); parent: what holds it under
+    the first of its names; origin: the plugin of its adapter.
     """
 
     path: str
     name: str
     module: nn.Module
+    module_class: str
     adapter: Adapter
-    places: tuple[tuple[str, str], ...]
     parent: nn.Module | None
     origin: str
 
     def __str__(self) -> str:
-        return f"{self.name or '(the model itself)'} ({class_name(self.module)})"
+        return f"{self.name or '(the model itself)'} ({self.module_class})"
 
 
 def class_name(module: nn.Module) -> str:
@@ -69,7 +70,7 @@ def _walk(
 
 
 def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
-    """Every module that an adapter knows, each once, in the model's order; but none that another's encloses."""
+    """Every module that an adapter knows, under all its names, in the model's order; but none that another encloses."""
     places: dict[int, list[tuple[str, str]]] = {}
     modules: dict[int, nn.Module] = {}
     by_path: dict[str, nn.Module] = {}
@@ -77,21 +78,25 @@ def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
         places.setdefault(id(module), []).append((path, name))
         modules[id(module)] = by_path[path] = module
     known = {key: adapter for key, module in modules.items() if (adapter := registry.adapter(module)) is not None}
-    enclosing = [path for key, adapter in known.items() if adapter.encloses for path, _ in places[key]]
+    enclosing = {path for key, adapter in known.items() if adapter.encloses for path, _ in places[key]}
     found: list[Recurrent] = []
     for key, adapter in known.items():
-        at = [(path, name) for path, name in places[key] if not any(_inside(path, outer) for outer in enclosing)]
+        at = [(path, name) for path, name in places[key] if not (enclosing and _inside(path, enclosing))]
         if at:
-            path, module = at[0][0], modules[key]
-            parent = by_path[path.rpartition(".")[0]] if path else None
-            origin = str(registry.adapter_origin(module))
-            found.append(Recurrent(*at[0], module, adapter, tuple(at), parent, origin))
+            first, module = at[0][0], modules[key]
+            parent = by_path[first.rpartition(".")[0]] if first else None
+            origin, of_class = str(registry.adapter_origin(module)), class_name(module)
+            found += [Recurrent(path, name, module, of_class, adapter, parent, origin) for path, name in at]
     return found
 
 
-def _inside(path: str, outer: str) -> bool:
-    """Whether a dotted path lies within another."""
-    return path != outer and (not outer or path.startswith(f"{outer}."))
+def _inside(path: str, outer: Collection[str]) -> bool:
+    """Whether a dotted path lies within any of the others."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path in outer:
+            return True
+    return False
 
 
 class Link:
@@ -137,17 +142,33 @@ class Parameters:
                 yield from (p for p in module._parameters.values() if p is not None)
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a glob covers a dotted name: `*` and `?` within a part, `**` for any number of parts, even none.
+def glob(pattern: str) -> Callable[[str], bool]:
+    """What says of a dotted name whether a pattern covers it.
 
-    The model itself, of no name, is covered by `**` alone.
+    `*` and `?` stand for what is within a part, `**` for any number of parts, even none. The model itself, of no name,
+    is covered by `**` alone.
     """
-    parts = name.split(".") if name else []
-    reached = {0}  # how many parts may be used up so far; a set, for a regular expression would try them one by one
-    for wanted in pattern.split("."):
-        if wanted == "**":
-            reached = set(range(min(reached, default=len(parts) + 1), len(parts) + 1))
-        else:
-            glob = wanted.replace("[", "[[]")  # fnmatch' sets are no part of the language
-            reached = {i + 1 for i in reached if i < len(parts) and fnmatchcase(parts[i], glob)}
-    return len(parts) in reached
+    wanted = [None if part == "**" else _part(part) for part in pattern.split(".")]
+
+    def covers(name: str) -> bool:
+        parts = name.split(".") if name else []
+        reached = {0}  # how many parts may be used up so far; a set, for a regular expression would try them one by one
+        for fits in wanted:
+            if fits is None:
+                reached = set(range(min(reached, default=len(parts) + 1), len(parts) + 1))
+            else:
+                reached = {i + 1 for i in reached if i < len(parts) and fits(parts[i])}
+        return len(parts) in reached
+
+    return covers
+
+
+def _part(wanted: str) -> Callable[[str], object]:
+    if literal(wanted):
+        return wanted.__eq__
+    return re.compile(fnmatch.translate(wanted.replace("[", "[[]"))).match  # fnmatch' sets are no part of the language
+
+
+def literal(pattern: str) -> bool:
+    """Whether a pattern covers its own name alone."""
+    return "*" not in pattern and "?" not in pattern

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from regkit import document
 from regkit.binding import Binding
 from regkit.errors import AttachError, Problem, ResolveError, listing
 from regkit.foreign import Foreign
 from regkit.kept import storage_of
-from regkit.modules import Recurrent, class_name, named_modules, recurrent_modules
+from regkit.modules import class_name, named_modules, recurrent_modules
+from regkit.places import Places
 from regkit.registry import Registry, default
 from regkit.selection import Unbound, bind
 from regkit.sites import WeightSite, turned
@@ -39,6 +40,9 @@ _HEADER: Final = (
     "how it acts",
 )
 
+_Shapes = dict[tuple[str | None, ...], tuple[int, ...]]
+"""The shapes of weights, by all that says where they are: several rules may ask for one."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -54,10 +58,11 @@ class Plan:
     def check(self, model: nn.Module) -> None:
         """Raise AttachError unless every site of the plan is on the model, of its class and shape."""
         modules = dict(model.named_modules(remove_duplicate=False))
+        classes = {path: class_name(module) for path, module in modules.items()}
+        shapes: _Shapes = {}
         for binding in self.bindings:
             for site in binding.sites:
-                module = modules.get(site.path)
-                has = "nothing" if module is None else class_name(module)
+                module, has = modules.get(site.path), classes.get(site.path, "nothing")
                 if module is None or has != site.module_class:
                     raise _of_another_model(f"{site.path!r} is {has} here, {site.module_class} in the plan")
                 if not isinstance(site, WeightSite) and self.registry.adapter(module) is None:
@@ -66,7 +71,7 @@ class Plan:
                         "or resolve the spec anew"
                     )
                 if isinstance(site, WeightSite):
-                    _check_shape(site, module, modules.get(site.path.rpartition(".")[0]))
+                    _check_shape(site, module, modules.get(site.path.rpartition(".")[0]), shapes)
 
     def __str__(self) -> str:
         return table(_HEADER, self.rows())
@@ -113,7 +118,7 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
         raise TypeError(f"a model is an nn.Module, not {type(model).__name__}")
     registry = registry or default()
     spec = document.load(spec, registry=registry)
-    everywhere = recurrent_modules(model, registry)
+    everywhere = Places(recurrent_modules(model, registry))
     bindings: list[Binding] = []
     problems: list[Problem] = []
     for key, rule in spec.keyed_rules().items():
@@ -131,33 +136,34 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
     return Plan(tuple(bindings), registry)
 
 
-def _sentence(reason: str, model: nn.Module, everywhere: list[Recurrent], registry: Registry) -> str:
-    if everywhere:
+def _sentence(reason: str, model: nn.Module, everywhere: Places, registry: Registry) -> str:
+    if everywhere.modules:
         return reason
     classes = listing(sorted({type(module).__name__ for _, _, module in named_modules(model)}))
     known = listing(registry.module_classes)
     return f"the model has no recurrent module. It has: {classes}; known are: {known}{registry.idle('know one')}"
 
 
-def _check_shape(site: WeightSite, module: nn.Module, parent: nn.Module | None) -> None:
+def _check_shape(site: WeightSite, module: nn.Module, parent: nn.Module | None, shapes: _Shapes) -> None:
     for name in site.parameters:
+        weight = site.path, name, site.through, site.mask
+        if weight not in shapes:
+            try:
+                with torch.no_grad():
+                    shapes[weight] = tuple(storage_of(module, parent, name, site.through, site.mask).outline().shape)
+            except AttachError as error:
+                raise _of_another_model(f"{site.path}: {error}") from None
+        if not _fits(site, shapes[weight]):
+            raise _of_another_model(f"{site.path}.{name} is {shapes[weight]} here, {site.shape} in the plan")
+
+
+def _fits(site: WeightSite, shape: tuple[int, ...]) -> bool:
+    if site.transposed or site.columns is not None:
         try:
-            with torch.no_grad():
-                outline = storage_of(module, parent, name, site.through, site.mask).outline()
-        except AttachError as error:
-            raise _of_another_model(f"{site.path}: {error}") from None
-        here = tuple(outline.shape)
-        if not _fits(site, outline):
-            raise _of_another_model(f"{site.path}.{name} is {here} here, {site.shape} in the plan")
-
-
-def _fits(site: WeightSite, outline: Tensor) -> bool:
-    try:
-        kept = torch.empty(outline.shape, device="meta")
-        rows, *columns = turned(kept, site.transposed, site.columns).shape
-    except (IndexError, RuntimeError):
-        return False
-    return columns == [*site.shape[1:]] and rows >= site.start + site.rows
+            shape = turned(torch.empty(shape, device="meta"), site.transposed, site.columns).shape
+        except (IndexError, RuntimeError):
+            return False
+    return len(shape) > 0 and shape[1:] == site.shape[1:] and shape[0] >= site.start + site.rows
 
 
 def _of_another_model(difference: str) -> AttachError:

@@ -6,7 +6,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -18,7 +18,7 @@ from torch import nn
 
 from regkit import hookspecs
 from regkit.entries import CONTRACTS, Entry, Family, Origin, canonical, entry_of
-from regkit.errors import PluginError
+from regkit.errors import PluginError, listing, unknown
 from regkit.kinds import Kind
 from regkit.sites import GATE_ALIASES, Adapter
 
@@ -211,12 +211,14 @@ def _ask_hooks(plugin: object, offers: Offers, specs: ModuleType) -> None:
     manager.add_hookspecs(specs)
     try:
         manager.register(plugin, str(origin))
-        manager.check_pending()
     except Exception as error:  # pluggy reads every attribute of a stranger's object
         raise PluginError(f"plugin {origin}: {error}") from error
-    if not manager.get_hookcallers(plugin):
-        hooks = ", ".join([*HOOKS, "regkit_adapters"])
-        raise PluginError(f"plugin {origin} implements no hook; hooks are: {hooks}")
+    hooks, callers = [*HOOKS, "regkit_adapters"], manager.get_hookcallers(plugin)
+    if not callers:
+        raise PluginError(f"plugin {origin} implements no hook; hooks are: {listing(hooks)}")
+    for caller in callers:
+        if not caller.has_spec() and not all(one.optionalhook for one in caller.get_hookimpls()):
+            raise PluginError(f"plugin {origin}: {unknown('hook', caller.name, hooks)}")
     for hook, family in HOOKS.items():
         for offer in _call(manager, hook, origin):
             offers.kinds.append(entry_of(offer, family, origin))
@@ -232,6 +234,9 @@ def _call(manager: pluggy.PluginManager, hook: str, origin: Origin) -> Iterator[
         results = caller()
         if len(results) < sum(not (one.hookwrapper or one.wrapper) for one in caller.get_hookimpls()):
             raise TypeError("it returned None, not a list")  # pluggy leaves that out
+        for result in results:
+            if isinstance(result, (str, Kind)) or not isinstance(result, Iterable):  # a kind would give its options
+                raise TypeError(f"it returned {result!r}, not a list")
         offers = [offer for result in results for offer in result]
     except KeyboardInterrupt:
         raise

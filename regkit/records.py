@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any, Final
 
@@ -20,15 +19,13 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from regkit import hooks, modes
-from regkit.activity import Activity, Segment
-from regkit.binding import Binding
+from regkit.activity import Segment, at_least_float32
 from regkit.calls import Call, Calls, Record
 from regkit.errors import RegkitError, StepError
-from regkit.kinds import ActivityPenalty
 from regkit.ledger import Ledger, Ticket
 from regkit.modules import Parameters
 from regkit.sites import Adapter, OutputSite
-from regkit.steps import Step
+from regkit.step import Step
 from regkit.validity import Validity
 
 _UNCONSUMED: Final = (
@@ -168,9 +165,10 @@ class Recorder:
     def segments(self, site: OutputSite) -> Iterator[Segment]:
         """The segments of everything in store, for one site."""
         assert self._adapter is not None
-        self._refuse_mixture()
-        self._refuse_leftovers()
-        for record in self.records:
+        records = self.records
+        self._refuse_mixture(records)
+        self._refuse_leftovers(len(records))
+        for record in records:
             for role, version in record.versions.items():
                 if data_of(record.observed[role])._version != version:
                     raise StepError(
@@ -179,18 +177,23 @@ class Recorder:
                     )
             yield from self._adapter.segments(self.module, site, record.observed, record.validity, record.call)
 
-    def _refuse_mixture(self) -> None:
-        evaluated = sum(not record.training for record in self.records)
-        if 0 < evaluated < len(self.records):
+    def recorded(self) -> list[Tensor]:
+        """The tensors in store."""
+        found = (data_of(one) for record in self.records for one in record.observed.values())
+        return [one for one in found if isinstance(one, Tensor)]
+
+    def _refuse_mixture(self, records: Sequence[Record]) -> None:
+        evaluated = sum(not record.training for record in records)
+        if 0 < evaluated < len(records):
             raise StepError(
-                f"{evaluated} of {len(self.records)} recorded outputs of {self.title} were made in "
+                f"{evaluated} of {len(records)} recorded outputs of {self.title} were made in "
                 "eval mode and would be counted with those of training; evaluate under torch.no_grad()"
             )
 
     def trained_by(self, step: Step) -> set[int]:
         """The ids of what this step trains of the module; one without a trainable parameter goes with the rest."""
         mine = {id(p) for p in self._parameters if p.requires_grad}
-        return step.trained & mine if mine else set(step.trained)
+        return set(step.trained & mine if mine else step.trained)
 
     def missing(self, trained: set[int], optional: bool) -> str | None:
         """Why what it recorded is not in the loss of a step that trains these of its parameters; None where it is."""
@@ -207,11 +210,12 @@ class Recorder:
         elsewhere = self._thread not in (None, get_ident())  # another model's training has nothing to do with it
         if self._calls.empty or elsewhere or any(id(p) in stepped for p in self._parameters):
             return
-        self._refuse_leftovers()
-        self._left = len(self.records)
+        count = len(self.records)
+        self._refuse_leftovers(count)
+        self._left = count
 
-    def _refuse_leftovers(self) -> None:
-        if 0 < self._left < len(self.records):
+    def _refuse_leftovers(self, count: int) -> None:
+        if 0 < self._left < count:
             raise StepError(
                 f"outputs of {self.title} from before an optimizer's step and from after it were never consumed, and "
                 "would be counted together: add attachment.penalty() to the loss, or run forward passes that it is not "
@@ -225,9 +229,12 @@ def data_of(observed: Any) -> Any:
 
 
 def total(terms: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The sum of scalars, starting from a float32 zero on `device`.  -> ()."""
-    result = torch.zeros((), dtype=torch.float32, device=device)
-    for term in terms:
+    """The sum of scalars on `device`, in float32 or better.  -> ()."""
+    if not terms:
+        return torch.zeros((), dtype=torch.float32, device=device)
+    first, *others = terms
+    result = at_least_float32(first.to(device))
+    for term in others:
         result = result + term.to(device)
     return result
 
@@ -243,51 +250,3 @@ def drop_copied_hooks(model: nn.Module) -> None:
         for number in [n for n, hook in module._forward_hooks.items() if isinstance(hook, Recorder) and hook.inert]:
             del module._forward_hooks[number]
             module._forward_hooks_with_kwargs.pop(number, None)
-
-
-@dataclass(eq=False)
-class ActivityRule:
-    """A rule on activity, with the recorders that see its sites. at: the one it works on, for an error's sentence."""
-
-    binding: Binding
-    places: list[tuple[OutputSite, Recorder]]
-    last: Tensor | None = None
-    at: OutputSite | None = None
-    _parts: dict[int, Tensor] = field(default_factory=dict)
-
-    def value(self, index: int, only: Recorder | None = None) -> Tensor | None:
-        """strength · factor · Σ value over the sites with anything in store, None where there is nothing.  -> ()."""
-        penalty = self.binding.kind
-        assert isinstance(penalty, ActivityPenalty)
-        found: Tensor | None = None
-        for site, recorder in self.places:
-            self.at = site
-            if recorder.records and only in (None, recorder):
-                value = penalty.value(Activity(tuple(recorder.segments(site))))
-                found = value if found is None else found + value.to(found.device)
-        if found is None:
-            return None
-        return found * (penalty.strength * self.binding.factor(index))
-
-    def inject(self, recorder: Recorder, index: int) -> Tensor | None:
-        """The same of one recorder, kept for `values()` together with what the others last gave."""
-        value = self.value(index, recorder)
-        if value is not None:
-            self._parts[id(recorder)] = value.detach()
-            self.last = total([*self._parts.values()], value.device)
-        return value
-
-    def take(self, index: int) -> Tensor | None:
-        """The same, kept for `values()`: the records are about to be consumed."""
-        value = self.value(index)
-        self.last = self.last if value is None else value.detach()
-        return value
-
-    def check(self, step: Step) -> None:
-        """Raise StepError where this step trains a module whose activity is not in the loss."""
-        for _, recorder in self.places:
-            trained = recorder.trained_by(step)
-            reason = recorder.missing(trained, self.binding.optional) if trained else None
-            if reason is not None:
-                what = f"rule {self.binding.key!r} ({self.binding.kind.describe()})"
-                raise StepError(f"{what} on {recorder.title} {reason}")

@@ -178,7 +178,7 @@ class Registry:
             mine = [p for p in self._plugins if canonical(p.origin.distribution) == canonical(distribution)]
             unusable = [plugin for plugin in idle if plugin in mine]
             if unusable:
-                return f"{saved}; {'; '.join(map(str, unusable))}"
+                return f"{saved}; here is {'; '.join(map(str, unusable))}"
             here = f"; {mine[0].origin} is installed, which has it not" if mine else ""
             return f"{saved}{here}; try: pip install {wanted}"
         if offering := [plugin for plugin in idle if name in plugin.kinds]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
+from regkit.activityrule import ActivityRule, take
 from regkit.blocks import Block
+from regkit.census import Census
 from regkit.errors import AttachError, RegkitError, StepError
 from regkit.injection import Injector, Scale
 from regkit.kinds import ActivityPenalty, Layout, Penalty, Via
+from regkit.merging import merged
 from regkit.modules import Link, links
 from regkit.plan import Plan
-from regkit.records import ActivityRule, Recorder
+from regkit.records import Recorder
 from regkit.sites import WeightSite
 from regkit.weightrule import WeightRule
 from regkit.weights import ConstraintRule, PenaltyRule
@@ -43,7 +46,8 @@ def named(rule: WeightRule | ActivityRule, run: Callable[P, T], *args: P.args, *
 class Rules:
     """Every rule of a plan, in the document's order.
 
-    recorders: what the activity rules need; links: down to all modules that rules are bound to.
+    recorders: what the activity rules need; links: down to all modules that rules are bound to; census: of the modules
+    whose parameters make a step ours.
     """
 
     penalties: list[PenaltyRule]
@@ -51,17 +55,27 @@ class Rules:
     activities: list[ActivityRule]
     recorders: list[Recorder]
     links: list[Link]
+    census: Census
 
     def __post_init__(self) -> None:
         self.by_gradient, self.by_loss, self.by_prox, self.by_decay = (
             [rule for rule in self.penalties if rule.binding.via == via]
             for via in ("gradient", "loss", "proximal", "decoupled")
         )
+        self.by_gradient = merged(self.by_gradient)
 
     @property
     def on_weights(self) -> list[PenaltyRule | ConstraintRule]:
         """The rules on weights."""
         return [*self.penalties, *self.constraints]
+
+    @property
+    def to_prove(self) -> list[PenaltyRule | ConstraintRule | ActivityRule]:
+        """Those whose kinds are to be tried: the rules on weights, the sums that were made of them, and one activity
+        rule of each kind, whose outputs are not there yet.
+        """
+        activities = {(type(rule.binding.kind), rule.binding.kind.describe()): rule for rule in self.activities}
+        return [*self.on_weights, *(rule for rule in self.by_gradient if rule.addends), *activities.values()]
 
     @property
     def injectors(self) -> list[Injector]:
@@ -101,15 +115,20 @@ class Rules:
 
     def loss_terms(self, index: int) -> list[Tensor]:
         """What goes through the loss at a step: activity penalties of what is recorded, weight penalties via loss."""
-        terms = [named(rule, rule.take, index) for rule in self.activities if rule.binding.via == "loss"]
-        terms += [named(rule, rule.value, index) for rule in self.by_loss]
-        return [term for term in terms if term is not None]
+        terms = take([rule for rule in self.activities if rule.binding.via == "loss"], index, named)
+        if self.by_loss:
+            self.census.look()
+        values = [named(rule, rule.value, index) for rule in self.by_loss]
+        return [*terms, *(value for value in values if value is not None)]
 
 
 def rules_of(plan: Plan, model: nn.Module) -> Rules:
     """The plan's rules on this model. Nothing is hooked yet."""
     modules = dict(model.named_modules(remove_duplicate=False))
     recorders = _recorders(plan, modules)
+    paths = dict.fromkeys(site.path for binding in plan.bindings for site in binding.sites)
+    down = links(model, paths)
+    census = Census(_trained(plan, model, modules), down)
     penalties: list[PenaltyRule] = []
     constraints: list[ConstraintRule] = []
     activities: list[ActivityRule] = []
@@ -121,11 +140,17 @@ def rules_of(plan: Plan, model: nn.Module) -> Rules:
             continue
         blocks = [_block(site, modules, kind.layout) for site in binding.weights]
         if isinstance(kind, Penalty):
-            penalties.append(PenaltyRule(binding, blocks))
+            penalties.append(PenaltyRule(binding, blocks, census))
         else:
-            constraints.append(ConstraintRule(binding, blocks))
-    paths = dict.fromkeys(site.path for binding in plan.bindings for site in binding.sites)
-    return Rules(penalties, constraints, activities, list(recorders.values()), links(model, paths))
+            constraints.append(ConstraintRule(binding, blocks, census))
+    return Rules(penalties, constraints, activities, list(recorders.values()), down, census)
+
+
+def _trained(plan: Plan, model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterable[nn.Module]:
+    """The modules whose parameters make a step ours: with an activity rule all, for its gradient may flow anywhere."""
+    if any(binding.outputs for binding in plan.bindings):
+        return [module for module in model.modules() if module._parameters]
+    return [modules[site.path] for binding in plan.bindings for site in binding.weights]
 
 
 def _block(site: WeightSite, modules: Mapping[str, nn.Module], layout: Layout) -> Block:

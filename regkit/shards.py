@@ -23,10 +23,12 @@ FSDP1: Final = (
 )
 """Why what FSDP1 has flattened is refused."""
 
+_AVAILABLE: Final = torch.distributed.is_available()
+
 
 def distributed() -> bool:
     """Whether processes work together at all."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return _AVAILABLE and torch.distributed.is_initialized()
 
 
 def sharded(tensor: Tensor) -> TypeIs[DTensor]:
@@ -76,11 +78,18 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
+def flattening() -> bool:
+    """Whether FSDP1 is there to flatten anything."""
+    return "torch.distributed.fsdp._flat_param" in sys.modules and distributed()
+
+
 def flattened(module: nn.Module) -> bool:
     """Whether FSDP1 (FullyShardedDataParallel) keeps parameters of this module itself in a flat one.
 
     With `use_orig_params=False` the module has none left; with True each is some numbers of it in a row, marked.
     """
+    if not flattening():
+        return False
     if vars(module).get("_fsdp_use_orig_params") is False:
         return True
     return any(marked(p) for p in module._parameters.values() if p is not None)

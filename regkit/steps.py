@@ -11,10 +11,10 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,62 +22,12 @@ from torch.optim import Optimizer
 
 from regkit.errors import AttachError, StepError
 from regkit.modes import uncompiled
+from regkit.ownership import Met, Owned, Ownership
 from regkit.rounds import StepCount
+from regkit.routine import Routine
 from regkit.shards import distributed, reshard, sharded
-
-
-@dataclass(eq=False)
-class Step:
-    """One optimizer step that owns parameters of ours.
-
-    optimizer: None for an update that is not made by a torch optimizer, inside `attachment.step()`.
-    groups: the parameter group of each owned parameter, by its id.
-    scale: the loss scale still in the gradients; a fused optimizer divides by it itself.
-    index: how many steps came before it.
-    trained: the ids of owned parameters that have a gradient, once gradients are complete.
-    """
-
-    optimizer: Optimizer | None
-    groups: dict[int, dict[str, Any]]
-    scale: Tensor | None
-    skipped: bool
-    index: int
-    frame: tuple[int, CodeType] | None
-    trained: set[int] = field(default_factory=set)
-    evaluations: int = 0
-
-    @property
-    def by(self) -> str:
-        """Who makes the step, for a sentence."""
-        return "attachment.step()" if self.optimizer is None else type(self.optimizer).__name__
-
-
-class Work(Protocol):
-    """What is to be done at a step. It is called without autograd."""
-
-    def hold(self) -> nn.Module | None:
-        """The model, to keep it alive for a moment; None where it is gone."""
-
-    def moved(self) -> str | None:
-        """The name of a bound module that is not where it was bound any more, if there is one."""
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Every parameter that makes a step ours, as the model has them now."""
-
-    def met(self, optimizer: Optimizer, groups: Mapping[int, Any], acts: bool) -> None:
-        """An optimizer of these parameters is about to step; whether it is one that the attachment acts with."""
-
-    def at_gradients(self, step: Step) -> None:
-        """Gradients are complete, weights not yet updated. Comes once for each evaluation of a closure."""
-
-    def settled(self) -> None:
-        """Nothing more is done to the gradients before the step."""
-
-    def value(self, step: Step) -> Tensor:
-        """The value of what at_gradients added to the gradients: a line search needs it."""
-
-    def after(self, step: Step) -> None:
-        """Weights are updated."""
+from regkit.step import Step
+from regkit.work import Work
 
 
 class Steps:
@@ -87,6 +37,8 @@ class Steps:
         self.count = StepCount()
         self._work = work
         self._only = None if optimizers is None else weakref.WeakSet(optimizers)
+        self._ownership = Ownership()
+        self._routines: dict[int, Routine] = {}  # by the optimizer's id, which each of them holds weakly
         self._thread = threading.local()
         self._open: weakref.WeakSet[Step] = weakref.WeakSet()
 
@@ -121,39 +73,81 @@ class Steps:
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
         """Begin a step, if it is ours."""
         model = self._work.hold()  # or it could be collected while its parameters are looked at
-        if model is None:
-            return None
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        if distributed() and any(sharded(p) for group in optimizer.param_groups for p in group["params"]):
-            reshard(model)  # or what it owns might not be in the model at the moment
-        moved = self._work.moved()
-        if moved is not None:
-            if any(id(p) in groups for p in model.parameters()):
-                raise _replaced(moved)
+        if model is None or self._repeated(optimizer, args, kwargs, frame):
             return None
         running = self._running(frame)
         for over in [one for one in running if one.frame == _key(frame)]:
             self._leave(running, over)  # its step raised, and this one's frame has come to be where that was
-        here = {id(parameter): parameter for parameter in self._work.parameters()}
-        self.count.keep(here)
-        ours = {i: groups[i] for i in here if i in groups}
-        acts = self._concerns(optimizer) if ours else True
+        met = self._meet(model, optimizer)
+        if met is None:
+            return None
+        owned = met.owned
+        acts = self._concerns(optimizer) if owned.ours else True
         for outer in running:
-            ours = {i: group for i, group in ours.items() if i not in outer.groups}
+            owned = owned.without(outer.groups)
         if not running:
-            self._work.met(optimizer, groups, acts)
-        if not ours or not acts:
+            self._work.met(optimizer, owned.groups, acts)
+        if not owned.ours or not acts:
             return None
         # Both attributes are set by GradScaler around the step of an optimizer that unscales by itself, and only there.
         # Reading found_inf waits for the GPU; so does GradScaler itself at the step of every other optimizer.
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         skipped = found_inf is not None and bool(found_inf)
-        step = Step(optimizer, ours, scale, skipped, self.count.index(ours), _key(frame))
+        step = Step(optimizer, owned, scale, skipped, self.count.index(owned.ours), _key(frame))
         closure, put_back = _closure(args, kwargs)
         if closure is None and not skipped:
-            self._at_gradients(step, here.values())
+            self._at_gradients(step)
+            self._keep_in_mind(step, met)
         self._enter(running, step)
         return None if closure is None or skipped else put_back(_Closure(self, step, closure))
+
+    def _repeated(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> bool:
+        """Begin the step as the one before it, if it is like that."""
+        routine = self._routines.get(id(optimizer))
+        if routine is None or len(args) > 1 or kwargs or getattr(self._thread, "running", True):
+            return False
+        if not routine.fits(optimizer):
+            return False
+        owned = routine.met.owned
+        step = Step(optimizer, owned, None, False, self.count.index(owned.ours), _key(frame), owned.ids, 1)
+        if not self._work.repeat(step, routine):
+            return False
+        self._enter(self._thread.running, step)
+        return True
+
+    def _keep_in_mind(self, step: Step, met: Met) -> None:
+        """Make a routine of a step, if it may be repeated."""
+        if step.owned is not met.owned or step.trained is not met.owned.ids or step.scale is not None:
+            return
+        known = self._routines.get(id(step.optimizer))
+        if known is None or not known.is_of(met):
+            self._routines = {key: one for key, one in self._routines.items() if one.met.alive}
+            routine = self._work.routine(step, met)
+            if routine is not None:
+                self._routines[id(step.optimizer)] = routine
+
+    def _meet(self, model: nn.Module, optimizer: Optimizer) -> Met | None:
+        """What it owns of ours; None where the model is not what it was, and is not trained by it either."""
+        last = self._ownership.last(optimizer)
+        # The step of another model's optimizer costs next to nothing, however much there is here.
+        if last is not None and (self._work.unchanged(last.owned.here) if last.owned.ours else self._work.as_ever()):
+            return last
+        if distributed() and any(sharded(p) for group in optimizer.param_groups for p in group["params"]):
+            reshard(model)  # or what it owns might not be in the model at the moment
+        moved = self._work.moved()
+        if moved is None:
+            here = self._work.here()
+            self.count.keep(here)
+            return last if last is not None and last.owned.here is here else self._ownership.meet(optimizer, here)
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) in owned for p in model.parameters()):
+            raise _replaced(moved)
+        return None
+
+    def release(self) -> None:
+        """Hold no parameter any more."""
+        self._ownership.release()
+        self._routines = {}
 
     def _concerns(self, optimizer: Optimizer) -> bool:
         """Whether the attachment was restricted to this optimizer, or to none."""
@@ -163,13 +157,11 @@ class Steps:
             raise StepError("the optimizer that attach(optimizer=...) was restricted to is gone; attach anew")
         return optimizer in self._only
 
-    @uncompiled
-    def _at_gradients(self, step: Step, here: Iterable[nn.Parameter]) -> None:
+    def _at_gradients(self, step: Step) -> None:
         step.evaluations += 1
-        with torch.no_grad():
-            mine = (p for p in here if id(p) in step.groups)
-            step.trained = {id(p) for p in mine if p.requires_grad and p.grad is not None}
-            self._work.at_gradients(step)
+        idle = [p for p in step.owned.leaves if p.grad is None or not p.requires_grad]
+        step.trained = step.owned.ids.difference(map(id, idle)) if idle else step.owned.ids
+        self._work.at_gradients(step)
 
     def settled(self) -> None:
         """Whatever else is done before the step is done."""
@@ -177,7 +169,9 @@ class Steps:
 
     def after(self, frame: FrameType) -> None:
         """End the step of this frame, if it was ours. Another step of the same optimizer may run within it."""
-        running = self._running(frame)
+        running: list[Step] = getattr(self._thread, "running", [])
+        if running and running[-1].frame != _key(frame):
+            running = self._running(frame)
         if running and running[-1].frame == _key(frame):
             step = running[-1]
             self._leave(running, step)
@@ -186,8 +180,7 @@ class Steps:
     def _end(self, step: Step) -> None:
         if not step.skipped:
             try:
-                with torch.no_grad():
-                    self._work.after(step)
+                self._work.after(step)
             finally:  # whatever fails behind it, the weights are updated
                 self.count.advance(step.groups)
 
@@ -196,6 +189,7 @@ class Steps:
         self._running(sys._getframe(1))
         return len(self._open) > 0
 
+    @uncompiled
     def begin_by_hand(self, lr: float | Tensor | None) -> Step:
         """Begin a step that no optimizer makes."""
         running = self._running(sys._getframe(1))
@@ -208,9 +202,9 @@ class Steps:
         if moved is not None:
             raise _replaced(moved)
         group = {} if lr is None else {"lr": lr}
-        groups = {id(parameter): group for parameter in self._work.parameters()}
-        step = Step(None, groups, None, False, self.count.index(groups), None)
-        self._at_gradients(step, self._work.parameters())
+        here = self._work.here()
+        step = Step(None, Owned(here, dict.fromkeys(here, group)), None, False, self.count.index(here), None)
+        self._at_gradients(step)
         self._work.settled()
         self._enter(running, step)
         return step
@@ -267,8 +261,13 @@ class _Closure:
     closure: Callable[[], Any]
 
     def __call__(self) -> Any:
-        loss = self.closure()
-        self.hooks._at_gradients(self.step, self.hooks._work.parameters())
+        return self._behind(self.closure())
+
+    @uncompiled
+    def _behind(self, loss: Any) -> Any:
+        """Do the work. A line search gets the loss that goes with the gradients."""
+        self.step.owned = self.step.owned.among(self.hooks._work.here())
+        self.hooks._at_gradients(self.step)
         self.hooks.settled()
         if isinstance(self.step.optimizer, torch.optim.LBFGS) and loss is not None:
             with torch.no_grad():

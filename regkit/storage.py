@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ class Storage(ABC):
 
     leaves: tuple[nn.Parameter, ...]
     """The parameters behind the weight."""
+
+    limited: ClassVar[bool] = True
+    """Whether there may be points that it cannot be brought to."""
 
     @property
     def identity(self) -> tuple[int, ...]:
@@ -53,6 +57,8 @@ class Storage(ABC):
 
 class Plain(Storage):
     """A parameter."""
+
+    limited: ClassVar[bool] = False
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.leaves = (parameter,)

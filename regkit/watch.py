@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from regkit import hooks
 from regkit.errors import StepError
-from regkit.modes import uncompiled
+from regkit.modes import capturing, uncompiled
 from regkit.shards import sharded
 
 _TIMES: Final = 8
@@ -65,8 +65,8 @@ class Watch:
 
     def arm(self) -> None:
         """Watch the parameter, or the one that is in its place by now."""
-        found = self._find()
-        if self._off or found is None or found[2] is self._leaf:
+        found = None if self._off else self._find()
+        if found is None or found[2] is self._leaf:
             return
         self.disarm()
         self._name, module, leaf = found
@@ -81,6 +81,11 @@ class Watch:
             handle = leaf.register_post_accumulate_grad_hook(hook.look)  # type: ignore[no-untyped-call]  # and this
             self._handles.append(handle)
         self.accept()
+
+    @property
+    def on_trained(self) -> bool:
+        """Whether what is watched is trained."""
+        return self._leaf is not None and self._leaf.requires_grad
 
     def disarm(self) -> None:
         """Watch nothing. May be called again."""
@@ -124,7 +129,7 @@ class Watch:
 
     def _differs(self, leaf: Tensor) -> bool:
         self._looks += 1
-        if self._ever_heard or leaf.is_meta or self._looks > _CLOSELY:
+        if self._ever_heard or leaf.is_meta or self._looks > _CLOSELY or capturing():
             return False
         mine = leaf.to_local() if sharded(leaf) else leaf
         before, self._numbers = self._numbers, mine.detach().clone()

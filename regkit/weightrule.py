@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from regkit.batches import LOOPS, Acts, Batch, Compared, batched, own_forms
+from regkit.batches import LOOPS, Batch, Compared, batched, own_forms
 from regkit.binding import Binding
 from regkit.blocks import Block
+from regkit.census import Census
 from regkit.errors import PluginError
 from regkit.kinds import Constraint, Penalty
-from regkit.steps import Step
+from regkit.step import Step
 from regkit.storage import Storage
 
 Kept = tuple[Block, Sequence[Storage]]
@@ -24,20 +25,26 @@ Kept = tuple[Block, Sequence[Storage]]
 Live = tuple[Block, Sequence[Storage], list[Storage]]
 """The same, with those storages that have a leaf to act on."""
 
-Part = TypeVar("Part", Batch, Kept)
+Part = TypeVar("Part", Batch, Kept, Live)
 
 
 @dataclass(eq=False)
 class WeightRule(ABC):
-    """A rule on weights, with its live blocks. at: what of them it works on, for the sentence of an error."""
+    """A rule on weights, with its live blocks. at: what of them it works on, for the sentence of an error.
+
+    whose: where it is several rules in one, whose each block is: what is tied counts once for each of them.
+    """
 
     binding: Binding
     blocks: list[Block]
+    census: Census
+    whose: Mapping[Block, str] = field(default_factory=dict)
     at: Block | Batch | None = field(default=None, init=False)
     _kept: list[Sequence[Storage]] = field(default_factory=list, init=False)
     _distinct: list[Kept] = field(default_factory=list, init=False)
     _batches: list[Batch] = field(default_factory=list, init=False)
     _lone: list[Kept] = field(default_factory=list, init=False)
+    _version: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
         kind = self.binding.kind
@@ -60,9 +67,13 @@ class WeightRule(ABC):
         """The ids of its parameters that this step trains."""
         return {id(parameter) for parameter in self.parameters()} & step.trained
 
+    def unfrozen(self) -> frozenset[int]:
+        """The ids of its parameters that are not frozen."""
+        return frozenset(id(parameter) for parameter in self.parameters() if parameter.requires_grad)
+
     def release(self) -> None:
         """Hold no parameter any more."""
-        self._kept, self._distinct, self._batches, self._lone = [], [], [], []
+        self._kept, self._distinct, self._batches, self._lone, self._version = [], [], [], [], -1
         for block in self.blocks:
             block.release()
 
@@ -70,12 +81,18 @@ class WeightRule(ABC):
 
     def _resolve(self) -> None:
         """Look up where each block is kept. What has been tied since attach() counts once, too."""
+        hold = True
+        for batch in self._batches:
+            hold = hold and batch.holds()
+        if hold and self._version == self.census.version:
+            return
         kept = [block.storages() for block in self.blocks]
-        if kept == self._kept and all(batch.holds() for batch in self._batches):
+        self._version = self.census.version if all(block.steady for block in self.blocks) else -1
+        if hold and kept == self._kept:
             return
         first: dict[tuple[Hashable, ...], Kept] = {}
         for block, storages in zip(self.blocks, kept, strict=True):
-            first.setdefault(block.place(storages), (block, storages))
+            first.setdefault((self.whose.get(block), *block.place(storages)), (block, storages))
         self._kept, self._distinct = kept, list(first.values())
         self._batches = batched(self._distinct) if self._own else []
         together = {block for batch in self._batches for block in batch.blocks}
@@ -86,18 +103,16 @@ class WeightRule(ABC):
         self._resolve()
         return self._at(self._distinct)
 
-    def _live(self, acts: Acts, form: str = "") -> tuple[Iterator[Batch], Iterator[Live]]:
-        """What there is to act on: in batches for a list form that the kind has of its own, all else block by block."""
+    def _live(self, ids: frozenset[int], form: str = "") -> tuple[Iterator[Batch], Iterator[Live]]:
+        """What these parameters make up: what goes through a list form that the kind has of its own, and the rest."""
         self._resolve()
         own = form in self._own
-        batches = (batch.where(acts) for batch in self._batches if own)
-        return self._at(batch for batch in batches if batch.blocks), self._singly(acts, own)
-
-    def _singly(self, acts: Acts, lone: bool) -> Iterator[Live]:
-        for block, storages in self._at(self._lone if lone else self._distinct):
-            mine = [storage for storage in storages if any(map(acts, storage.leaves))]
-            if mine:
-                yield block, storages, mine
+        together = [batch.of(ids) for batch in self._batches] if own else []
+        lone = [
+            (block, storages, [storage for storage in storages if any(id(leaf) in ids for leaf in storage.leaves)])
+            for block, storages in (self._lone if own else self._distinct)
+        ]
+        return self._at(batch for batch in together if batch.blocks), self._at(one for one in lone if one[2])
 
     def _at(self, parts: Iterable[Part]) -> Iterator[Part]:
         for part in parts:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
-from regkit.batches import Acts, compare_constraint, compare_penalty, samples
+from regkit.batches import Batch, compare_constraint, compare_penalty, samples
 from regkit.blocks import Block
-from regkit.errors import StepError
+from regkit.errors import PluginError, StepError, listing
 from regkit.kinds import Constraint, Penalty
 from regkit.ledger import Ledger
-from regkit.steps import Step
+from regkit.step import Step
 from regkit.storage import Storage
 from regkit.weightrule import WeightRule
 
@@ -31,18 +30,11 @@ def _lr(step: Step, parameter: Tensor) -> float | Tensor:
     return lr
 
 
-_unfrozen: Acts = attrgetter("requires_grad")
-
-
-def _trained(step: Step) -> Acts:
-    """Whether a step trains a parameter."""
-    return lambda leaf: id(leaf) in step.trained
-
-
 @dataclass(eq=False)
 class PenaltyRule(WeightRule):
-    """A penalty on weights. The ledger is of one via the loss."""
+    """A penalty on weights. The ledger is of one via the loss. addends: what it is the sum of, if it is one."""
 
+    addends: tuple[Penalty, ...] = ()
     ledger: Ledger = field(default_factory=Ledger)
 
     def prove(self) -> None:
@@ -51,14 +43,26 @@ class PenaltyRule(WeightRule):
             self._expect("gradient", self.penalty.gradient(w), tuple(w.shape))
             if self.binding.via == "proximal":
                 self._expect("prox", self.penalty.prox(w, 0.1), tuple(w.shape))
+            if self.addends:
+                self._prove_sum(w)
         for batch in self._at(self._batches):
             self._agree(compare_penalty(self.penalty, samples(batch), self.binding.via == "loss"))
         if self.binding.via in ("proximal", "decoupled"):
             for block, storages in self._each():
-                w = block.weight(storages)
-                if not w.is_meta:
-                    for storage in storages:
-                        block.prove(storage, [w * 0.5])
+                limited = [storage for storage in storages if storage.limited]
+                kept = block.weight(storages) if limited else None
+                if kept is not None and not kept.is_meta:
+                    for storage in limited:
+                        block.prove(storage, [kept * 0.5])
+
+    def _prove_sum(self, w: Tensor) -> None:
+        wanted = sum((one.strength * one.gradient(w) for one in self.addends), start=torch.zeros(()))
+        ours, near = self.penalty.strength * self.penalty.gradient(w), 1e-4 * float(wanted.abs().amax())
+        if not torch.allclose(ours, wanted.to(ours), 0, near):
+            raise PluginError(
+                f"rule {self.binding.key!r}: {self.penalty.describe()}, which `plus` gives for the sum of "
+                f"{listing(one.describe() for one in self.addends)}, has another gradient"
+            )
 
     @property
     def penalty(self) -> Penalty:
@@ -73,20 +77,20 @@ class PenaltyRule(WeightRule):
 
     def value(self, index: int) -> Tensor | None:
         """strength · factor · Σ Ω over the blocks that are not frozen, None where all are.  -> ()."""
-        return self._sum(_unfrozen, self.amount(index))
+        return self._sum(self.unfrozen(), self.amount(index))
 
     def trained_value(self, step: Step) -> Tensor | None:
         """The same over the blocks that this step trains."""
-        return self._sum(_trained(step), self.amount(step.index))
+        return self._sum(step.trained, self.amount(step.index))
 
-    def _sum(self, acts: Acts, amount: float) -> Tensor | None:
+    def _sum(self, ids: frozenset[int], amount: float) -> Tensor | None:
         total: Tensor | None = None
-        for value in self._values(acts):
+        for value in self._values(ids):
             total = value if total is None else total + value.to(total.device)
         return None if total is None else total * amount
 
-    def _values(self, acts: Acts) -> Iterator[Tensor]:
-        batches, others = self._live(acts, "values")
+    def _values(self, ids: frozenset[int]) -> Iterator[Tensor]:
+        batches, others = self._live(ids, "values")
         for batch in batches:
             yield self.penalty.values(batch.weights())
         for block, storages, _ in others:
@@ -94,7 +98,7 @@ class PenaltyRule(WeightRule):
 
     def check(self, step: Step) -> None:
         """Raise StepError where a proximal or decoupled rule cannot act in this step, before anything is changed."""
-        for _, _, mine in self._live(_trained(step))[1]:
+        for _, _, mine in self._live(step.trained)[1]:
             if isinstance(step.optimizer, LBFGS) or step.evaluations > 1:
                 raise StepError(
                     f"rule {self.binding.key!r} is {self.binding.via}, which needs a single gradient evaluation per "
@@ -103,7 +107,7 @@ class PenaltyRule(WeightRule):
             # A decoupled rule decays each of two biases at its own rate; behind one weight there can be but one.
             for together in [mine] if self.binding.via == "proximal" else [[storage] for storage in mine]:
                 first, *others = [_lr(step, leaf) for leaf in _leaves(step, together)]
-                if any(bool(other != first) for other in others):
+                if any(other is not first and bool(other != first) for other in others):
                     raise StepError(
                         f"rule {self.binding.key!r} is {self.binding.via}, but what makes up one weight has different "
                         "learning rates"
@@ -114,10 +118,13 @@ class PenaltyRule(WeightRule):
         amount = self.amount(step.index)
         if amount == 0:
             return
-        form = "add_gradients" if step.scale is None and not _maximizes(step) else ""
-        batches, others = self._live(_trained(step), form)
+        sign = _sign(step)
+        batches, others = self._live(step.trained, "add_gradients" if sign else "")
         for batch in batches:
-            self.penalty.add_gradients(batch.weights(), batch.gradients(), amount)
+            if step.scale is None:
+                batch.add_gradients(self.penalty, sign * amount)
+            else:
+                batch.add_scaled(self.penalty, sign * amount, step.scale)
         for block, storages, mine in others:
             gradient = self.penalty.gradient(block.weight(storages))
             if step.scale is not None:
@@ -125,12 +132,25 @@ class PenaltyRule(WeightRule):
             for storage in mine:
                 storage.add(block.view, gradient, list(_signed(step, storage, amount)))
 
+    def repeatable(self, ids: frozenset[int]) -> list[Batch] | None:
+        """What `repeat` is for where a step trains these: None where that is not batches alone."""
+        batches, others = self._live(ids, "add_gradients")
+        return None if any(others) else list(batches)
+
+    def repeat(self, batches: list[Batch], index: int) -> None:
+        """As add_gradient, where it is known what to act on, and gradients are neither scaled nor turned around."""
+        amount = self.amount(index)
+        for batch in batches if amount else ():
+            self.at = batch
+            self.penalty.add_gradients(batch.weights(), batch.gradients(), amount)
+        self.at = None
+
     def decay(self, step: Step) -> None:
         """w −= lr · strength · factor · ∇Ω(w), before the update, as torch's AdamW."""
         amount = self.amount(step.index)
         if amount == 0:
             return
-        for block, storages, mine in self._live(_trained(step))[1]:
+        for block, storages, mine in self._live(step.trained)[1]:
             gradient = self.penalty.gradient(block.weight(storages))
             for storage in mine:
                 lr = _lr(step, _leaves(step, [storage])[0])
@@ -144,7 +164,7 @@ class PenaltyRule(WeightRule):
         amount = self.amount(step.index)
         if amount == 0:
             return
-        for block, storages, mine in self._live(_trained(step))[1]:
+        for block, storages, mine in self._live(step.trained)[1]:
             size = _lr(step, _leaves(step, mine)[0]) * amount * len(mine)
             block.move(storages, mine, self.penalty.prox(block.weight(storages), size))
 
@@ -154,9 +174,11 @@ def _leaves(step: Step, mine: Sequence[Storage]) -> list[nn.Parameter]:
     return [leaf for storage in mine for leaf in storage.leaves if id(leaf) in step.trained]
 
 
-def _maximizes(step: Step) -> bool:
-    """Whether the optimizer goes up the gradient of anything."""
-    return step.optimizer is not None and any(group.get("maximize") for group in step.optimizer.param_groups)
+def _sign(step: Step) -> int:
+    """1; -1 where the optimizer goes up the gradient, which turns what is added around; 0 where only some groups do."""
+    groups = () if step.optimizer is None else step.optimizer.param_groups
+    up = [group for group in groups if group.get("maximize")]
+    return 1 if not up else -1 if len(up) == len(groups) else 0
 
 
 def _signed(step: Step, storage: Storage, amount: float) -> Iterator[tuple[nn.Parameter, float]]:
@@ -182,11 +204,12 @@ class ConstraintRule(WeightRule):
         for batch in self._at(self._batches):
             self._agree(compare_constraint(constraint, samples(batch)))
         for block, storages in self._each():
-            w = block.weight(storages)
-            if not w.is_meta:
+            limited = [storage for storage in storages if storage.limited]
+            kept = block.weight(storages) if limited else None
+            if kept is not None and not kept.is_meta:
                 # One of the points is far outside, so that the projection is sure to move it.
-                points = [constraint.project(w), constraint.project(w * 1e3)]
-                for storage in storages:
+                points = [constraint.project(kept), constraint.project(kept * 1e3)]
+                for storage in limited:
                     block.prove(storage, points)
 
     def at_step(self, index: int) -> Constraint:
@@ -201,12 +224,12 @@ class ConstraintRule(WeightRule):
             self._called = step.index  # once, though several optimizers may take one step together
             self.due = set(self.blocks)
         if self.due:
-            self._project(step.index, _trained(step), self.due)
+            self._project(step.index, step.trained, self.due)
 
-    def _project(self, index: int, acts: Acts, due: set[Block]) -> None:
+    def _project(self, index: int, ids: frozenset[int], due: set[Block]) -> None:
         """Project what of `due` is to be acted on, and take it out of there."""
         constraint = self.at_step(index)
-        batches, others = self._live(acts, "project_")
+        batches, others = self._live(ids, "project_")
         for batch in batches:
             ready = batch.among(due)
             if ready.blocks:
@@ -224,7 +247,7 @@ class ConstraintRule(WeightRule):
 
     def project_all(self, index: int) -> None:
         """Project every block that is not frozen."""
-        self._project(index, _unfrozen, set(self.blocks))
+        self._project(index, self.unfrozen(), set(self.blocks))
 
     def violation(self, index: int) -> Tensor:
         """The largest violation over its blocks.  -> ()."""

@@ -206,6 +206,42 @@ class Noisy(Right):
         return activity.reduce(lambda h: torch.nn.functional.dropout(h, 0.5).square(), self.reduction)
 
 
+class MissesTwo(Right):
+    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
+        activity.add_slopes(gradients, lambda h: h, amount, self.reduction)
+
+
+class AlwaysTheMean(Right):
+    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
+        activity.add_slopes(gradients, lambda h: h, amount, times=2)
+
+
+class PaddingHasASlope(Right):
+    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
+        whole = [Sequenced(*segment.values()[:1]) for segment in activity.segments]
+        Activity(whole).add_slopes(gradients, lambda h: h, amount, self.reduction, times=2)
+
+
+class Overwrites(Right):
+    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
+        for gradient in gradients.values():
+            gradient.zero_()
+        activity.add_slopes(gradients, lambda h: h, amount, self.reduction, times=2)
+
+
+class ForgetsTheStateBefore(RightChange):
+    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
+        def slope(h: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+            return (h - before).relu(), torch.zeros_like(before)
+
+        activity.add_pair_slopes(gradients, slope, amount, self.reduction, times=2)
+
+
+class ReadsTheAmount(Right):
+    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
+        activity.add_slopes(gradients, lambda h: h, amount, self.reduction, times=2 * float(amount))
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A wrong kind, the law that catches it, and words in what that law says of it."""
@@ -239,6 +275,12 @@ MUTANTS = [
     Mutant(RootAtZero, "gradient_is_finite", ("nan", "at zeros")),
     Mutant(StrengthTwice, "unit_strength", ("strength 1 gives", "and 3 gives")),
     Mutant(ReadsBack, "never_waits_for_the_device", ("_local_scalar_dense",)),
+    Mutant(MissesTwo, "closed_form_agrees", ("the gradient of the mean", "from that of autograd")),
+    Mutant(AlwaysTheMean, "closed_form_agrees", ("the gradient of the batch",)),
+    Mutant(PaddingHasASlope, "closed_form_agrees", ("padded",)),
+    Mutant(Overwrites, "closed_form_agrees", ("off by",)),
+    Mutant(ForgetsTheStateBefore, "closed_form_agrees", ("off by",)),
+    Mutant(ReadsTheAmount, "never_waits_for_the_device", ("fake outputs raised",)),
     Mutant(NotCalledSequence, "sequence_says_whether_time_matters", ("sequence is False", "shuffled")),
     Mutant(CalledSequence, "sequence_says_whether_time_matters", ("sequence is True", "any order")),
     Mutant(MaskedAfterwards, "padding_has_no_part", ("padding is NaN", "gradient", "nan")),

@@ -251,3 +251,13 @@ class Prints(Ridge):
     def value(self, w: Tensor) -> Tensor:
         print(end="")
         return super().value(w)
+
+
+@MUTANTS.caught_by("plus_is_the_sum", "of forgets_the_other(strength=1.0)", "whose value() is 0.5 of its size off")
+class ForgetsTheOther(Ridge):
+    """The other's strength is lost: of two rules on a weight one would act."""
+
+    kind: Literal["forgets_the_other"] = "forgets_the_other"  # type: ignore[assignment]  # Ridge has a name of its own
+
+    def plus(self, other: Penalty) -> Penalty | None:
+        return self if isinstance(other, ForgetsTheOther) else None

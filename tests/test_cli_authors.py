@@ -87,7 +87,8 @@ def conformance(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[in
 def test_a_plugin_that_keeps_every_law_is_told_so_for_each_of_its_kinds(install, capsys):
     install("regkit-cubes", "1.0", "cubes_plugin", GOOD)
     status, told = conformance(capsys, "regkit-cubes")
-    cubes, late, end = told.splitlines()
+    cubes, late, *hint, end = told.splitlines()
+    assert " ".join(hint).startswith("hint: Cubes: gradient() is called once for each weight")
     counts = [re.fullmatch(r"(\S+): (\d+) of \2 laws hold", line) for line in (cubes, late)]
     assert all(counts)
     assert [count[1] for count in counts] == ["cubes(strength=1.0)", "late()"]

@@ -21,6 +21,8 @@ from regkit.policy import Policy
 from regkit.registry import default
 from regkit.testing import activities, adapters, check_penalty, constraints, penalties, schedules
 from regkit.testing.kinds import KIND_LAWS
+from tests.benchmarks import report
+from tests.benchmarks.bars import bars
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -151,6 +153,14 @@ def test_every_public_name_exists_and_is_described():
     for name in regkit.__all__:
         public = getattr(regkit, name)
         assert getattr(public, "__doc__", None), name
+
+
+def test_the_costs_in_readme_are_those_that_were_measured():
+    """`python -m tests.benchmarks --readme` writes both."""
+    results = json.loads((ROOT / "tests/benchmarks/results.json").read_text(encoding="utf-8"))
+    (told,) = re.findall(rf"{re.escape(report.START)}\n(.*?){re.escape(report.END)}", README, re.DOTALL)
+    assert told == report.readme(results) + "\n"
+    assert [(bar["what"], bar["passed"]) for bar in results["bars"]] == [(b.what, b.passed) for b in bars(results)]
 
 
 def test_versions_agree():

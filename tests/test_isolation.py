@@ -19,7 +19,9 @@ MISTAKES = [
     ("1 / 0", ["ZeroDivisionError", "does not import"]),
     ("import sys; sys.exit('no licence')", ["SystemExit", "no licence", "does not import"]),
     (f"{HOOK}def regkit_penalties():\n    1 / 0", ["ZeroDivisionError", "regkit_penalties failed"]),
-    (f"{HOOK}def regkit_penaltys():\n    return []", ["regkit_penaltys"]),
+    (f"{HOOK}def regkit_penaltys():\n    return []", ["'regkit_penaltys'; did you mean 'regkit_penalties'?"]),
+    (f"{HOOK}def regkit_schedules():\n    return regkit.Schedule", ["regkit.kinds.Schedule'>, not a list"]),
+    (f"{HOOK}def regkit_penalties():\n    return 'l2'", ["it returned 'l2', not a list"]),
     (f"{HOOK}def regkit_penalties(model):\n    return []", ["regkit_penalties", "model"]),
     (f"{HOOK}def regkit_penalties():\n    return [3]", ["3", "Penalty"]),
     (f"{HOOK}def regkit_penalties():\n    pass", ["regkit_penalties", "None"]),
@@ -94,7 +96,9 @@ def test_a_document_that_was_saved_with_a_plugin_that_is_broken_now_is_told_so(i
     with pytest.warns(PluginWarning):
         registry = Registry()
     saved = {"nuclear": {"distribution": "Regkit_Broken", "version": "3.0"}}
-    with pytest.raises(regkit.SpecError, match=r"saved with it from Regkit_Broken 3\.0; .*3\.1.*ZeroDivisionError"):
+    with pytest.raises(
+        regkit.SpecError, match=r"from Regkit_Broken 3\.0; here is regkit-broken 3\.1 .*broken: .*ZeroDiv"
+    ):
         regkit.load({"provenance": saved, "rules": [{"penalty": "nuclear(1)"}]}, registry=registry)
 
 

@@ -239,3 +239,17 @@ def test_every_example_is_valid(validator):
         document = json.loads(path.read_text(encoding="utf-8"))
         assert [error.message for error in validator.iter_errors(document)] == [], path.name
         assert regkit.load(path).rules
+
+
+def test_what_is_said_of_a_strength_is_what_the_schema_allows_and_what_loading_refuses():
+    options = {
+        name: definition["properties"]["strength"]
+        for name, definition in definitions(regkit.schema()).items()
+        if "strength" in definition.get("properties", {})
+    }
+    assert {"l2", "activity_l1_l2", "temporal"} <= options.keys()
+    for name, option in options.items():
+        assert option["minimum"] == 0, name
+        assert option["description"].endswith("Range: ≥ 0; a rule with 0 is refused."), name
+    with pytest.raises(regkit.SpecError, match="l2 has no effect: its strength is 0"):
+        regkit.load(rule(penalty={"kind": "l2", "strength": 0}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, final
 
 import torch
@@ -19,7 +19,10 @@ class ActivityL1(ActivityPenalty):
     kind: Literal["activity_l1"] = "activity_l1"
 
     def value(self, activity: Activity) -> Tensor:
-        return activity.reduce(torch.abs, self.reduction)
+        return activity.reduce(torch.abs, self.reduction, lambda h, scratch: torch.abs(h, out=scratch(h)).sum())
+
+    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
+        activity.add_slopes(gradients, torch.sign, amount, self.reduction)
 
 
 @final
@@ -29,7 +32,10 @@ class ActivityL2(ActivityPenalty):
     kind: Literal["activity_l2"] = "activity_l2"
 
     def value(self, activity: Activity) -> Tensor:
-        return activity.reduce(torch.square, self.reduction)
+        return activity.reduce(torch.square, self.reduction, _squares)
+
+    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
+        activity.add_slopes(gradients, lambda h: h, amount, self.reduction, times=2)
 
 
 @final
@@ -47,7 +53,7 @@ class ActivityL1L2(ActivityPenalty):
     """The coefficient of h². Range: ≥ 0."""
 
     strength: NonNegative = 1.0
-    """What both coefficients are multiplied by. Range: > 0."""
+    """What both coefficients are multiplied by. Range: ≥ 0; a rule with 0 is refused."""
 
     @classmethod
     def examples(cls) -> Sequence[ActivityL1L2]:
@@ -59,6 +65,12 @@ class ActivityL1L2(ActivityPenalty):
     def value(self, activity: Activity) -> Tensor:
         return activity.reduce(lambda h: self.l1 * h.abs() + self.l2 * h.square(), self.reduction)
 
+    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
+        def slope(h: Tensor) -> Tensor:
+            return h.sign().mul_(self.l1).add_(h, alpha=2 * self.l2)
+
+        activity.add_slopes(gradients, slope, amount, self.reduction)
+
 
 @final
 class Temporal(ActivityPenalty):
@@ -69,7 +81,13 @@ class Temporal(ActivityPenalty):
     sequence: ClassVar[bool] = True
 
     def value(self, activity: Activity) -> Tensor:
-        return activity.reduce_pairs(lambda h, previous: (h - previous).square(), self.reduction)
+        def total(h: Tensor, previous: Tensor, scratch: Callable[[Tensor], Tensor]) -> Tensor:
+            return _squares(torch.sub(h, previous, out=scratch(h)), scratch)
+
+        return activity.reduce_pairs(lambda h, previous: (h - previous).square(), self.reduction, total)
+
+    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
+        activity.add_pair_slopes(gradients, torch.sub, amount, self.reduction, times=2)
 
 
 @final
@@ -86,11 +104,32 @@ class NormStabilizer(ActivityPenalty):
     def value(self, activity: Activity) -> Tensor:
         return activity.reduce_pairs(lambda h, previous: (_norm(h) - _norm(previous)).square(), self.reduction)
 
+    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
+        def slope(h: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+            ours, theirs = _norm(h), _norm(previous)
+            growth = ours - theirs
+            return _unit(h, ours, growth), _unit(previous, theirs, -growth)
+
+        activity.add_pair_slopes(gradients, slope, amount, self.reduction, times=2, per_row=True)
+
+
+def _squares(h: Tensor, scratch: Callable[[Tensor], Tensor]) -> Tensor:
+    """Σh²  -> ()."""
+    if not h.is_contiguous():
+        return torch.square(h, out=scratch(h)).sum()
+    flat = h.view(-1)
+    return torch.dot(flat, flat)
+
 
 def _norm(h: Tensor) -> Tensor:
     """(..., features) -> (..., 1); torch defines the derivative of the 2-norm as 0 at 0."""
     norm: Tensor = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
     return norm
+
+
+def _unit(h: Tensor, norm: Tensor, times: Tensor) -> Tensor:
+    """times · h / ‖h‖, which is 0 where h is."""
+    return h * torch.where(norm == 0, 0.0, times / norm)
 
 
 @hookimpl

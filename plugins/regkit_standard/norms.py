@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Final, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
 from regkit import Penalty, hookimpl
 from regkit.activity import at_least_float32
+from regkit.buckets import buckets, pieces, room
 from regkit.fields import NonNegative
 
 
@@ -22,32 +24,41 @@ def _l2(w: Tensor) -> Tensor:
     return at_least_float32(w).square().sum()
 
 
-_BUCKET: Final = 1 << 22
-"""Bytes of weights that a list form works on at a time: what it holds meanwhile is small, and in the cache."""
+Portion = tuple[list[Tensor], list[Tensor], "Tensor | None"]
 
 
-def _buckets(weights: list[Tensor], gradients: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Lists of at most 4 MB of weights, in float32 or better, and of their gradients; a larger one comes in pieces."""
-    ws: list[Tensor] = []
-    gs: list[Tensor] = []
-    room = _BUCKET
-    for w, g in _pieces(weights, gradients):
-        if w.nbytes > room and ws:
-            yield ws, gs
-            ws, gs, room = [], [], _BUCKET
-        ws.append(at_least_float32(w))
-        gs.append(g)
-        room -= w.nbytes
-    yield ws, gs
+def _portions(weights: list[Tensor], gradients: list[Tensor]) -> Iterator[Portion]:
+    """Weights in float32 or better, with their gradients: many small ones; or a piece of a large one, and a workspace.
+
+    The workspace is of the piece's shape, and the same memory for all: fresh memory is slower than the arithmetic.
+    """
+    limit = room(weights[0])
+    together, large = buckets(weights, limit)
+    for some in together:
+        yield [at_least_float32(weights[i]) for i in some], [gradients[i] for i in some], None
+    work: Tensor | None = None
+    for i in large:
+        for w, g in zip(pieces(weights[i], limit), pieces(gradients[i], limit), strict=True):
+            w = at_least_float32(w)
+            if work is None or work.numel() < w.numel():
+                work = w.new_empty(max(w.numel(), min(limit, weights[i].numel())))
+            yield [w], [g], work[: w.numel()].view(w.shape)
 
 
-def _pieces(weights: list[Tensor], gradients: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    for w, g in zip(weights, gradients, strict=True):
-        if w.nbytes <= _BUCKET:
-            yield w, g
+def _signs(weights: list[Tensor], work: Tensor | None) -> tuple[Tensor, ...]:
+    return torch._foreach_sign(weights) if work is None else (torch.sign(weights[0], out=work),)
+
+
+def _total(weights: list[Tensor], power: Literal[1, 2]) -> Tensor:
+    """Σ|w| or Σw² over all weights, for reports: without autograd, which a norm does not suit at zero."""
+    sums: list[Tensor] = []
+    for ws, _, work in _portions(weights, weights):
+        if work is None:
+            norms = torch.stack(torch._foreach_norm(ws, power))
+            sums.append((norms if power == 1 else norms.square()).sum())
         else:
-            rows = max(1, _BUCKET * w.size(0) // w.nbytes)
-            yield from ((w[row : row + rows], g[row : row + rows]) for row in range(0, w.size(0), rows))
+            sums.append(torch.abs(ws[0], out=work).sum() if power == 1 else torch.square(ws[0], out=work).sum())
+    return torch.stack(sums).sum()
 
 
 def _soft_threshold(w: Tensor, threshold: float | Tensor) -> Tensor:
@@ -55,8 +66,23 @@ def _soft_threshold(w: Tensor, threshold: float | Tensor) -> Tensor:
     return w.sign() * (w.abs() - threshold).clamp(min=0)
 
 
+class _Norm(Penalty):
+    """l1·Σ|w| + l2·Σw² for some l1 and l2."""
+
+    @property
+    @abstractmethod
+    def _coefficients(self) -> tuple[float, float]:
+        """l1 and l2, times the strength."""
+
+    def plus(self, other: Penalty) -> Penalty | None:
+        if not isinstance(other, _Norm):
+            return None
+        l1, l2 = map(sum, zip(self._coefficients, other._coefficients, strict=True))
+        return L2(strength=l2) if l1 == 0 else L1(strength=l1) if l2 == 0 else L1L2(l1=l1, l2=l2)
+
+
 @final
-class L1(Penalty):
+class L1(_Norm):
     """Lasso: Σ|w|  (Tibshirani 1996; Keras L1).
 
     w: (rows, columns) or (rows,) -> ().  The gradient is sign(w), with 0 chosen from the subgradient at 0.
@@ -64,6 +90,10 @@ class L1(Penalty):
     """
 
     kind: Literal["l1"] = "l1"
+
+    @property
+    def _coefficients(self) -> tuple[float, float]:
+        return self.strength, 0.0
 
     def value(self, w: Tensor) -> Tensor:
         return _l1(w)
@@ -75,18 +105,25 @@ class L1(Penalty):
         return _soft_threshold(w, step)
 
     def add_gradients(self, weights: list[Tensor], gradients: list[Tensor], amount: float) -> None:
-        for ws, gs in _buckets(weights, gradients):
-            torch._foreach_add_(gs, torch._foreach_sign(ws), alpha=amount)
+        for ws, gs, work in _portions(weights, gradients):
+            torch._foreach_add_(gs, _signs(ws, work), alpha=amount)
+
+    def values(self, weights: list[Tensor]) -> Tensor:
+        return super().values(weights) if torch.is_grad_enabled() else _total(weights, 1)
 
 
 @final
-class L2(Penalty):
+class L2(_Norm):
     """Ridge: Σw², without the ½, so that `weight_decay` c is strength c/2  (Hoerl & Kennard 1970; Keras L2).
 
     w: (rows, columns) or (rows,) -> ().  Gradient: 2w.  prox: w / (1 + 2·step).
     """
 
     kind: Literal["l2"] = "l2"
+
+    @property
+    def _coefficients(self) -> tuple[float, float]:
+        return 0.0, self.strength
 
     def value(self, w: Tensor) -> Tensor:
         return _l2(w)
@@ -98,20 +135,19 @@ class L2(Penalty):
         return w / (1 + 2 * step)
 
     def values(self, weights: list[Tensor]) -> Tensor:
-        if torch.is_grad_enabled():  # a norm has no derivative at zero
-            return super().values(weights)
-        norms = torch._foreach_norm(weights, dtype=torch.promote_types(weights[0].dtype, torch.float32))
-        return torch.stack(norms).square().sum()
+        return super().values(weights) if torch.is_grad_enabled() else _total(weights, 2)
 
     def add_gradients(self, weights: list[Tensor], gradients: list[Tensor], amount: float) -> None:
         # In half precision torch would round alpha, too, on a CPU: there, copies in float32 are added.
-        exact = weights[0].dtype in (torch.float32, torch.float64)
-        for ws, gs in [(weights, gradients)] if exact else _buckets(weights, gradients):
+        if weights[0].dtype in (torch.float32, torch.float64):
+            torch._foreach_add_(gradients, weights, alpha=2 * amount)
+            return
+        for ws, gs, _ in _portions(weights, gradients):
             torch._foreach_add_(gs, ws, alpha=2 * amount)
 
 
 @final
-class L1L2(Penalty):
+class L1L2(_Norm):
     """Elastic net: l1·Σ|w| + l2·Σw²  (Zou & Hastie 2005; Keras L1L2).
 
     w: (rows, columns) or (rows,) -> ().  Gradient: l1·sign(w) + 2·l2·w.
@@ -129,7 +165,7 @@ class L1L2(Penalty):
     """The coefficient of Σw². Range: ≥ 0."""
 
     strength: NonNegative = 1.0
-    """What both coefficients are multiplied by. Range: > 0."""
+    """What both coefficients are multiplied by. Range: ≥ 0; a rule with 0 is refused."""
 
     @classmethod
     def examples(cls) -> Sequence[L1L2]:
@@ -137,6 +173,10 @@ class L1L2(Penalty):
 
     def inert(self) -> str | None:
         return "neither l1 nor l2 is positive" if self.l1 == self.l2 == 0 else super().inert()
+
+    @property
+    def _coefficients(self) -> tuple[float, float]:
+        return self.strength * self.l1, self.strength * self.l2
 
     def value(self, w: Tensor) -> Tensor:
         return self.l1 * _l1(w) + self.l2 * _l2(w)
@@ -148,11 +188,21 @@ class L1L2(Penalty):
         return _soft_threshold(w, step * self.l1) / (1 + 2 * self.l2 * step)
 
     def add_gradients(self, weights: list[Tensor], gradients: list[Tensor], amount: float) -> None:
-        for ws, gs in _buckets(weights, gradients):
-            slopes = torch._foreach_sign(ws)
-            torch._foreach_mul_(slopes, self.l1)
-            torch._foreach_add_(slopes, ws, alpha=2 * self.l2)
-            torch._foreach_add_(gs, slopes, alpha=amount)
+        l1, l2 = self.l1, 2 * self.l2
+        for ws, gs, work in _portions(weights, gradients):
+            slopes = _signs(ws, work)
+            if l1 > 1e-6 * l2:  # one operation less
+                torch._foreach_add_(slopes, ws, alpha=l2 / l1)
+                torch._foreach_add_(gs, slopes, alpha=amount * l1)
+            else:
+                torch._foreach_mul_(slopes, l1)
+                torch._foreach_add_(slopes, ws, alpha=l2)
+                torch._foreach_add_(gs, slopes, alpha=amount)
+
+    def values(self, weights: list[Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().values(weights)
+        return self.l1 * _total(weights, 1) + self.l2 * _total(weights, 2)
 
 
 @hookimpl

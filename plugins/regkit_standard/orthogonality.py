@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal, final
 
 import torch
@@ -10,13 +10,33 @@ from torch import Tensor
 
 from regkit import Penalty, hookimpl
 from regkit.activity import at_least_float32
+from regkit.buckets import buckets, pieces, room
 from regkit.kinds import Layout
+
+
+def _is_wide(w: Tensor) -> bool:
+    return w.size(-2) <= w.size(-1)
 
 
 def _off_identity(w: Tensor) -> Tensor:
     """WWᵀ − I for a wide or square W, WᵀW − I for a tall one: the smaller Gram matrix, which alone can reach I."""
-    gram = w @ w.T if w.size(0) <= w.size(1) else w.T @ w
-    return gram - torch.eye(gram.size(0), dtype=gram.dtype, device=gram.device)
+    gram = w @ w.mT if _is_wide(w) else w.mT @ w
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return gram
+
+
+def _stacks(weights: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
+    """Weights of one shape, in float32 or better: (count, rows, columns), and which they are; a large one alone."""
+    together, large = buckets(weights, room(weights[0]))
+    alike: list[list[int]] = [[index] for index in large]
+    for some in together:
+        shapes: dict[torch.Size, list[int]] = {}
+        for index in some:
+            shapes.setdefault(weights[index].shape, []).append(index)
+        alike += shapes.values()
+    for indices in alike:
+        first, *others = (weights[index] for index in indices)
+        yield at_least_float32(torch.stack([first, *others]) if others else first.unsqueeze(0)), indices
 
 
 @final
@@ -48,8 +68,23 @@ class Orthogonal(Penalty):
     def gradient(self, w: Tensor) -> Tensor:
         w = at_least_float32(w)
         off = 4 * _off_identity(w)
-        gradient = off @ w if w.size(0) <= w.size(1) else w @ off
+        gradient = off @ w if _is_wide(w) else w @ off
         return torch.where(off.isfinite().all(), gradient, 0.0)
+
+    def values(self, weights: list[Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().values(weights)
+        return torch.stack([_off_identity(w).square_().sum() for w, _ in _stacks(weights)]).sum()
+
+    def add_gradients(self, weights: list[Tensor], gradients: list[Tensor], amount: float) -> None:
+        limit = room(weights[0])
+        for w, indices in _stacks(weights):
+            off, wide = _off_identity(w), _is_wide(w)
+            finite = off.isfinite().flatten(1).all(dim=1).view(-1, 1, 1)
+            parts = [pieces(gradients[index], limit, 1 if wide else 0) for index in indices]
+            for piece, *gs in zip(pieces(w, limit, 2 if wide else 1), *parts, strict=True):
+                slopes = torch.where(finite, off @ piece if wide else piece @ off, 0.0)
+                torch._foreach_add_(gs, slopes.unbind(), alpha=4 * amount)
 
 
 @final
@@ -80,31 +115,39 @@ class CosineOrthogonal(Penalty):
         return self.per
 
     def value(self, w: Tensor) -> Tensor:
-        vectors = at_least_float32(w) if self.mode == "rows" else at_least_float32(w).T
-        n = vectors.size(0)
-        if n < 2:
+        vectors = self._vectors(w)
+        if vectors.size(0) < 2:
             return vectors.sum() * 0.0  # a zero that autograd can differentiate
-        cosines = _unit(vectors) @ _unit(vectors).T
-        return torch.triu(cosines.abs(), diagonal=1).sum() / (n * (n - 1) / 2)
+        unit, _ = _unit(vectors)
+        return torch.triu((unit @ unit.T).abs(), diagonal=1).sum() / self._pairs(vectors)
 
     def gradient(self, w: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = at_least_float32(w.detach()).requires_grad_()
-            value = self.value(leaf)
-            (gradient,) = torch.autograd.grad(value, leaf)
-        return torch.where(value.isfinite(), gradient, 0.0)
+        vectors = self._vectors(w.detach())
+        unit, norms = _unit(vectors)
+        cosines = (unit @ unit.T).fill_diagonal_(0)
+        along = cosines.abs().sum(dim=1, keepdim=True)  # of which the length has no part, for a cosine has none
+        slope = (cosines.sign() @ unit - along * unit) / norms / max(self._pairs(vectors), 1)
+        slope = torch.where(slope.isfinite().all(), slope, 0.0)
+        return slope if self.mode == "rows" else slope.T
+
+    def _vectors(self, w: Tensor) -> Tensor:
+        return at_least_float32(w) if self.mode == "rows" else at_least_float32(w).T
+
+    def _pairs(self, vectors: Tensor) -> float:
+        return vectors.size(0) * (vectors.size(0) - 1) / 2
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    """Rows divided by their norms; a zero row stays zero, with a zero gradient."""
+def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows divided by their norms, and the norms; a zero row stays zero, with a zero gradient, and has 1."""
     # First by their largest entries, so that no square overflows or vanishes. A cosine does not depend on scale, and so
     # its gradient is right with the divisor held constant.
     largest = vectors.detach().abs().amax(dim=1, keepdim=True)
-    vectors = vectors / torch.where(largest == 0, 1.0, largest)
+    largest = torch.where(largest == 0, 1.0, largest)
+    vectors = vectors / largest
     squares = vectors.square().sum(dim=1, keepdim=True)
     # sqrt has an infinite slope at 0, which autograd would multiply by 0: it must not see the 0 at all.
     norms = torch.where(squares == 0, 1.0, squares).sqrt()
-    return torch.where(squares == 0, 0.0, vectors / norms)
+    return torch.where(squares == 0, 0.0, vectors / norms), norms * largest
 
 
 @hookimpl

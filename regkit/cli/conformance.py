@@ -17,6 +17,7 @@ from regkit.errors import unknown
 from regkit.kinds import Kind
 from regkit.plugins import Plugin, installed, loaded
 from regkit.testing import Result, check_example, checks
+from regkit.testing.hints import hints
 
 _EXAMPLES: Final = "examples"
 _WHY: Final = (
@@ -41,6 +42,7 @@ def conformance(options: argparse.Namespace) -> int:
         print(as_json([asdict(result) for result in results]))
     else:
         left = [*trials.skipped, *(why(plugin) for plugin in plugins if plugin.state != "loaded")]
+        print(*(fill(f"hint: {hint}", hang="  ") for hint in trials.hints), sep="\n", end="\n" if trials.hints else "")
         print(*(fill(f"not tried: {reason}", hang="  ") for reason in left), sep="\n", end="\n" if left else "")
         print(_summary(results))
     broken = [plugin for plugin in plugins if plugin.state == "broken"]
@@ -60,13 +62,14 @@ def _named(name: str) -> list[Plugin]:
 class _Trials:
     """The laws, tried on plugins one by one; of those that were asked for.
 
-    laws: the names of all that could have been tried; skipped: what was not, and why.
+    laws: the names of all that could have been tried; skipped: what was not, and why; hints: how kinds could be faster.
     """
 
     def __init__(self, law: str | None) -> None:
         self.law = law
         self.laws: set[str] = set()
         self.skipped: list[str] = []
+        self.hints: list[str] = []
 
     def of(self, plugins: Sequence[Plugin]) -> Iterator[Result]:
         """The results, subject by subject."""
@@ -87,6 +90,7 @@ class _Trials:
             yield _without_examples(kind.__qualname__, error)
             return
         self.laws |= {check.law.name for check in found}
+        self.hints += [f"{kind.__qualname__}: {hint}" for hint in hints(kind) if self.law is None]
         wanted = (check for check in found if self.law in (None, check.law.name))
         yield from (check.law.tried(check.subject, check.title) for check in wanted)
 

@@ -157,7 +157,8 @@ class RegularizationCallback(Callback):
     ) -> None:
         # Only where Lightning writes what was logged, as its own callbacks ask: values take time, and nobody reads them
         # in between. They stay tensors, for which nothing waits.
-        if trainer._logger_connector.should_update_logs:
+        accumulating = pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()
+        if trainer._logger_connector.should_update_logs and not accumulating:
             rules = {**self.attachment.values(), **self.attachment.violations()}
             pl_module.log_dict(
                 {f"{self.prefix}/{key}": value for key, value in rules.items()}, on_step=True, on_epoch=False

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from regkit import Activity, ActivityPenalty
 from regkit.activity import Stepped
+from regkit.testing.activity_gradients import GRADIENT_LAWS
 from regkit.testing.activity_tensors import SCALES, TENSOR_LAWS, near, reduced
 from regkit.testing.kinds import KIND_LAWS, report
 from regkit.testing.laws import Laws, Report, hold
 from regkit.testing.layouts import BOTH, LENGTHS, alone, batch, layouts, packed, padded, steps
 from regkit.testing.samples import HALVES
 
-LAWS: Final[Laws[ActivityPenalty]] = Laws(KIND_LAWS, TENSOR_LAWS)
+LAWS: Final[Laws[ActivityPenalty]] = Laws(KIND_LAWS, TENSOR_LAWS, GRADIENT_LAWS)
 """What every activity penalty keeps."""
 
 

@@ -156,9 +156,9 @@ def never_waits_for_the_device(penalty: ActivityPenalty) -> None:
     `if t > 0` and boolean indexing; write `torch.where` and tensors without dimensions."""
     with FakeTensorMode():
         try:
-            penalty.value(_on("cpu"))
+            _everything(penalty, "cpu")
         except Exception as error:  # whatever it meets without data: it is said in full
-            hold(False, f"value() of fake outputs raised {type(error).__name__}: {error}")
+            hold(False, f"fake outputs raised {type(error).__name__}: {error}")
 
 
 @TENSOR_LAWS.add()
@@ -166,10 +166,19 @@ def stays_on_its_device(penalty: ActivityPenalty) -> None:
     """A constant that is made on the CPU meets outputs on a GPU there, and not here: outputs on `meta` tell. Give
     `device=h.device` to `torch.arange` and the like, and never move h."""
     try:
-        value = penalty.value(_on("meta"))
+        value = _everything(penalty, "meta")
     except Exception as error:  # whatever it meets there: it is said in full
-        hold(False, f"value() of outputs on meta raised {type(error).__name__}: {error}")
+        hold(False, f"outputs on meta raised {type(error).__name__}: {error}")
     hold(value.is_meta, f"value() of outputs on meta is on {value.device}")
+
+
+def _everything(penalty: ActivityPenalty, device: str) -> Tensor:
+    """Its value with autograd; and without, with its gradient, if it has one."""
+    with torch.no_grad():
+        value = penalty.value(_on(device))
+        if penalty.offers_gradients:
+            penalty.add_gradients(_on(device), _on(device), value)
+    return penalty.value(_on(device))
 
 
 def _on(device: str) -> Activity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from regkit import Constraint
 from regkit.testing.feasible import allowed, outside, starts, toward
+from regkit.testing.hints import hints
 from regkit.testing.kinds import KIND_LAWS, report
 from regkit.testing.laws import Laws, Report, hold
 from regkit.testing.projections import PROJECTION_LAWS, named
@@ -23,7 +25,7 @@ _SCALES: Final = (0.0, 1e-4, 1.0, 1e4)
 
 def check_constraint(constraint: Constraint | type[Constraint]) -> Report:
     """Try every law on a constraint; of a class, on each of its examples. Raises TypeError for anything else."""
-    return report(LAWS, Constraint, constraint)
+    return replace(report(LAWS, Constraint, constraint), hints=hints(constraint))
 
 
 def _variants(constraint: Constraint) -> list[Constraint]:

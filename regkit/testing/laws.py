@@ -40,10 +40,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """The results of every law that applies to one subject."""
+    """The results of every law that applies to one subject.
+
+    hints: how it could be faster, which no law asks.
+    """
 
     subject: str
     results: tuple[Result, ...]
+    hints: tuple[str, ...] = ()
 
     @property
     def failures(self) -> tuple[Result, ...]:
@@ -61,7 +65,7 @@ class Report:
     def __str__(self) -> str:
         count = len(self.results)
         head = f"{self.subject}: {count - len(self.failures)} of {count} laws hold"
-        return "\n".join([head, *(f"  {failure}" for failure in self.failures)])
+        return "\n".join([head, *(f"  {one}" for one in self.failures), *(f"  hint: {hint}" for hint in self.hints)])
 
 
 def _always(_: object) -> bool:

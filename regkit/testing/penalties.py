@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from regkit import Penalty, PluginError
 from regkit.testing.compiling import compiles
 from regkit.testing.gradients import GRADIENT_LAWS
+from regkit.testing.hints import hints
 from regkit.testing.kinds import KIND_LAWS, report
 from regkit.testing.laws import Laws, Report, hold
 from regkit.testing.prox import PROX_LAWS
@@ -34,7 +36,7 @@ LAWS: Final[Laws[Penalty]] = Laws(KIND_LAWS, GRADIENT_LAWS, PROX_LAWS)
 
 def check_penalty(penalty: Penalty | type[Penalty]) -> Report:
     """Try every law on a penalty; of a class, on each of its examples. Raises TypeError for anything else."""
-    return report(LAWS, Penalty, penalty)
+    return replace(report(LAWS, Penalty, penalty), hints=hints(penalty))
 
 
 @LAWS.add()
@@ -228,6 +230,27 @@ def list_forms_agree(penalty: Penalty) -> None:
             hold(identical(w, same), f"add_gradients() changed a weight {tuple(w.shape)}")
             off = difference(ours, want, size)
             hold(off <= rounding, f"add_gradients() leaves a {dtype} gradient {tuple(w.shape)} {off:.3g} of it off")
+
+
+@LAWS.add(lambda penalty: type(penalty).plus is not Penalty.plus)
+def plus_is_the_sum(penalty: Penalty) -> None:
+    """Two rules on the same weights act as one if `plus` gives a kind for both. Let its strength times its value be the
+    sum of both, each times its own strength, for the same ranks and in the same layout; or return None."""
+    twin = penalty.model_copy(update={"strength": 2 * penalty.strength + 1})
+    for other in (penalty, twin, *type(penalty).examples()):
+        assert isinstance(other, Penalty)
+        both = penalty.plus(other)
+        if both is None:
+            continue
+        given = f"of {penalty.describe()} and {other.describe()}"
+        hold(isinstance(both, Penalty), f"plus() {given} is {both!r}")
+        same = both.layout == penalty.layout and set(both.ranks) >= set(penalty.ranks)
+        hold(same, f"plus() {given} is {both.describe()}, for ranks {both.ranks} and layout {both.layout!r}")
+        for w in weights(penalty):
+            for name in ("value", "gradient"):
+                ours, *parts = (one.strength * getattr(one, name)(w) for one in (both, penalty, other))
+                off = difference(ours, sum(parts), *parts)
+                hold(off < 1e-9, f"plus() {given} is {both.describe()}, whose {name}() is {off:.3g} of its size off")
 
 
 def _compiles(_: Penalty) -> bool:

@@ -1,0 +1,1 @@
+"""What regularization costs: `python -m tests.benchmarks`."""

@@ -1,0 +1,116 @@
+"""From a workload to its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from statistics import median
+from typing import Any
+
+from tests.benchmarks.lab import Floors, Lab, Run, timed
+from tests.benchmarks.timing import Sample, beside, in_turns, quartiles
+from tests.benchmarks.ways import Way
+from tests.benchmarks.workloads import Workload
+from tests.counting import Counted
+
+Results = dict[str, Any]
+
+
+def measure(workload: Workload, ways: Sequence[Way], seconds: float, fewest: int) -> Results:
+    """Times, shares, multiples and counts of each way, in so many seconds but in so many rounds at least.
+
+    bytes: of the weights. bare: seconds of the bare step of each optimizer. floors: seconds. rows: for each way
+    `step`, the seconds that it adds to a step; `share` of the bare step; `alone`, the seconds of its work alone;
+    `floors`, how many times its floor that is; `operations` and `allocated` bytes that it adds to a step.
+    """
+    with ExitStack() as stack:
+        lab = Lab(workload)
+        runs = [stack.enter_context(closing(Run(lab, way))) for way in ways]
+        return _measure(lab, runs, seconds, fewest)
+
+
+def _measure(lab: Lab, runs: Sequence[Run], seconds: float, fewest: int) -> Results:
+    bases = {run.way.optimizer: run.base for run in runs}
+    for run in (*bases.values(), *runs):
+        run.step()  # states are made, first steps are over
+    bare = {optimizer: base.counted() for optimizer, base in bases.items()}
+    counts = {run.name: _added_counts(run, bare[run.way.optimizer]) for run in runs}
+    stepping = [run for run in runs if run.way.calls is None]
+    steps = beside(stepping, seconds * 0.65, fewest)
+    alone, floors = _alone(lab, runs, seconds * 0.35, fewest)
+    seconds_of: dict[str, list[float]] = {optimizer: [] for optimizer in bases}
+    for run in stepping:
+        seconds_of[run.way.optimizer] += [base[0] for _, base in steps[run.name]]
+    return {
+        "title": lab.workload.title,
+        "bytes": sum(w.nbytes for w in lab.weights),
+        "bare": {optimizer: quartiles(samples) for optimizer, samples in seconds_of.items()},
+        "floors": {name: quartiles(samples) for name, samples in floors.items()},
+        "rows": {
+            run.name: {
+                **_added(run.way, steps.get(run.name, [])),
+                **_multiples(run.way, alone.get(run.name, []), floors),
+                **counts[run.name],
+            }
+            for run in runs
+        },
+    }
+
+
+def _added_counts(run: Run, bare: Counted) -> Results:
+    """Where only outputs are acted on, there is nothing else in what is counted."""
+    with_it = run.counted()
+    less = Counted() if run.way.outputs else bare
+    return {"operations": with_it.operations - less.operations, "allocated": with_it.allocated - less.allocated}
+
+
+def _alone(
+    lab: Lab, runs: Sequence[Run], seconds: float, fewest: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """The seconds of each way's work alone, and of the floors, taken in turns; of ways that add nothing, none."""
+    flat, gradients = lab.gradients()
+    working = [run for run in runs if run.way.works_alone]
+    bare = lab.base("Adam")
+    for run in (bare, *working):
+        run.have(gradients)
+    calls = max(1, min(8, 4_000_000 // sum(w.nbytes for w in lab.weights)))
+    floors = Floors(lab, flat).all()
+    turns = {run.name: partial(run.alone, run.way.calls or calls) for run in working}
+    samples = in_turns(
+        {
+            **turns,
+            "bare": partial(bare.alone, calls),
+            **{f"floor: {name}": partial(timed, lab, call, calls) for name, call in floors.items()},
+        },
+        seconds,
+        fewest,
+    )
+    # The step of an optimizer that does nothing takes its time, too: torch's own, a few microseconds.
+    nothing = median(samples["bare"])
+    alone = {
+        run.name: [one if run.way.decay or run.way.outputs else one - nothing for one in samples[run.name]]
+        for run in working
+    }
+    return alone, {name: samples[f"floor: {name}"] for name in floors}
+
+
+def _added(way: Way, pairs: Sequence[tuple[Sample, Sample]]) -> Results:
+    """What it adds to a step; where that is at the step, it is looked for there alone."""
+    if not pairs:
+        return {}
+    part = 1 if way.at_step else 0
+    return {
+        "step": quartiles([here[part] - base[part] for here, base in pairs]),
+        "share": quartiles([(here[part] - base[part]) / base[0] for here, base in pairs]),
+    }
+
+
+def _multiples(way: Way, alone: Sequence[float], floors: dict[str, list[float]]) -> Results:
+    if not alone:
+        return {}
+    found: Results = {"alone": quartiles(alone)}
+    if way.floor is not None:
+        floor = floors[f"{way.floor}, matrices" if way.matrices else way.floor]
+        found["floors"] = quartiles([one / lowest for one, lowest in zip(alone, floor, strict=True)])
+    return found

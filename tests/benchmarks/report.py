@@ -1,0 +1,150 @@
+"""Tables, JSON, and the part of README that is made of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from tests.benchmarks.bars import bars
+
+Results = dict[str, Any]
+
+START, END = "<!-- costs: python -m tests.benchmarks --readme -->", "<!-- end of costs -->"
+
+SHOWN: Final = (
+    "A/A",
+    "L2: regkit",
+    "L2: loss term",
+    "L2: loss term, one autograd Function",
+    "L2: weight_decay, single",
+    "L2: weight_decay, foreach",
+    "L2: weight_decay, fused",
+    "L1: regkit",
+    "L1: loss term",
+    "elastic net: regkit",
+    "elastic net: loss term",
+    "orthogonal: regkit",
+    "orthogonal: loss term",
+    "max-norm, nothing violates: regkit",
+    "max-norm, every row violates: regkit",
+    "max-norm: renorm_ loop",
+    "max-norm: loop of norms",
+    "max-norm: Keras' formula",
+    "max-norm: parametrization",
+    "orthogonal: torch's parametrization",
+    "non-negative: regkit",
+    "non-negative: Keras' formula",
+    "AR: regkit",
+    "AR: loss term",
+    "AR and TAR: regkit",
+    "AR and TAR: loss term",
+)
+"""The rows of README's table."""
+
+
+def table(results: Results, rows: Sequence[str] | None = None) -> str:
+    """Each way by workload: share of the bare step / multiple of the floor / operations added."""
+    workloads = results["workloads"]
+    names = list(dict.fromkeys(row for one in workloads.values() for row in one["rows"])) if rows is None else rows
+    lines = [
+        f"| | {' | '.join(workloads)} |",
+        f"|{' --- |' * (len(workloads) + 1)}",
+        f"| bare step | {' | '.join(_milliseconds(one['bare']['Adam'][0]) for one in workloads.values())} |",
+    ]
+    lines += [
+        f"| {row} | {' | '.join(_cell(one['rows'].get(row)) for one in workloads.values())} |"
+        for row in names
+        if any(row in one["rows"] for one in workloads.values())
+    ]
+    return "\n".join(lines)
+
+
+def _cell(row: Results | None) -> str:
+    if row is None:
+        return ""
+    parts = [
+        _percent(row["share"]) if "share" in row else "",
+        f"{row['floors'][0]:.3g}" if "floors" in row else "",
+        str(row["operations"]),
+    ]
+    return " / ".join(part for part in parts if part)
+
+
+def _percent(share: Sequence[float]) -> str:
+    """The median, or half the distance of the quartiles where there is a zero between them."""
+    median, low, high = (100 * one for one in share[:3])
+    return f"±{_digits((high - low) / 2)} %" if low < 0 < high else f"{_digits(median)} %"
+
+
+def _digits(number: float) -> str:
+    return f"{number:.2f}" if abs(number) < 1 else f"{number:.1f}" if abs(number) < 10 else f"{number:.0f}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
+
+
+def conditions(results: Results) -> str:
+    """Where and when it was measured."""
+    about = results["conditions"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"{about['processor']}, {about['cores']} cores, {about['system']}; one thread; {versions}; {about['date']}."
+
+
+def titles(results: Results) -> str:
+    """What the columns are."""
+    return "; ".join(f"**{name}** {one['title']}" for name, one in results["workloads"].items()) + "."
+
+
+def keras(results: Results) -> str:
+    """What Keras' step and regkit's take; nothing where that was not measured."""
+    if "keras" not in results:
+        return ""
+    found = results["keras"]
+    steps = ", ".join(f"{name} {_milliseconds(taken[0])}" for name, taken in found["steps"].items())
+    return f"A whole step with L2, max-norm and activity L2 ({found['title']}): {steps}."
+
+
+def readme(results: Results) -> str:
+    """What stands between the marks in README."""
+    parts = [table(results, SHOWN), titles(results), keras(results), f"Measured on: {conditions(results)}"]
+    return "\n\n".join(part for part in parts if part)
+
+
+def put_into(path: Path, results: Results) -> None:
+    """Write it there. Raises ValueError where the marks are missing."""
+    text = path.read_text(encoding="utf-8")
+    pattern = rf"{re.escape(START)}\n.*?{re.escape(END)}"
+    new, times = re.subn(pattern, lambda _: f"{START}\n{readme(results)}\n{END}", text, flags=re.DOTALL)
+    if times != 1:
+        raise ValueError(f"{path} has {START!r} … {END!r} {times} times, not once")
+    path.write_text(new, encoding="utf-8")
+
+
+def full(results: Results) -> str:
+    """All of it, as Markdown."""
+    parts = [table(results), titles(results), keras(results)]
+    for of, curve in results.get("curves", {}).items():
+        rows = list(next(iter(curve.values()))["rows"])
+        lines = [f"| {of} | bare step | {' | '.join(rows)} |", f"|{' --- |' * (len(rows) + 2)}"]
+        for size, one in curve.items():
+            cells = " | ".join(_cell(one["rows"][row]) for row in rows)
+            lines.append(f"| {size} | {_milliseconds(one['bare']['Adam'][0])} | {cells} |")
+        parts.append("\n".join(lines))
+    parts += ["Cells: share of the bare step / multiple of the floor / operations added.", conditions(results)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def checked(results: Results) -> str:
+    """Every bar, and whether it holds."""
+    found = bars(results)
+    return "\n".join([*map(str, found), f"{sum(one.passed for one in found)} of {len(found)} bars hold"])
+
+
+def to_json(results: Results) -> str:
+    """With each list of numbers on one line."""
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    return re.sub(r"\[\s+([^\[\]{}]+?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"

@@ -1,0 +1,48 @@
+"""What cannot be noisy: the operations that run, and the bytes of the tensors that they make anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Counted(TorchDispatchMode):
+    """Inside, every operation that is dispatched is counted, those of backward passes too.
+
+    allocated: the bytes of all tensors with memory of their own that operations returned; largest: of the largest one.
+    A list operation counts once, as what it does inside does not come by here; nor does what it holds meanwhile.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+        self.allocated = 0
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        known = {_memory(one) for one in tensors((args, kwargs))}
+        for one in tensors(result):
+            if _memory(one) not in known:
+                known.add(_memory(one))
+                size = one.untyped_storage().nbytes()
+                self.allocated += size
+                self.largest = max(self.largest, size)
+        return result
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples and dicts."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple, dict)):
+        for one in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors(one)

@@ -1,0 +1,165 @@
+"""Rules that act alike act together, and come to what they come to apart."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from conftest import MakeModel
+from counting import Counted
+from loops import Batches, assert_equal_weights, train
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import regkit
+from regkit import Penalty
+
+KERNEL, RECURRENT = {"target": {"role": "kernel"}}, {"target": {"role": "recurrent"}}
+HALF = {"schedule": {"kind": "constant", "value": 0.5}}
+WARM = {"schedule": {"kind": "linear", "start": 0, "end": 1, "steps": 3}}
+TOGETHER: dict[str, tuple[list[dict[str, Any]], int]] = {
+    "equal kinds on different weights": ([{**KERNEL, "penalty": "l2(0.1)"}, {**RECURRENT, "penalty": "l2(0.1)"}], 1),
+    "equal schedules": ([{**KERNEL, "penalty": "l2(0.1)", **WARM}, {**RECURRENT, "penalty": "l2(0.1)", **WARM}], 1),
+    "l1 and l2 on the same weights": ([{"penalty": "l1(0.1)"}, {"penalty": "l2(0.1)"}], 1),
+    "l1, l2 and elastic net": ([{"penalty": "l1(0.1)"}, {"penalty": "l2(0.1)"}, {"penalty": "l1_l2(0.1, 0.1)"}], 1),
+    "sums on different weights": (
+        [{**on, "penalty": kind} for on in (KERNEL, RECURRENT) for kind in ("l1(0.1)", "l2(0.1)")],
+        1,
+    ),
+}
+APART: dict[str, tuple[list[dict[str, Any]], int]] = {
+    "other strengths": ([{**KERNEL, "penalty": "l2(0.1)"}, {**RECURRENT, "penalty": "l2(0.2)"}], 2),
+    "other schedules": ([{**KERNEL, "penalty": "l2(0.1)", **HALF}, {**RECURRENT, "penalty": "l2(0.1)"}], 2),
+    "l1 and l2 at other schedules": ([{"penalty": "l1(0.1)"}, {"penalty": "l2(0.1)", **WARM}], 2),
+    "l1 and l2 on other weights": ([{**KERNEL, "penalty": "l1(0.1)"}, {"penalty": "l2(0.1)"}], 2),
+    "gates and the whole": (
+        [
+            {**RECURRENT, "penalty": "l1(0.1)"},
+            {"target": {"role": "recurrent", "gate": ["cell"]}, "penalty": "l1(0.1)"},
+        ],
+        2,
+    ),
+    "kinds without a sum": ([{**RECURRENT, "penalty": "l2(0.1)"}, {**RECURRENT, "penalty": "orthogonal(0.1)"}], 2),
+}
+
+
+def acting(attachment: regkit.Attachment) -> int:
+    """How many rules act on gradients."""
+    return len(attachment._rules.by_gradient)
+
+
+@pytest.mark.parametrize("case", [*TOGETHER, *APART])
+def test_training_ends_where_it_ends_with_an_attachment_for_each_rule(
+    case: str, make_model: MakeModel, batches: Batches
+):
+    rules, wanted = {**TOGETHER, **APART}[case]
+    ours, apart = make_model(num_layers=2), make_model(num_layers=2)
+    attachment = regkit.attach(ours, {"rules": rules})
+    assert acting(attachment) == wanted
+    others = [regkit.attach(apart, {"rules": [rule]}) for rule in rules]
+    for model in (ours, apart):
+        train(model, SGD(model.parameters(), lr=0.05), batches)
+    assert_equal_weights(ours, apart, 1e-14)
+    ours_now = list(attachment.values().values())
+    torch.testing.assert_close(ours_now, [value for one in others for value in one.values().values()])
+    assert len(ours_now) == len(rules)
+
+
+def operations(rules: list[dict[str, Any]]) -> int:
+    """How many operations a step has more with these rules."""
+
+    def in_a_step(model: nn.Module) -> int:
+        optimizer = SGD(model.parameters(), lr=0.1)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()  # which looks whether the weights are finite
+        with Counted() as seen:
+            optimizer.step()
+        return seen.operations
+
+    model = nn.LSTM(3, 4)
+    bare = in_a_step(model)
+    with regkit.attach(model, {"rules": rules}):
+        return in_a_step(model) - bare
+
+
+def test_seven_rules_are_as_few_operations_as_one():
+    each = [{"target": {"role": role}, "penalty": "l2(0.1)"} for role in ("kernel", "recurrent", "bias")]
+    assert operations(each) == operations([{"penalty": "l2(0.1)"}]) == 1
+    elastic = operations([{"penalty": "l1_l2(0.1, 0.1)"}])
+    assert operations([{"penalty": "l1(0.1)"}, {"penalty": "l2(0.1)"}]) == elastic
+
+
+def test_weights_tied_after_attach_count_once_for_each_rule_as_they_do_apart(batches: Batches):
+    def run(strengths: tuple[float, float]) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"one": nn.RNNCell(3, 4), "two": nn.RNNCell(3, 4)}).double()
+        rules = [
+            {"target": {"module": name, "role": "recurrent"}, "penalty": f"l2({strength})"}
+            for name, strength in zip(model, strengths, strict=True)
+        ]
+        attachment = regkit.attach(model, {"rules": rules})
+        assert acting(attachment) == 1 + (strengths[0] != strengths[1])
+        model["two"].weight_hh = model["one"].weight_hh
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        SGD(model.parameters(), lr=1.0).step()
+        return model["one"].weight_hh.detach()
+
+    torch.testing.assert_close(run((0.1, 0.1)), run((0.05, 0.15)), rtol=1e-12, atol=0)
+
+
+class Tilt(Penalty):
+    """Σ w, which takes any other for a sum with itself: the sum of what it cannot add."""
+
+    kind: Literal["tilt"] = "tilt"
+
+    def value(self, w: Tensor) -> Tensor:
+        return w.sum()
+
+    def plus(self, other: Penalty) -> Penalty | None:
+        return self
+
+
+class Fails(Tilt):
+    """It fails from the second step on."""
+
+    kind: Literal["fails"] = "fails"
+    at: float = 1.0
+
+    def gradient(self, w: Tensor) -> Tensor:
+        if float(w.flatten()[0]) == 7:
+            raise ArithmeticError("seven")
+        return torch.ones_like(w)
+
+    def plus(self, other: Penalty) -> Penalty | None:
+        return None
+
+
+def test_a_sum_that_is_none_is_a_plugin_error_that_leaves_the_model_untouched(make_model: MakeModel):
+    registry = regkit.Registry()
+    registry.register(Tilt)
+    model = make_model()
+    rules = [{"name": "tilt", "penalty": "tilt(0.1)"}, {"name": "small", "penalty": "l2(0.1)"}]
+    with pytest.raises(
+        regkit.PluginError,
+        match=r"rule 'tilt, small': tilt\(strength=0.1\), which `plus` gives for the sum of tilt\(strength=0.1\), "
+        r"l2\(strength=0.1\), has another gradient",
+    ):
+        regkit.attach(model, {"rules": rules}, registry=registry)
+    assert regkit.attachments(model) == ()
+
+
+def test_an_error_at_a_step_names_every_rule_that_acted_there(make_model: MakeModel, batches: Batches):
+    registry = regkit.Registry()
+    registry.register(Fails)
+    model = make_model()
+    rules = [{"name": "k", **KERNEL, "penalty": "fails(0.1)"}, {"name": "r", **RECURRENT, "penalty": "fails(0.1)"}]
+    regkit.attach(model, {"rules": rules}, registry=registry)
+    with torch.no_grad():
+        model.rnn.weight_hh_l0[0, 0] = 7
+    with pytest.raises(
+        regkit.StepError, match=r"rule 'k, r': .*failed on rnn.weight_hh_l0: ArithmeticError\('seven'\)"
+    ):
+        train(model, SGD(model.parameters(), lr=0.1), batches[:1])

@@ -1,0 +1,268 @@
+"""What a step looks up is kept from the step before, and looked up anew as soon as anything is another."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeModel, Tagger
+from loops import DECAY, RULE, Batches, assert_equal_weights, loss_of, rnn_groups
+from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.optim import SGD, Optimizer
+
+import regkit
+
+Change = Callable[[Tagger, Optimizer], Optimizer]
+
+
+def none(model: Tagger, optimizer: Optimizer) -> Optimizer:
+    return optimizer
+
+
+def new_parameters(model: Tagger, optimizer: Optimizer) -> Optimizer:
+    """Every parameter becomes another object, and so does the optimizer."""
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    return SGD(rnn_groups(model, optimizer.param_groups[0]["weight_decay"]), lr=0.1)
+
+
+def new_parameters_in_old_groups(model: Tagger, optimizer: Optimizer) -> Optimizer:
+    """In place, in the very lists that the optimizer has, as wrappers do it that shard."""
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    for group, new in zip(optimizer.param_groups, rnn_groups(model, 0), strict=True):
+        group["params"][:] = new["params"]
+    return optimizer
+
+
+def one_new_parameter(model: Tagger, optimizer: Optimizer) -> Optimizer:
+    old = model.rnn.weight_hh_l0
+    model.rnn.weight_hh_l0 = nn.Parameter(old.detach().clone())
+    params = optimizer.param_groups[0]["params"]
+    params[next(i for i, p in enumerate(params) if p is old)] = model.rnn.weight_hh_l0
+    return optimizer
+
+
+def renamed_parameter(model: Tagger, optimizer: Optimizer) -> Optimizer:
+    """Pruning of nothing gives the very same parameter another name."""
+    prune.identity(model.rnn, "bias_hh_l0")
+    return optimizer
+
+
+def a_group_more(model: Tagger, optimizer: Optimizer) -> Optimizer:
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.5})
+    return optimizer
+
+
+def other_groups(model: Tagger, optimizer: Optimizer) -> Optimizer:
+    """What load_state_dict does: the groups are other dicts, of the same parameters."""
+    optimizer.load_state_dict(optimizer.state_dict())
+    return optimizer
+
+
+def thawed(model: Tagger, optimizer: Optimizer) -> Optimizer:
+    model.rnn.weight_ih_l0.requires_grad_(True)
+    return optimizer
+
+
+CHANGES: list[Change] = [
+    none,
+    new_parameters,
+    new_parameters_in_old_groups,
+    one_new_parameter,
+    renamed_parameter,
+    a_group_more,
+    other_groups,
+    thawed,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_l2_is_weight_decay_before_and_after_a_change(change: Change, make_model: MakeModel, batches: Batches):
+    decayed, penalized = make_model(), make_model()
+    attachment = regkit.attach(penalized, RULE)
+    for model, decay in ((decayed, DECAY), (penalized, 0.0)):
+        model.rnn.weight_ih_l0.requires_grad_(change is not thawed)
+        optimizer: Optimizer = SGD(rnn_groups(model, decay), lr=0.1)
+        for index, (x, y) in enumerate([*batches, *batches]):
+            if index == len(batches):
+                optimizer = change(model, optimizer)
+            optimizer.zero_grad()
+            loss_of(model, x, y).backward()
+            optimizer.step()
+    assert attachment.step_count == 2 * len(batches)
+    assert_equal_weights(penalized, decayed)
+
+
+def test_a_weight_that_is_parametrized_between_steps_is_read_as_it_acts(make_model: MakeModel, batches: Batches):
+    """By the penalty's definition: the raw weight w acts as 2w, and the gradient of ½·DECAY·(2w)² is 4·DECAY·w."""
+
+    class Doubled(nn.Module):
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            return 2 * w
+
+    model = make_model()
+    regkit.attach(model, {"rules": [{**RULE["rules"][0], "target": {"role": "recurrent"}}]})
+    optimizer = SGD(model.parameters(), lr=0.1)
+    loss_of(model, *batches[0]).backward()
+    optimizer.step()
+    parametrize.register_parametrization(model.rnn, "weight_hh_l0", Doubled())
+    raw = model.rnn.parametrizations.weight_hh_l0.original
+    raw.grad = torch.zeros_like(raw)
+    before = raw.detach().clone()
+    SGD([raw], lr=1.0).step()
+    torch.testing.assert_close(raw.detach(), before - 4 * DECAY * before, rtol=1e-12, atol=0)
+
+
+def test_an_optimizer_that_comes_to_own_weights_is_known_from_then_on(make_model: MakeModel, batches: Batches):
+    """It was a stranger: of a part without rules."""
+    model, bare = make_model(), make_model()
+    regkit.attach(model, RULE)
+    for one, decay in ((model, 0.0), (bare, DECAY)):
+        stranger, mine = SGD(one.head.parameters(), lr=0.1), SGD(one.rnn.parameters(), lr=0.1, weight_decay=decay)
+        for index, (x, y) in enumerate([*batches, *batches]):
+            if index == 4:
+                stranger.add_param_group({**mine.param_groups[0], "params": mine.param_groups[0]["params"]})
+                mine = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+            one.zero_grad()
+            loss_of(one, x, y).backward()
+            stranger.step()
+            mine.step()
+    assert_equal_weights(model, bare)
+
+
+def test_weights_that_come_to_be_those_of_a_strangers_optimizer_are_regularized_at_its_steps(
+    make_model: MakeModel, batches: Batches
+):
+    model, other = make_model(), make_model()
+    attachment = regkit.attach(model, RULE)
+    theirs = SGD(other.parameters(), lr=0.1)
+    for x, y in batches:
+        loss_of(other, x, y).backward()
+        theirs.step()
+    assert attachment.step_count == 0
+    for name, parameter in other.rnn.named_parameters():
+        setattr(model.rnn, name, parameter)
+    before = [p.detach().clone() for p in other.rnn.parameters()]
+    theirs.zero_grad()
+    for parameter in other.rnn.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    theirs.step()
+    assert attachment.step_count == 1
+    for now, then in zip(other.rnn.parameters(), before, strict=True):
+        torch.testing.assert_close(now.detach(), then - 0.1 * DECAY * then, rtol=1e-12, atol=0)
+
+
+def calls_in_regkit(run: Callable[[], Any]) -> int:
+    """How many functions of regkit are called."""
+    found = 0
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        nonlocal found
+        found += event == "call" and "/regkit/" in frame.f_code.co_filename.replace("\\", "/")
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def cells(count: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.GRUCell(3, 4) for _ in range(count))
+
+
+def prepared(model: nn.Module) -> Optimizer:
+    optimizer = SGD(model.parameters(), lr=0.01)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return optimizer
+
+
+ALL = {"rules": [{"penalty": "l2(0.1)"}, {"constraint": "max_norm(1)"}]}
+
+
+def test_the_step_of_another_models_optimizer_is_as_much_work_for_400_weights_as_for_4():
+    other = nn.Linear(3, 3)
+    optimizer = prepared(other)
+
+    def work(count: int) -> int:
+        model = cells(count)
+        with regkit.attach(model, ALL):
+            prepared(model).step()
+            optimizer.step()
+            return calls_in_regkit(optimizer.step)
+
+    assert work(1) == work(100) < 40
+
+
+def test_a_step_calls_no_more_than_one_function_for_each_weight():
+    def work(count: int) -> int:
+        model = cells(count)
+        with regkit.attach(model, ALL):
+            optimizer = prepared(model)
+            optimizer.step()
+            return calls_in_regkit(optimizer.step)
+
+    assert (work(200) - work(100)) / 400 <= 1
+
+
+def test_rules_come_back_into_force_where_a_step_that_was_kept_in_mind_raised(make_model: MakeModel):
+    """The optimizer fails at a step; the next is a whole one."""
+    model = make_model()
+    attachment = regkit.attach(model, RULE)
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def step(closure: Any = None) -> None:
+        optimizer.zero_grad()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step(closure)
+
+    step()
+    with pytest.raises(ZeroDivisionError):
+        step(lambda: 1 / 0)
+    before = model.rnn.weight_hh_l0.detach().clone()
+    step()
+    torch.testing.assert_close(model.rnn.weight_hh_l0.detach(), before * (1 - 0.1 * DECAY), rtol=1e-12, atol=0)
+    assert attachment.step_count == 2
+
+
+def test_half_of_a_model_that_is_moved_to_another_dtype_is_no_list_with_the_other_half_any_more():
+    """`half()` leaves each parameter the object that it is; list forms are promised one dtype."""
+    model = cells(2)
+    seen: list[set[torch.dtype]] = []
+    regkit.attach(model, {"rules": [{"penalty": "l2(0.1)"}]})
+    add = torch._foreach_add_
+
+    def watched(gradients: Any, weights: Any, **options: Any) -> None:
+        seen.append({one.dtype for one in gradients})
+        add(gradients, weights, **options)
+
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "_foreach_add_", watched)
+            SGD(model.parameters(), lr=0.1, foreach=False).step()
+
+    step()
+    assert seen == [{torch.float32}]
+    model[1].double()
+    seen.clear()
+    step()
+    assert seen == [{torch.float32}, {torch.float64}]
+
+
+def test_parameters_that_are_replaced_before_the_first_step_are_not_held(make_model: MakeModel):
+    """Of a model with activity rules any part makes a step ours; before there is one, none of it need be kept."""
+    model = make_model()
+    regkit.attach(model, {"rules": [{"penalty": "activity_l2(1)"}]})
+    old = weakref.ref(model.head.weight)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert old() is None
