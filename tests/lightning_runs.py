@@ -137,7 +137,8 @@ LABELS = {
     "bf16-mixed": "Lightning: bf16-mixed",
 }
 
-TOLERANCE = {run: 1e-6 if "mixed" in run else 1e-9 for run in RUNS}
+TOLERANCE = {run: 1e-6 if "mixed" in run else 1e-9 for run in RUNS} | {"bf16-mixed": 2e-4}
+"""In bfloat16, of 8 bits, the gradients of an output add up to something else in another order."""
 
 
 def prepared(run: str, make_model: Callable[..., nn.Module], batches: Batches) -> tuple[Any, Batches]:

@@ -40,7 +40,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 def keras_layer(cell: str, two: bool = False, activity_regularizer: Any = None, **options: Any) -> Any:
     """A Keras layer in float64, of one direction or two, with random weights, biases included."""
     layer = LAYERS[cell](HIDDEN, return_sequences=True, dtype="float64", **options)
-    layer = keras.layers.Bidirectional(layer) if two else layer
+    layer = keras.layers.Bidirectional(layer, dtype="float64") if two else layer
     for half in (layer.forward_layer, layer.backward_layer) if two else (layer,):
         half.activity_regularizer = activity_regularizer  # SimpleRNN 3.15 takes it as an argument and drops it
     layer.build((BATCH, TIME, INPUT))
