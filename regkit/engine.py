@@ -18,7 +18,7 @@ from regkit.modes import plain
 from regkit.modules import Parameters
 from regkit.ownership import Here, Met
 from regkit.records import total
-from regkit.routine import Routine
+from regkit.routine import Jobs, Routine
 from regkit.rules import Rules, named
 from regkit.shards import FSDP1, flattened
 from regkit.step import Step
@@ -182,9 +182,14 @@ class Engine:
                 )
         self._check(step)
         self._health.look(step.index)
+        self._act(step, None)
+
+    def _act(self, step: Step, jobs: Jobs | None) -> None:
         complete = False
         try:
-            for rule in self._rules.by_gradient:
+            for rule, batches in jobs or ():
+                named(rule, rule.repeat, batches, step.index)
+            for rule in self._rules.by_gradient if jobs is None else ():
                 named(rule, rule.add_gradient, step)
             for rule in self._rules.by_decay:
                 named(rule, rule.decay, step)
@@ -194,33 +199,25 @@ class Engine:
 
     def routine(self, step: Step, met: Met) -> Routine | None:
         """What was done at the gradients of a step, if the same may be done at the next; None where it may not."""
-        rules = self._rules
-        if rules.recorders or rules.by_loss or rules.by_prox or rules.by_decay or self._version < 0:
-            return None
-        jobs = []
-        for rule in rules.by_gradient:
+        jobs: Jobs = []
+        for rule in self._rules.by_gradient:
             batches = rule.repeatable(step.trained)
             if batches is None:
                 return None
             jobs.append((rule, batches))
-        return Routine(met, self._census, jobs)
+        return Routine(met, self._census, jobs) if self._version >= 0 else None
 
     @plain
     def repeat(self, step: Step, routine: Routine) -> bool:
         """Do that. False where this step needs more: the last one failed, or the weights are to be looked at."""
         if self._mark is not None or self._health.due(step.index):
             return False
-        for binding in self._counting:
-            binding.refuse_capture(step.index)
         if self.watch is not None:
             self.watch.heard(step.owned.groups, True)
-        complete = False
-        try:
-            for rule, batches in routine.jobs:
-                named(rule, rule.repeat, batches, step.index)
-            complete = True
-        finally:
-            self._mark = self._marked(step, complete)
+        for recorder in self._rules.recorders:
+            recorder.pass_by(step.owned.groups)
+        self._check(step)
+        self._act(step, routine.jobs)
         return True
 
     def _marked(self, step: Step, complete: bool) -> _Mark | None:
