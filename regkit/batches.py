@@ -36,6 +36,11 @@ class Batch:
         return frozenset(map(id, self.parameters))
 
     @cached_property
+    def members(self) -> frozenset[Block]:
+        """The blocks, as a set."""
+        return frozenset(self.blocks)
+
+    @cached_property
     def _whole(self) -> bool:
         """Whether each block is a whole parameter as it is kept: then no view is needed."""
         return all(block.as_kept for block in self.blocks)
@@ -52,8 +57,7 @@ class Batch:
 
     def among(self, blocks: set[Block]) -> Batch:
         """Those of it that are among these."""
-        taken = [one in blocks for one in self.blocks]
-        return self if all(taken) else self._these(taken)
+        return self if self.members <= blocks else self._these([one in blocks for one in self.blocks])
 
     def _these(self, taken: list[bool]) -> Batch:
         return Batch(list(compress(self.blocks, taken)), list(compress(self.parameters, taken)))

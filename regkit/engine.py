@@ -255,7 +255,8 @@ class Engine:
 
     @plain
     def _move(self, step: Step) -> None:
-        self._census.look()
+        if step.optimizer is None:  # other updates than an optimizer's may put new parameters in the place of old ones
+            self._census.look()
         for rule in self._rules.by_prox:
             named(rule, rule.shrink, step)
         for constraint in self._rules.constraints:

@@ -234,7 +234,7 @@ class ConstraintRule(WeightRule):
             ready = batch.among(due)
             if ready.blocks:
                 constraint.project_(ready.weights())
-                due.difference_update(ready.blocks)
+                due -= ready.members
         for block, storages, mine in others:
             if block in due:
                 block.move(storages, mine, constraint.project(block.weight(storages)))
