@@ -176,7 +176,7 @@ class Activity:
         off: total(h, scratch=...) -> (), where scratch(h) is memory of h's shape to write into; f keeps the shape, and
         f(0) is 0. Raises PluginError where f returns another shape.
         """
-        return reduced(self._each(), f, reduction, total)
+        return reduced(self._each(reduction), f, reduction, total)
 
     def reduce_pairs(
         self,
@@ -185,7 +185,7 @@ class Activity:
         total: Total | None = None,
     ) -> Tensor:
         """Σ or mean of f(h_t, h_{t-1}) over the valid pairs of neighbours; 0 where there is none."""
-        parts = self._neighbours()
+        parts = self._neighbours(reduction)
         return reduced(parts, f, reduction, total) if parts else at_least_float32(next(self.values())).new_zeros(())
 
     def add_slopes(
@@ -203,7 +203,7 @@ class Activity:
         gradients: as `ActivityPenalty.add_gradients` is given them. slope: (..., features) -> (..., features).
         per_row: whether f returns (..., 1). Raises PluginError where slope returns another shape.
         """
-        add_slopes(self._each(gradients), slope, amount, reduction, times, per_row)
+        add_slopes(self._each(reduction, gradients), slope, amount, reduction, times, per_row)
 
     def add_pair_slopes(
         self,
@@ -218,25 +218,29 @@ class Activity:
         """The same of `reduce_pairs`. slope(h_t, h_{t-1}) is the derivative by each of the two, or by h_t alone where
         f is a function of h_t − h_{t-1}.
         """
-        add_slopes(self._neighbours(gradients), slope, amount, reduction, times, per_row)
+        add_slopes(self._neighbours(reduction, gradients), slope, amount, reduction, times, per_row)
 
-    def _each(self, gradients: Activity | None = None) -> list[Part]:
+    def _each(self, reduction: Reduction, gradients: Activity | None = None) -> list[Part]:
         """What `reduce` reduces over, with the gradients of it."""
-        found = [Part(segment.batch, (h,), valid) for segment in self.segments for h, valid in (segment.values(),)]
-        if gradients is None:
-            return found
-        return [part._replace(gradients=(g,)) for part, g in zip(found, gradients.values(), strict=True)]
+        found = []
+        for segment, own in zip(self.segments, (gradients or self).segments, strict=True):
+            h, valid = segment.values()
+            live = () if gradients is None else own.values()[:1]
+            found.append(Part(segment.batch if reduction == "batch" else 1, (h,), valid, live))
+        return found
 
-    def _neighbours(self, gradients: Activity | None = None) -> list[Part]:
+    def _neighbours(self, reduction: Reduction, gradients: Activity | None = None) -> list[Part]:
         """What `reduce_pairs` reduces over, with the gradients of it."""
         # Autograd takes them in one piece: its graph grows with the pieces.
         whole = gradients is None and torch.is_grad_enabled()
-        pairs = ((one.batch, Segment.neighbours(one) if whole else one.neighbours()) for one in self.segments)
-        found = [Part(batch, (later, earlier), valid) for batch, own in pairs for later, earlier, valid in own]
-        if gradients is None:
-            return found
-        live = (pair[:2] for segment in gradients.segments for pair in segment.neighbours())
-        return [part._replace(gradients=pair) for part, pair in zip(found, live, strict=True)]
+        found = []
+        for segment, own in zip(self.segments, (gradients or self).segments, strict=True):
+            pairs = Segment.neighbours(segment) if whole else segment.neighbours()
+            batch = segment.batch if reduction == "batch" else 1
+            live = pairs if gradients is None else own.neighbours()
+            for (later, earlier, valid), pair in zip(pairs, live, strict=True):
+                found.append(Part(batch, (later, earlier), valid, () if gradients is None else pair[:2]))
+        return found
 
 
 def of_output(
@@ -253,20 +257,23 @@ def of_output(
     """
     if isinstance(h, PackedSequence) and isinstance(valid, Mask):
         raise StepError("mask() was given for a packed sequence, which knows what is data; leave the mask out")
-    data = h.data if isinstance(h, PackedSequence) else h
-    halves = zip(directions, data.chunk(len(directions), dim=-1) if len(directions) > 1 else (data,), strict=True)
-    kept = [(name == "backward", half) for name, half in halves if name in wanted]
     if isinstance(h, PackedSequence):
-        return [Packed(half, h.batch_sizes, backward) for backward, half in kept]
-    return [_padded(half, batch_first, valid, backward) for backward, half in kept]
-
-
-def _padded(h: Tensor, batch_first: bool, validity: Validity | None, backward: bool) -> Segment:
-    if h.dim() == 2:
-        h, batch_first = h.unsqueeze(1), False
-    elif batch_first:
-        h = h.transpose(0, 1)
-    return Sequenced(h, None if validity is None else validity.of_sequence(h, batch_first), backward)
+        data, mask = h.data, None
+    else:
+        if h.dim() == 2:
+            h, batch_first = h.unsqueeze(1), False
+        elif batch_first:
+            h = h.transpose(0, 1)
+        data, mask = h, None if valid is None else valid.of_sequence(h, batch_first)
+    halves = data.chunk(len(directions), dim=-1) if len(directions) > 1 else (data,)
+    found: list[Segment] = []
+    for name, half in zip(directions, halves, strict=True):
+        if name in wanted:
+            back = name == "backward"
+            found.append(
+                Packed(half, h.batch_sizes, back) if isinstance(h, PackedSequence) else Sequenced(half, mask, back)
+            )
+    return found
 
 
 def of_step(h: Tensor, previous: Tensor | None, valid: Validity | None, step: int) -> Segment:

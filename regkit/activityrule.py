@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from regkit.activity import Activity, Sequenced, Stepped
 from regkit.binding import Binding
-from regkit.closed import Seen, Term, evaluate
+from regkit.closed import Seen, Term, Terms, evaluate
 from regkit.errors import PluginError, StepError
 from regkit.kinds import ActivityPenalty
 from regkit.records import Recorder
@@ -20,14 +20,17 @@ from regkit.sites import OutputSite
 from regkit.step import Step
 
 Run = Callable[..., Any]
-"""Calls a function of a rule: run(rule, function, *args)."""
+"""Calls a function of a rule: run(rule, function, *args), where the rule may be `At`."""
 
-Sight = dict[tuple[Recorder, OutputSite], Seen]
-"""What is in store of each site."""
+Sight = dict[tuple[Any, ...], Seen]
+"""What is in store, by recorder and by what a site is of its module."""
 
 
-def _call(_: ActivityRule, function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
+class At(NamedTuple):
+    """Where a rule works, for an error's sentence."""
+
+    binding: Binding
+    at: OutputSite
 
 
 @dataclass(eq=False)
@@ -38,6 +41,9 @@ class ActivityRule:
     places: list[tuple[OutputSite, Recorder]]
     at: OutputSite | None = None
     _parts: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._at = [At(self.binding, site) for site, _ in self.places]
 
     @property
     def last(self) -> Tensor | None:
@@ -54,16 +60,17 @@ class ActivityRule:
         leaf = torch.linspace(-1, 9, 36, dtype=torch.float64).cos().view(3, 2, 6).detach().requires_grad_()
         valid = torch.tensor([[1, 1], [1, 1], [1, 0]], dtype=torch.bool).unsqueeze(-1)
         segments = Sequenced(leaf, valid), Sequenced(leaf, backward=True), Stepped(leaf[1], leaf[0])
-        term = Term(kind, 0.3, Seen(Activity(segments), lambda: [leaf]), partial(_call, self))
-        (closed,) = torch.autograd.grad(evaluate([term])[1], leaf)
-        (wanted,) = torch.autograd.grad(term.value() * term.amount, leaf)
+        activity = Activity(segments)
+        term = Term(kind, 0.3, lambda function, *args: function(*args))
+        (closed,) = torch.autograd.grad(evaluate([(term, Seen(activity, lambda: [leaf]))])[1], leaf)
+        (wanted,) = torch.autograd.grad(kind.value(activity) * term.amount, leaf)
         if not torch.allclose(closed, wanted, 1e-6, 1e-6, equal_nan=True):
             raise PluginError(
                 f"rule {self.binding.key!r}: add_gradients of {type(kind).__module__}.{type(kind).__qualname__} does "
                 "not add the gradient of its value"
             )
 
-    def terms(self, index: int, seen: Sight, run: Run = _call, only: Recorder | None = None) -> list[Term]:
+    def terms(self, index: int, seen: Sight, run: Run | None = None, only: Recorder | None = None) -> Terms:
         """strength · factor · value, for each site with anything in store.
 
         seen: activities of what is in store now, which several rules share.
@@ -72,17 +79,22 @@ class ActivityRule:
         assert isinstance(penalty, ActivityPenalty)
         amount = penalty.strength * self.binding.factor(index)
         found = []
-        for site, recorder in self.places:
-            if recorder.records and only in (None, recorder):
+        for (site, recorder), at in zip(self.places, self._at, strict=True):
+            if only is not None and only is not recorder:
+                continue
+            key = recorder, site.role, site.layers, site.directions
+            if key not in seen:
                 self.at = site
-                if (recorder, site) not in seen:
-                    seen[recorder, site] = Seen(Activity(tuple(recorder.segments(site))), recorder.recorded)
-                found.append(Term(penalty, amount, seen[recorder, site], partial(self._run, site, run)))
+                segments = recorder.segments(site)
+                if segments is None:
+                    continue
+                seen[key] = Seen(Activity(segments), recorder.recorded)
+            found.append((Term(penalty, amount, partial(run or self._run, at)), seen[key]))
         return found
 
-    def _run(self, site: OutputSite, run: Run, function: Callable[..., Any], *args: Any) -> Any:
-        self.at = site
-        return run(self, function, *args)
+    def _run(self, where: At, function: Callable[..., Any], *args: Any) -> Any:
+        self.at = where.at
+        return function(*args)
 
     def value(self, index: int, only: Recorder | None = None) -> Tensor | None:
         """The sum of its terms, None where there are none.  -> ()."""
@@ -106,16 +118,26 @@ class ActivityRule:
 
 
 def take(rules: Sequence[ActivityRule], index: int, run: Run) -> list[Tensor]:
-    """Tensors of which the sum is that of all rules, whose values are kept: the records are about to be consumed.
+    """Tensors of which the sum is that of the rules via loss, whose values are kept: the records are about to be
+    consumed.
 
     run: runs what may fail, to say whose it is: run(rule, function, *args).
     """
     seen: Sight = {}
-    terms = [run(rule, rule.terms, index, seen, run) for rule in rules]
-    values, sums = evaluate([term for own in terms for term in own])
-    for rule, own in zip(rules, terms, strict=True):
+    taken: list[tuple[ActivityRule, Terms]] = []
+    terms: Terms = []
+    for rule in rules:
+        if rule.binding.via == "loss":
+            own = run(rule, rule.terms, index, seen, run)
+            terms += own
+            taken.append((rule, own))
+    values, sums = evaluate(terms)
+    found = iter(values)
+    for rule, own in taken:
         if own:
-            rule._parts = {number: (values.pop(0), term.amount) for number, term in enumerate(own)}
+            rule._parts = {}
+        for number, (term, _) in enumerate(own):
+            rule._parts[number] = next(found), term.amount
     return sums
 
 

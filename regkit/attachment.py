@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regkit import hooks, state
+from regkit.closed import eager
 from regkit.copies import Attach, Companion
 from regkit.engine import Engine
-from regkit.errors import PluginError, RegkitError, StepError
+from regkit.errors import RegkitError
 from regkit.injection import Scale
 from regkit.ledger import Ticket
-from regkit.modes import uncast, uncompiled
+from regkit.modes import uncast
 from regkit.modules import Parameters
 from regkit.orphans import Orphans
 from regkit.plan import Plan
@@ -61,11 +62,7 @@ class Attachment:
     @torch.no_grad()
     def _prove(self) -> None:
         self._engine.prove()
-        for rule in self._rules.to_prove:
-            try:
-                named(rule, rule.prove)
-            except StepError as error:
-                raise PluginError(str(error)) from error.__cause__
+        self._rules.prove()
         self._rules.census.release()  # until the first step: parameters may be sharded or replaced before it
 
     def _install(self, model: nn.Module, attach_copy: Attach) -> None:
@@ -173,8 +170,7 @@ class Attachment:
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
-    @uncompiled
-    @uncast
+    @eager
     def penalty(self) -> Tensor:
         """Σ strength · factor · penalty of all that goes through the loss: activity rules, and weight rules via loss.
 
@@ -183,8 +179,10 @@ class Attachment:
 
         Raises RegkitError after detach.
         """
-        self._refuse_dead("nothing to add to the loss")
-        result = total(self._rules.loss_terms(self.step_count), self._device())
+        if not self._live:
+            self._refuse_dead("nothing to add to the loss")
+        terms = self._rules.loss_terms(self._steps.count.count)
+        result = total(terms, terms[0].device if terms else self._device())
         ticket = Ticket()
         if result.requires_grad:
             result.register_hook(ticket)  # type: ignore[no-untyped-call]  # torch leaves it unannotated

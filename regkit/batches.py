@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regkit.activity import at_least_float32
 from regkit.blocks import Block
 from regkit.buckets import buckets, room
 from regkit.kinds import Constraint, Penalty
@@ -85,8 +86,10 @@ class Batch:
         weights, gradients = self.weights(), self.gradients()
         together, large = buckets(weights, room(weights[0]))
         for bucket in (*together, *([one] for one in large)):
-            slopes = [torch.zeros_like(weights[index]) for index in bucket]
-            penalty.add_gradients([weights[index] for index in bucket], list(slopes), amount)
+            # What is small in half precision may be large enough once it is scaled.
+            wide = [at_least_float32(weights[index]) for index in bucket]
+            slopes = [torch.zeros_like(w) for w in wide]
+            penalty.add_gradients(wide, list(slopes), amount)
             torch._foreach_mul_(slopes, scale)
             torch._foreach_add_([gradients[index] for index in bucket], slopes)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,19 @@ class Block:
     replaced (`load_state_dict(assign=True)`, `to_empty`, `fully_shard`), and an attachment keeps no model alive.
     """
 
+    __slots__ = ("_dotted", "_kept", "_layout", "_module", "_parent", "_plain", "_turned", "_whole", "as_kept", "site")
+
     def __init__(self, site: WeightSite, module: nn.Module, parent: nn.Module | None, layout: Layout) -> None:
         self.site = site
         self._module = weakref.ref(module)
-        self._parent = (lambda: None) if parent is None else weakref.ref(parent)
+        self._parent = None if parent is None else weakref.ref(parent)
         self._layout = layout
         self._whole = site.gate is None
         self._turned = site.transposed or site.columns is not None
         self._dotted = any("." in name for name in site.parameters)
         self.as_kept = self._whole and not self._turned and layout != "cell"  # and so needs no view
-        self._kept: list[Storage] = []
-        self._plain: list[tuple[str, nn.Parameter]] = []
+        self._kept: tuple[Storage, ...] = ()
+        self._plain: tuple[nn.Parameter, ...] = ()
 
     @property
     def name(self) -> str:
@@ -58,32 +61,30 @@ class Block:
         """
         module = self.module
         own = {name: held(module, name) for name in self.site.parameters} if self._dotted else module._parameters
-        for name, leaf in self._plain:
-            if own.get(name) is not leaf or marked(leaf):
-                break
-        else:
-            if self._plain:
-                return self._kept
+        if self._has(own) and not any(map(marked, self._plain)):  # FSDP1 marks what it flattens
+            return self._kept
+        parent = None if self._parent is None else self._parent()
         try:
             acting = self.site.through, self.site.mask
-            found = [storage_of(module, self._parent(), name, *acting) for name in self.site.parameters]
+            self._kept = tuple([storage_of(module, parent, name, *acting) for name in self.site.parameters])
         except AttachError as error:
             raise self._named(error) from None
-        # A plain parameter stays what it is while it is the same one, but for FSDP1, which marks what it flattens.
-        plain = all(type(one) is Plain for one in found)
-        leaves = [leaf for one in found for leaf in one.leaves]
-        self._kept, self._plain = found, list(zip(self.site.parameters, leaves, strict=True)) if plain else []
-        return found
+        plain = all(type(one) is Plain for one in self._kept)
+        self._plain = sum((one.leaves for one in self._kept), ()) if plain else ()
+        return self._kept
+
+    def _has(self, own: Mapping[str, nn.Parameter | None]) -> bool:
+        """Whether it is kept in plain parameters, and they are among these by their names still."""
+        return bool(self._plain) and all(map(is_, map(own.get, self.site.parameters), self._plain))
 
     @property
     def steady(self) -> bool:
         """Whether it is kept where it was for as long as its module has the parameters that it had."""
-        own = self.module._parameters
-        return bool(self._plain) and all(own.get(name) is leaf for name, leaf in self._plain)
+        return self._has(self.module._parameters)
 
     def release(self) -> None:
         """Hold no parameter any more."""
-        self._kept, self._plain = [], []
+        self._kept, self._plain = (), ()
 
     def leaves(self) -> Iterator[nn.Parameter]:
         """The parameters behind it, as they are now."""

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from regkit.errors import StepError
 from regkit.modes import uncompiled
 from regkit.validity import Validity
@@ -20,11 +22,12 @@ from regkit.validity import Validity
 class Call(NamedTuple):
     """One call. observed: what it put out; None if no gradient reaches that, and the call counts in time alone.
 
-    starts: whether it begins a new sequence; versions: of the tensors, to see changes in place.
+    starts: whether it begins a new sequence; versions: by role, tensors and the versions they had, to see changes in
+    place.
     """
 
     observed: Mapping[str, Any] | None
-    versions: Mapping[str, int]
+    versions: Mapping[str, tuple[Tensor, int]]
     training: bool
     starts: bool
 
@@ -33,7 +36,7 @@ class Record(NamedTuple):
     """What one call put out, and which of it is data.  call: how many calls came before it under the same validity."""
 
     observed: Mapping[str, Any]
-    versions: Mapping[str, int]
+    versions: Mapping[str, tuple[Tensor, int]]
     training: bool
     validity: Validity | None
     call: int
@@ -68,7 +71,8 @@ class Calls:
         if compiling:  # and a lock cannot be
             self._last = (call, self._last)
             return
-        self._refuse_other_threads()
+        if self.timed:
+            self._refuse_other_threads()
         with self._lock:
             self._last = (call, self._last)
 
@@ -84,57 +88,55 @@ class Calls:
         """Whether nothing has been called."""
         return self._last is None and not self._records
 
-    @property
-    def records(self) -> list[Record]:
+    def placed(self) -> list[Record]:
         """The calls that gradients reach, each in its place."""
-        self._place()
+        if self._last is None:
+            return self._records
+        with self._lock:
+            link: Chain = self._last
+            self._last = None
+        new = []
+        while link is not None:
+            call, link = link
+            new.append(call)
+        for call in reversed(new):
+            validity, index = (None, 0) if self._validity is None else self._in_time(call, self._validity)
+            if call.observed is not None:
+                self._records.append(Record(call.observed, call.versions, call.training, validity, index))
         return self._records
 
-    def clear(self) -> None:
-        """Drop them. Time goes on."""
-        self._place()
-        self._records.clear()
+    def clear(self) -> bool:
+        """Drop them. Time goes on. Returns whether there were any."""
+        records = self._records if self._last is None else self.placed()
+        any_were = bool(records)
+        records.clear()
+        return any_were
 
     @contextmanager
     def under(self, validity: Validity) -> Iterator[None]:
         """Inside, calls have this validity, and are counted from 0."""
         self._refuse_other_threads()
-        self._place()
+        self.placed()
         outer = (self.timed, self._validity, self._count, self._longest)
         self.timed, self._validity, self._count, self._longest = True, validity, 0, 0
         self._thread = _this_thread()
         try:
             yield
         finally:
-            self._place()  # the last call's validity stays: masks stand around one call each, the next compares
+            self.placed()  # the last call's validity stays: masks stand around one call each, the next compares
             self.timed, self._validity, self._count, self._longest = outer
 
     @property
     def longest(self) -> int:
         """The most calls that one sequence took under the validity in force."""
-        self._place()
+        self.placed()
         return self._longest
 
-    def _place(self) -> None:
-        """Give each new call its place."""
-        with self._lock:
-            link, self._last = self._last, None
-        new = []
-        while link is not None:
-            call, link = link
-            new.append(call)
-        for call in reversed(new):
-            validity, index = self._in_time(call)
-            if call.observed is not None:
-                self._records.append(Record(call.observed, call.versions, call.training, validity, index))
-
-    def _in_time(self, call: Call) -> tuple[Validity | None, int]:
+    def _in_time(self, call: Call, validity: Validity) -> tuple[Validity, int]:
         """The validity of a call, and which call under it this is: for a cell, its place in time."""
-        if self._validity is None:
-            return None, 0
         if call.starts:
             self._count, self._before = 0, None
         before, index = self._before, self._count
-        self._before, self._count = self._validity, index + 1
+        self._before, self._count = validity, index + 1
         self._longest = max(self._longest, self._count)
-        return self._validity.following(before), index
+        return validity.following(before), index

@@ -8,33 +8,83 @@ autograd alone can do: a gradient of a gradient, forward-mode differentiation, t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
+from regkit import hooks
 from regkit.activity import Activity, Segment
 from regkit.kinds import ActivityPenalty
 from regkit.modes import uncast, uncompiled
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def eager(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function that is never compiled, and in which autocast is off. What keeps the compiler out is a dozen functions
+    of torch's, which are left out where there is none.
+    """
+    apart = uncompiled(uncast(function))
+
+    @wraps(function)
+    def outer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if is_dynamo_compiling() or hooks._compiler() is not None:
+            return apart(*args, **kwargs)
+        with torch._C._DisableAutocast():
+            return function(*args, **kwargs)
+
+    return outer
+
 
 class Seen:
-    """An activity, and what gives the tensors that it was made of."""
+    """An activity, the tensors in it, and what gives the tensors that were recorded for it.
+
+    segments: its own, with numbers in place of the tensors; device: where all of it is, None where that is on several
+    or made of what only autograd knows.
+    """
 
     def __init__(self, activity: Activity, recorded: Callable[[], Sequence[Tensor]]) -> None:
-        self.activity, self.recorded = activity, recorded
+        self.activity, self.device = activity, None
+        self.tensors: list[Tensor] = []
+        self.segments: list[Segment] = []
+        self._recorded = recorded
+        for segment in activity.segments:
+            numbered = segment.at(self._number)
+            if numbered is None:
+                return
+            self.segments.append(numbered)
+        device = self.tensors[0].device if self.tensors else None
+        for one in self.tensors:
+            if type(one) not in (Tensor, nn.Parameter) or one.device != device:
+                return
+        self.device = device
+
+    def _number(self, tensor: Tensor) -> int:
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+    def root(self, tensor: Tensor) -> Tensor:
+        """The recorded tensor of which it is a view, or itself."""
+        for whole in self._sharing.get(tensor.untyped_storage()._cdata, ()):
+            if whole is tensor:
+                break
+            if _holds(whole, tensor):
+                return whole
+        return tensor
 
     @cached_property
-    def device(self) -> torch.device | None:
-        """Where all of it is; None where it is on several, or made of what only autograd knows."""
-        tensors: list[Tensor] = []
-        if any(segment.at(tensors.append) is None for segment in self.activity.segments) or not tensors:
-            return None
-        device = tensors[0].device
-        return device if all(type(one) in (Tensor, nn.Parameter) and one.device == device for one in tensors) else None
+    def _sharing(self) -> dict[int, list[Tensor]]:
+        """The recorded tensors in each storage."""
+        found: dict[int, list[Tensor]] = {}
+        for one in self._recorded():
+            found.setdefault(one.untyped_storage()._cdata, []).append(one)
+        return found
 
 
 class Term(NamedTuple):
@@ -42,111 +92,41 @@ class Term(NamedTuple):
 
     kind: ActivityPenalty
     amount: float
-    seen: Seen
     run: Callable[..., Any]
 
-    def value(self) -> Tensor:
-        """What the kind makes of it, at unit strength.  -> ()."""
-        value: Tensor = self.run(self.kind.value, self.seen.activity)
-        return value
+
+Terms = list[tuple[Term, Seen]]
+"""Each with what it is of."""
 
 
-def evaluate(terms: Sequence[Term]) -> tuple[list[Tensor], list[Tensor]]:
+def evaluate(terms: Terms) -> tuple[list[Tensor], list[Tensor]]:
     """The value of each at unit strength, detached; and tensors of which the sum is Σ amount · value, as part of the
     graph.  -> () each.
     """
     plain = _plain()
     values: list[Tensor] = []
     sums: list[Tensor] = []
-    together: dict[torch.device, _Together] = {}
-    for term in terms:
-        device = term.seen.device if plain and term.kind.offers_gradients else None
-        if device is None:
-            value = term.value()
+    together: dict[torch.device, list[tuple[Term, Seen, Tensor]]] = {}
+    for term, seen in terms:
+        if plain and seen.device is not None and term.kind.offers_gradients:
+            torch._C._set_grad_enabled(False)
+            try:
+                value: Tensor = term.run(term.kind.value, seen.activity)
+            finally:
+                torch._C._set_grad_enabled(True)
+            together.setdefault(seen.device, []).append((term, seen, value))
+            values.append(value)
+        else:
+            value = term.run(term.kind.value, seen.activity)
             sums.append(value * term.amount)
             values.append(value.detach())
-        else:
-            values.append(together.setdefault(device, _Together()).add(term))
-    return values, [*sums, *(one.total() for one in together.values())]
+    sums.extend(map(_joined, together.values()))
+    return values, sums
 
 
 def _plain() -> bool:
     """Whether gradients are asked for, and in no other way than backward."""
     return torch.is_grad_enabled() and peek_interpreter_stack() is None and forward_ad._current_level < 0
-
-
-class _Place(NamedTuple):
-    """Where a tensor lies in a root: it is the whole of it, or a view of this geometry."""
-
-    root: int
-    size: tuple[int, ...] | None = None
-    stride: tuple[int, ...] = ()
-    offset: int = 0
-
-    def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensor that lies there in one of these, which are laid out as the roots are."""
-        whole = tensors[self.root]
-        if self.size is None:
-            return whole
-        return whole.as_strided(self.size, self.stride, whole.storage_offset() + self.offset)
-
-
-class _Together:
-    """Terms that are one function in the graph.
-
-    Its inputs are roots, the tensors through which gradients leave: recorded ones for what are views of them, others
-    for themselves.
-    """
-
-    def __init__(self) -> None:
-        self._terms: list[_Placed] = []
-        self._value: Tensor | None = None
-        self._roots: list[Tensor] = []
-        self._numbers: dict[int, int] = {}
-        self._places: dict[Seen, list[Segment]] = {}
-
-    def add(self, term: Term) -> Tensor:
-        """Take a term in. Returns its value at unit strength."""
-        with torch.no_grad():
-            value = term.value()
-            amount = term.amount
-            self._value = value * amount if self._value is None else self._value.add(value, alpha=amount)
-        if term.seen not in self._places:
-            self._places[term.seen] = self._placed(term.seen)
-        self._terms.append(_Placed(term.kind, amount, self._places[term.seen], term.run))
-        return value
-
-    def total(self) -> Tensor:
-        """Σ amount · value, as part of the graph.  -> ()."""
-        total: Tensor = _Closed.apply([self._value], self._terms, *self._roots)  # type: ignore[no-untyped-call]  # torch's
-        return total
-
-    def _placed(self, seen: Seen) -> list[Segment]:
-        """The segments of an activity, with places in place of the tensors."""
-        sharing: dict[int, list[Tensor]] = {}
-
-        def place(tensor: Tensor) -> _Place:
-            if not tensor._is_view() or not tensor.requires_grad:
-                return _Place(self._number(tensor))
-            if not sharing:
-                for one in seen.recorded():
-                    sharing.setdefault(one.untyped_storage()._cdata, []).append(one)
-            for whole in sharing.get(tensor.untyped_storage()._cdata, ()):
-                if whole is tensor:
-                    break
-                if _holds(whole, tensor):
-                    offset = int(tensor.storage_offset() - whole.storage_offset())
-                    return _Place(self._number(whole), tensor.size(), tensor.stride(), offset)
-            return _Place(self._number(tensor))
-
-        placed = (segment.at(place) for segment in seen.activity.segments)
-        return [segment for segment in placed if segment is not None]
-
-    def _number(self, root: Tensor) -> int:
-        number = self._numbers.setdefault(id(root), len(self._roots))
-        if number == len(self._roots):
-            self._roots.append(root)
-        return number
 
 
 def _holds(whole: Tensor, part: Tensor) -> bool:
@@ -172,53 +152,109 @@ def _ends(tensor: Tensor) -> tuple[int, int]:
     return first, first + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
 
 
-class _Placed(NamedTuple):
-    """A term whose segments hold places: it keeps no tensor."""
+_Place = tuple[int, tuple[Any, Any, Any] | None]
+"""Where a tensor lies: the number of a root, and the (size, stride, offset) of the view of it, None for the whole."""
 
-    kind: ActivityPenalty
-    amount: float
-    segments: list[Segment]
-    run: Callable[..., Any]
+_Placed = tuple[list[Segment], list[_Place]]
+"""An activity without its tensors: its segments, with numbers in place of them, and where each lies."""
 
-    def over(self, tensors: Sequence[Tensor]) -> Activity:
-        """Its activity, of what is laid out as the roots are."""
 
-        def of(place: Any) -> Tensor:
-            found: Tensor = place.of(tensors)
-            return found
+def _joined(terms: Sequence[tuple[Term, Seen, Tensor]]) -> Tensor:
+    """Σ amount · value of terms and their values, as one function in the graph.  -> ().
 
-        found = (segment.at(of) for segment in self.segments)
-        return Activity(tuple(segment for segment in found if segment is not None))
+    Its inputs are roots, the tensors through which gradients leave: recorded ones for what are views of them, others
+    for themselves.
+    """
+    roots: list[Tensor] = []
+    strides: list[tuple[int, ...]] = []
+    numbers: dict[int, int] = {}
+    placed: dict[Seen, _Placed] = {}
+    own: list[tuple[Term, _Placed]] = []
+    values = []
+    for term, seen, value in terms:
+        values.append(value)
+        if seen in placed:
+            own.append((term, placed[seen]))
+            continue
+        places: list[_Place] = []
+        for tensor in seen.tensors:
+            root = seen.root(tensor) if tensor._is_view() and tensor.requires_grad else tensor
+            if id(root) not in numbers:
+                numbers[id(root)] = len(roots)
+                roots.append(root)
+                strides.append(root.stride())
+            view = None
+            if root is not tensor:
+                view = tensor.size(), tensor.stride(), tensor.storage_offset() - root.storage_offset()
+            places.append((numbers[id(root)], view))
+        placed[seen] = seen.segments, places
+        own.append((term, placed[seen]))
+    # What `apply` itself adds to this one is for transforms, and none is on.
+    total: Tensor = super(torch.autograd.Function, _Closed).apply(own, strides, values, *roots)  # type: ignore[no-untyped-call]  # torch's
+    return total
+
+
+def _over(placed: _Placed, roots: Sequence[Tensor]) -> Activity:
+    """The activity of what is laid out as the roots are."""
+    numbered, places = placed
+    tensors = []
+    for number, view in places:
+        root = roots[number]
+        if view is not None:
+            size, stride, offset = view
+            root = root.as_strided(size, stride, root.storage_offset() + offset)
+        tensors.append(root)
+    segments = []
+    for one in numbered:
+        segment = one.at(tensors.__getitem__)
+        assert segment is not None  # as it was not when it was numbered
+        segments.append(segment)
+    return Activity(segments)
 
 
 class _Closed(torch.autograd.Function):
     """The sum of terms, which was computed before, with the gradients that their kinds add up in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, total: list[Tensor], terms: Sequence[_Placed], *roots: Tensor) -> Tensor:
-        ctx.terms, ctx.strides = terms, [root.stride() for root in roots]
+    def forward(
+        ctx: Any,
+        terms: Sequence[tuple[Term, _Placed]],
+        strides: Sequence[tuple[int, ...]],
+        values: Sequence[Tensor],
+        *roots: Tensor,
+    ) -> Tensor:
+        ctx.terms, ctx.strides = terms, strides
         ctx.save_for_backward(*roots)
-        return total[0]
+        total = values[0] * terms[0][0].amount
+        for (term, _), value in zip(terms[1:], values[1:], strict=True):
+            total = total.add(value, alpha=term.amount)
+        return total
 
     @staticmethod
-    @uncompiled
-    @uncast
+    @eager
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        roots = [_laid(root, stride) for root, stride in zip(ctx.saved_tensors, ctx.strides, strict=True)]
+        roots = list(ctx.saved_tensors)
+        for number, stride in enumerate(ctx.strides):
+            if roots[number].stride() != stride:
+                roots[number] = _laid(roots[number], stride)
         if torch.is_grad_enabled() or is_legacy_batchedtensor(slope):
-            return None, None, *_by_autograd(ctx.terms, roots, slope)
+            return None, None, None, *_by_autograd(ctx.terms, roots, slope)
         gradients = _zeros(roots)
-        for term in ctx.terms:
-            amount = slope * term.amount
-            term.run(term.kind.add_gradients, term.over(roots), term.over(gradients), amount)
-        return None, None, *gradients
+        over: dict[int, tuple[Activity, Activity]] = {}
+        for term, placed in ctx.terms:
+            if id(placed) not in over:
+                over[id(placed)] = _over(placed, roots), _over(placed, gradients)
+            term.run(term.kind.add_gradients, *over[id(placed)], slope * term.amount)
+        return None, None, None, *gradients
 
 
 def _zeros(roots: Sequence[Tensor]) -> Sequence[Tensor]:
     """Zeros like each, all in memory of their own; in one operation where they are alike, as steps of a loop are."""
-    first, *others = roots
+    if len(roots) == 1:
+        return [torch.zeros_like(roots[0])]
+    first = roots[0]
     alike = all(one.shape == first.shape and one.dtype is first.dtype and one.is_contiguous() for one in roots)
-    if not others or not alike:
+    if not alike:
         return [torch.zeros_like(root) for root in roots]
     all_of_them = first.new_zeros(()).expand(len(roots), *first.shape)
     zeros: Sequence[Tensor] = torch.unbind_copy(all_of_them)  # type: ignore[func-returns-value, assignment]  # it does
@@ -227,16 +263,18 @@ def _zeros(roots: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _laid(root: Tensor, stride: tuple[int, ...]) -> Tensor:
     """A root as it was laid out: whoever has packed the tensors that a graph saves may have changed that."""
-    if root.stride() == stride or 0 in stride:  # of an expanded tensor there are no views
+    if 0 in stride:  # of an expanded tensor there are no views
         return root
     return torch.empty_strided(root.size(), stride, dtype=root.dtype, device=root.device).copy_(root)
 
 
 @torch.enable_grad()
-def _by_autograd(terms: Sequence[_Placed], roots: Sequence[Tensor], slope: Tensor) -> Sequence[Tensor | None]:
+def _by_autograd(
+    terms: Sequence[tuple[Term, _Placed]], roots: Sequence[Tensor], slope: Tensor
+) -> Sequence[Tensor | None]:
     """The same gradients as functions of the roots. Views keep apart what leads from one root to another."""
     views = [root.view_as(root) for root in roots]
-    values = [term.run(term.kind.value, term.over(views)) * term.amount for term in terms]
+    values = [term.run(term.kind.value, _over(placed, views)) * term.amount for term, placed in terms]
     outputs = [value for value in values if value.requires_grad]
     needed = [view for view in views if view.requires_grad]
     slopes = [slope] * len(outputs)

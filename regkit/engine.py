@@ -35,10 +35,10 @@ class _Mark:
     passes: int
     version: int | None = None
 
-    def settle(self) -> None:
-        """No listener touches it any more before the step."""
+    def settle(self, passes: int) -> None:
+        """No listener touches it any more before the step. Others may have run backward passes of their own."""
         if self.version is None:
-            self.version = self.gradient._version
+            self.version, self.passes = self.gradient._version, passes
 
     def holds(self, step: Step, passes: int) -> bool:
         """Whether this step has these very gradients again. Raises StepError where they are no more what they were.
@@ -109,9 +109,9 @@ class Engine:
         self._census.look()
         return self._version == self._census.version and here is self._here
 
-    def as_ever(self) -> bool:
-        """Whether a sample of them is what `here` last gave."""
-        return self._census.first_is_the_same()
+    def as_ever(self, here: Here) -> bool:
+        """Whether `here` last gave these, and a sample of them is the same still."""
+        return here is self._here and self._census.first_is_the_same()
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         yield from chain.from_iterable(rule.parameters() for rule in self._rules.on_weights)
@@ -232,7 +232,7 @@ class Engine:
     def settled(self) -> None:
         """Gradients are as the optimizer will have them."""
         if self._mark is not None:
-            self._mark.settle()
+            self._mark.settle(self._passes())
 
     def release(self) -> None:
         """Hold no parameter and no gradient any more."""
@@ -255,8 +255,7 @@ class Engine:
 
     @plain
     def _move(self, step: Step) -> None:
-        if step.optimizer is None:  # other updates than an optimizer's may put new parameters in the place of old ones
-            self._census.look()
+        self._census.look()  # a hook of the optimizer's own may have put new parameters in the place of old ones
         for rule in self._rules.by_prox:
             named(rule, rule.shrink, step)
         for constraint in self._rules.constraints:

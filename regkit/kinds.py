@@ -162,7 +162,8 @@ class Penalty(_Strong, _OnWeights):
 
         There is at least one weight. All are on one device and of one dtype; their shapes may differ.
         """
-        return sum((self.value(w) for w in weights), start=torch.zeros(()))
+        first, *others = weights
+        return sum((self.value(w) for w in others), start=self.value(first))
 
     def add_gradients(self, weights: list[Tensor], gradients: list[Tensor], amount: float) -> None:
         """List form of `gradient`: gradients[i] += amount · ∇Ω(weights[i]), in place; weights[i] is left as it is.

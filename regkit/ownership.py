@@ -24,8 +24,9 @@ class Owned:
     """
 
     def __init__(self, here: Here, groups: Groups) -> None:
-        self.here, self.groups = here, groups
+        self.here = here
         self.ours: Groups = {key: groups[key] for key in here if key in groups}
+        self.groups = self.ours if len(self.ours) == len(groups) else groups  # often all is ours
         self.leaves = [here[key] for key in self.ours]
         self.ids = frozenset(self.ours)
 

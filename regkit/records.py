@@ -93,20 +93,22 @@ class Recorder:
             return
         observed = self.observe(module, args, kwargs, result)
         starts = self.starts(observed)
-        carrying = {}
+        carries = False
+        versions: dict[str, tuple[Tensor, int]] = {}
         for role, one in observed.items():
-            data = data_of(one)
+            data = one.data if isinstance(one, PackedSequence) else one
             if isinstance(data, Tensor) and data.requires_grad and type(data) is not FakeTensor:
-                carrying[role] = data
+                carries = True
+                # Compiled code cannot be asked for the versions of tensors: changes in place go unchecked there.
+                if not compiling:
+                    versions[role] = data, data._version
         if not compiling:
-            modes.check(module, self.title, bool(carrying))
+            modes.check(module, self.title, carries)
             self._thread = get_ident()
-        if not carrying:  # what no gradient can reach (evaluation under no_grad) is no training data
+        if not carries:  # what no gradient can reach (evaluation under no_grad) is no training data
             if self._calls.timed and self._steps:
                 self._calls.add(Call(None, {}, module.training, starts), compiling)
             return
-        # Compiled code cannot be asked for the versions of tensors: changes in place go unchecked there.
-        versions = {} if compiling else {role: data._version for role, data in carrying.items()}
         self._calls.add(Call(observed, versions, module.training, starts), compiling)
 
     def observe(
@@ -141,7 +143,7 @@ class Recorder:
     @property
     def records(self) -> list[Record]:
         """What is in store."""
-        return self._calls.records
+        return self._calls.placed()
 
     @contextmanager
     def under(self, validity: Validity) -> Iterator[None]:
@@ -153,29 +155,34 @@ class Recorder:
 
     def consume(self, ticket: Ticket) -> None:
         """What is in store has gone into the loss of this ticket."""
-        if self.records:
+        if self._calls.clear():
             self.ledger.tickets.append(ticket)
-            self.clear()
+            self._left = 0
 
     def clear(self) -> None:
         """Drop what is in store."""
         self._calls.clear()
         self._left = 0
 
-    def segments(self, site: OutputSite) -> Iterator[Segment]:
-        """The segments of everything in store, for one site."""
-        assert self._adapter is not None
-        records = self.records
-        self._refuse_mixture(records)
-        self._refuse_leftovers(len(records))
+    def segments(self, site: OutputSite) -> list[Segment] | None:
+        """The segments of everything in store, for one site; None where nothing is."""
+        records, adapter = self._calls.placed(), self._adapter
+        if not records or adapter is None:
+            return None
+        if len(records) > 1:
+            self._refuse_mixture(records)
+            self._refuse_leftovers(len(records))
+        module = self._module() or self.module
+        found: list[Segment] = []
         for record in records:
-            for role, version in record.versions.items():
-                if data_of(record.observed[role])._version != version:
+            for role, (data, version) in record.versions.items():
+                if data._version != version:
                     raise StepError(
                         f"the {role} of {self.title} was changed in place after it was recorded, so its "
                         "penalty would be that of other values; change a copy"
                     )
-            yield from self._adapter.segments(self.module, site, record.observed, record.validity, record.call)
+            found.extend(adapter.segments(module, site, record.observed, record.validity, record.call))
+        return found
 
     def recorded(self) -> list[Tensor]:
         """The tensors in store."""

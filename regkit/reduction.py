@@ -1,16 +1,16 @@
 """Sums and means of a function over the valid elements of many tensors, and the gradients of them in closed form.
 
-With autograd, whole tensors go through the function. Without it, pieces do: as many rows at a time as `room` allows, a
-part of one large tensor, or many small ones together. So no temporary is as large as what is reduced, and a hundred
-small tensors take as many operations as one. Half precision is read in float32.
+With autograd, whole tensors go through the function. Without it, pieces do: as many rows at a time as there is room
+for, a part of one large tensor, or many small ones together. So no temporary is as large as what is reduced, and a
+hundred small tensors take as many operations as one. Half precision is read in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain, repeat
-from typing import Literal, NamedTuple
+from itertools import repeat
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,21 +19,20 @@ from regkit.errors import PluginError
 
 Reduction = Literal["mean", "batch", "sum"]
 
+_ROOM: Final = {True: 2**20, False: 2**26}
+"""The bytes of a piece: what a processor's cache holds, or what keeps an accelerator busy."""
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32 where it is narrower: sums of half-precision numbers overflow and stall."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def room(device: torch.device) -> int:
-    """The bytes of a piece: what a processor's cache holds, or what keeps an accelerator busy."""
-    return 2**20 if device.type == "cpu" else 2**26
-
-
 class Part(NamedTuple):
     """Tensors of one shape (..., features), of which rows are valid (..., 1), None meaning all.
 
-    batch: how many sequences they are of; gradients: live views of the tensors' gradients, to be added to.
+    batch: how many sequences they are of, where a sum is divided by that; gradients: live views of the tensors'
+    gradients, to be added to.
     """
 
     batch: int
@@ -41,19 +40,8 @@ class Part(NamedTuple):
     valid: Tensor | None
     gradients: tuple[Tensor, ...] = ()
 
-    @property
-    def size(self) -> int:
-        """The bytes of one of the tensors as it is read."""
-        h = self.tensors[0]
-        return h.numel() * max(h.element_size(), 4)
-
-    def cut(self) -> Iterable[Part]:
-        """It in parts that fit into the room, if it has rows enough."""
-        h, size = self.tensors[0], self.size
-        limit = room(h.device)
-        if size <= limit:
-            return (self,)
-        rows = max(h.size(0) * limit // size, 1)
+    def cut(self, rows: int) -> Iterable[Part]:
+        """It in parts of so many rows."""
         tensors, gradients = (
             zip(*(torch.split(x, rows) for x in xs), strict=True) for xs in (self.tensors, self.gradients)
         )
@@ -77,21 +65,27 @@ Piece = list[Part]
 
 
 def _pieces(parts: Sequence[Part]) -> list[Piece]:
-    if len(parts) == 1 and parts[0].size <= room(parts[0].tensors[0].device):
-        return [[parts[0]]]
     pieces: list[Piece] = []
     left = 0
     seen: set[tuple[int, int, int]] = set()
-    for one in chain.from_iterable(part.cut() for part in parts):
-        size = one.size
+    for part in parts:
+        h = part.tensors[0]
+        size, limit = h.numel() * max(h.element_size(), 4), _ROOM[h.is_cpu]  # in bytes, as it is read
+        if size > limit:
+            pieces += [[one] for one in part.cut(max(h.size(0) * limit // size, 1))]
+            left = 0
+            continue
         # The gradients of a piece are added to at once, first ones and then second ones: none may be there twice.
-        places = {(n, g.untyped_storage()._cdata, int(g.storage_offset())) for n, g in enumerate(one.gradients)}
-        if not pieces or size > left or places & seen or not one.joins(pieces[-1][0]):
+        places: list[tuple[int, int, int]] = []
+        if len(parts) > 1:
+            for which, gradient in enumerate(part.gradients):
+                places.append((which, gradient.untyped_storage()._cdata, int(gradient.storage_offset())))
+        if not pieces or size > left or not seen.isdisjoint(places) or not part.joins(pieces[-1][0]):
             pieces.append([])
-            left, seen = room(one.tensors[0].device), set()
-        pieces[-1].append(one)
+            left, seen = limit, set()
+        pieces[-1].append(part)
         left -= size
-        seen |= places
+        seen.update(places)
     return pieces
 
 
@@ -99,7 +93,7 @@ def _read(piece: Piece) -> tuple[list[Tensor], Tensor | None]:
     """The tensors of a piece in float32 or better, 0 where they are not valid; which of their rows are."""
     if len(piece) == 1:
         (part,) = piece
-        wide, valid = [at_least_float32(x) for x in part.tensors], part.valid
+        wide, valid = list(map(at_least_float32, part.tensors)), part.valid
     else:
         wide = [at_least_float32(torch.cat(xs)) for xs in zip(*(part.tensors for part in piece), strict=True)]
         valid = _valid(piece)
@@ -140,14 +134,15 @@ def reduced(
         if reduction == "mean":
             count = count + _count(piece, valid, width)
     result = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-    return result / _at_least_one(count) if reduction == "mean" else result
+    if reduction != "mean":
+        return result
+    return result / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
 class _Scratch:
     """Memory that pieces share."""
 
-    def __init__(self) -> None:
-        self._kept: Tensor | None = None
+    _kept: Tensor | None = None
 
     def __call__(self, like: Tensor) -> Tensor:
         if self._kept is None or self._kept.shape != like.shape:
@@ -166,11 +161,11 @@ def _count(piece: Piece, valid: Tensor | None, width: int) -> int | Tensor:
     """How many of the numbers that f gives of a piece are valid, where it gives `width` for each row."""
     if valid is not None:
         return valid.sum() * width
-    return sum(part.tensors[0].numel() // max(part.tensors[0].size(-1), 1) for part in piece) * width
-
-
-def _at_least_one(count: int | Tensor) -> int | Tensor:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    rows = 0
+    for part in piece:
+        h = part.tensors[0]
+        rows += h.numel() // max(h.size(-1), 1)
+    return rows * width
 
 
 def add_slopes(
@@ -191,7 +186,8 @@ def add_slopes(
     if reduction == "mean":
         count: int | Tensor = 0
         for piece in pieces:
-            count = count + _count(piece, _valid(piece), 1 if per_row else piece[0].tensors[0].size(-1))
+            valid = piece[0].valid if len(piece) == 1 else _valid(piece)
+            count = count + _count(piece, valid, 1 if per_row else piece[0].tensors[0].size(-1))
         if isinstance(count, int):
             times /= max(count, 1)
         else:
@@ -200,17 +196,15 @@ def add_slopes(
         wide, valid = _read(piece)
         share = times / max(piece[0].batch, 1) if reduction == "batch" else times
         found = slope(*wide)
-        slopes = [(one, share) for one in found] if isinstance(found, tuple) else [(found, share), (found, -share)]
-        for which, (one, factor) in enumerate(slopes[: len(wide)]):
+        for which in range(len(wide)):
+            one = found[which] if isinstance(found, tuple) else found
+            factor = -share if which and one is found else share
             if one.shape != wide[0].shape:
                 raise PluginError(f"a slope at {tuple(wide[0].shape)} has the shape {tuple(one.shape)}")
             if valid is not None:
                 one = torch.where(valid, one, 0.0)
-            _add([part.gradients[which] for part in piece], one, amount, factor)
-
-
-def _add(gradients: list[Tensor], slope: Tensor, amount: Tensor, factor: float) -> None:
-    if len(gradients) == 1:
-        gradients[0].addcmul_(slope, amount, value=factor)
-    else:
-        torch._foreach_add_(gradients, torch.split(slope * amount, [len(one) for one in gradients]), alpha=factor)
+            if len(piece) == 1:
+                piece[0].gradients[which].addcmul_(one, amount, value=factor)
+            else:
+                gradients = [part.gradients[which] for part in piece]
+                torch._foreach_add_(gradients, torch.split(one * amount, [g.size(0) for g in gradients]), alpha=factor)

@@ -24,7 +24,8 @@ class Routine:
     def __init__(self, met: Met, census: Census, jobs: Jobs) -> None:
         self.met, self.jobs = met, jobs
         self._census, self._version = census, census.version
-        self._leaves = [(leaf, leaf.dtype, leaf.get_device()) for leaf in met.owned.leaves]
+        self._dtypes = [leaf.dtype for leaf in met.owned.leaves]
+        self._devices = [leaf.get_device() for leaf in met.owned.leaves]
 
     def is_of(self, met: Met) -> bool:
         """Whether it is of this optimizer as it is, and of what is known of the model."""
@@ -42,7 +43,7 @@ class Routine:
         self._census.look()
         if self._census.version != self._version:
             return False
-        for leaf, dtype, device in self._leaves:
+        for leaf, dtype, device in zip(self.met.owned.leaves, self._dtypes, self._devices, strict=True):
             if leaf.grad is None or not leaf.requires_grad or leaf.dtype is not dtype or leaf.get_device() != device:
                 return False
         return True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regkit.activityrule import ActivityRule, take
 from regkit.blocks import Block
 from regkit.census import Census
-from regkit.errors import AttachError, RegkitError, StepError
+from regkit.errors import AttachError, PluginError, RegkitError, StepError
 from regkit.injection import Injector, Scale
 from regkit.kinds import ActivityPenalty, Layout, Penalty, Via
 from regkit.merging import merged
@@ -77,6 +77,18 @@ class Rules:
         activities = {(type(rule.binding.kind), rule.binding.kind.describe()): rule for rule in self.activities}
         return [*self.on_weights, *(rule for rule in self.by_gradient if rule.addends), *activities.values()]
 
+    def prove(self) -> None:
+        """Try the kinds; once for all rules of equal ones on weights that look alike.
+
+        Raises PluginError where one does not what its contract says, AttachError where it could not act on a weight.
+        """
+        tried: set[Hashable] = set()
+        for rule in self.to_prove:
+            try:
+                named(rule, _prove, rule, tried)
+            except StepError as error:
+                raise PluginError(str(error)) from error.__cause__
+
     @property
     def injectors(self) -> list[Injector]:
         """The recorders of rules via inject."""
@@ -115,11 +127,20 @@ class Rules:
 
     def loss_terms(self, index: int) -> list[Tensor]:
         """What goes through the loss at a step: activity penalties of what is recorded, weight penalties via loss."""
-        terms = take([rule for rule in self.activities if rule.binding.via == "loss"], index, named)
+        terms = take(self.activities, index, named)
         if self.by_loss:
             self.census.look()
-        values = [named(rule, rule.value, index) for rule in self.by_loss]
-        return [*terms, *(value for value in values if value is not None)]
+            values = [named(rule, rule.value, index) for rule in self.by_loss]
+            terms += [value for value in values if value is not None]
+        return terms
+
+
+def _prove(rule: PenaltyRule | ConstraintRule | ActivityRule, tried: set[Hashable]) -> None:
+    summed = isinstance(rule, PenaltyRule) and rule.addends
+    trial = None if summed or isinstance(rule, ActivityRule) else rule.trial()
+    if trial is None or trial not in tried:
+        rule.prove()
+        tried.add(trial)
 
 
 def rules_of(plan: Plan, model: nn.Module) -> Rules:

@@ -130,8 +130,10 @@ class Steps:
         """What it owns of ours; None where the model is not what it was, and is not trained by it either."""
         last = self._ownership.last(optimizer)
         # The step of another model's optimizer costs next to nothing, however much there is here.
-        if last is not None and (self._work.unchanged(last.owned.here) if last.owned.ours else self._work.as_ever()):
-            return last
+        if last is not None:
+            same = self._work.unchanged if last.owned.ours else self._work.as_ever
+            if same(last.owned.here):
+                return last
         if distributed() and any(sharded(p) for group in optimizer.param_groups for p in group["params"]):
             reshard(model)  # or what it owns might not be in the model at the moment
         moved = self._work.moved()
@@ -203,6 +205,7 @@ class Steps:
             raise _replaced(moved)
         group = {} if lr is None else {"lr": lr}
         here = self._work.here()
+        self.count.keep(here)
         step = Step(None, Owned(here, dict.fromkeys(here, group)), None, False, self.count.index(here), None)
         self._at_gradients(step)
         self._work.settled()

@@ -23,6 +23,8 @@ View = Callable[[Tensor], Tensor]
 class Storage(ABC):
     """Where one weight is kept."""
 
+    __slots__ = ()
+
     leaves: tuple[nn.Parameter, ...]
     """The parameters behind the weight."""
 
@@ -58,21 +60,22 @@ class Storage(ABC):
 class Plain(Storage):
     """A parameter."""
 
+    __slots__ = ("leaves",)
+
     limited: ClassVar[bool] = False
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.leaves = (parameter,)
-        self._parameter = parameter
 
     def read(self) -> Tensor:
-        return self._parameter
+        return self.leaves[0]
 
     def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
         for parameter, amount in amounts:
             view(grad_of(parameter)).add_(gradient, alpha=amount)
 
     def write(self, view: View, point: Tensor) -> None:
-        view(self._parameter).copy_(point)
+        view(self.leaves[0]).copy_(point)
 
 
 class Whole(Storage):

@@ -50,7 +50,8 @@ class Watch:
         self._find, self._inside = find, inside
         self._leaf: Tensor | None = None  # torch converts no sharded parameter that has a weak reference
         self._name = ""
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle] = []  # on the parameter
+        self._loading: tuple[weakref.ref[nn.Module], _Hook, RemovableHandle] | None = None  # on its module
         self._off = False
         self._ever_heard = False
         self.passes = 0
@@ -68,19 +69,26 @@ class Watch:
         found = None if self._off else self._find()
         if found is None or found[2] is self._leaf:
             return
-        self.disarm()
         self._name, module, leaf = found
+        hook = self._listen(module)
         self._leaf = leaf
-        hook = _Hook(self)
-        self._handles = [
-            leaf.register_hook(hook.look),  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-            module.register_load_state_dict_post_hook(hook.loaded),  # type: ignore[no-untyped-call]  # and this one
-        ]
-        hook.number = self._handles[-1].id
+        self._handles = [leaf.register_hook(hook.look)]  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         if sharded(leaf):  # FSDP2 puts gradients where they belong past autograd, and calls these hooks itself
             handle = leaf.register_post_accumulate_grad_hook(hook.look)  # type: ignore[no-untyped-call]  # and this
             self._handles.append(handle)
         self.accept()
+
+    def _listen(self, module: nn.Module) -> _Hook:
+        """Hear of state dicts that the module loads. Its hook stays while it is the module: it may be running now."""
+        for handle in self._handles:
+            handle.remove()
+        if self._loading is None or self._loading[0]() is not module:
+            self.disarm()
+            hook = _Hook(self)
+            handle = module.register_load_state_dict_post_hook(hook.loaded)  # type: ignore[no-untyped-call]  # and this
+            hook.number = handle.id
+            self._loading = weakref.ref(module), hook, handle
+        return self._loading[1]
 
     @property
     def on_trained(self) -> bool:
@@ -91,7 +99,9 @@ class Watch:
         """Watch nothing. May be called again."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._leaf, self._numbers = [], None, None
+        if self._loading is not None:
+            self._loading[2].remove()
+        self._handles, self._loading, self._leaf, self._numbers = [], None, None, None
 
     def heard(self, parameters: Mapping[int, Any], acts: bool) -> None:
         """There is a step of these parameters. If the attachment does not act in it, its user said so."""

@@ -45,6 +45,7 @@ class PenaltyRule(WeightRule):
                 self._expect("prox", self.penalty.prox(w, 0.1), tuple(w.shape))
             if self.addends:
                 self._prove_sum(w)
+                self._prove_sum(w * torch.linspace(-3, 3, w.numel()).view(w.shape).to(w))
         for batch in self._at(self._batches):
             self._agree(compare_penalty(self.penalty, samples(batch), self.binding.via == "loss"))
         if self.binding.via in ("proximal", "decoupled"):

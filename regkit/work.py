@@ -28,8 +28,8 @@ class Work(Protocol):
     def unchanged(self, here: Here) -> bool:
         """Whether `here` would give these."""
 
-    def as_ever(self) -> bool:
-        """Whether a sample of them is what `here` last gave."""
+    def as_ever(self, here: Here) -> bool:
+        """Whether `here` last gave these, and a sample of them is the same still."""
 
     def met(self, optimizer: Optimizer, groups: Mapping[int, Any], acts: bool) -> None:
         """An optimizer of these parameters is about to step; whether it is one that the attachment acts with."""

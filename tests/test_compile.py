@@ -156,7 +156,7 @@ def test_compiled_code_records_nothing_after_detach_and_for_the_next_attachment_
     first.detach()
     for _ in range(2):
         forward(x)
-    assert not store.records
+    assert not store.placed()
     kept = weakref.ref(store)
     del first, store
     gc.collect()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -277,3 +277,17 @@ def test_large_weights_take_a_few_operations_for_each_piece_of_them(case: Case):
             case.kind.project_([w])
     halvings = {"input": 11, "cell": 2}.get(getattr(case.kind, "per", ""), 0)  # of 1024 rows, and of 4 gates
     assert seen.operations <= 8 * (16 + 3 * halvings)
+
+
+def test_the_loop_over_values_makes_nothing_where_the_weights_are_not():
+    """Under a default device of another kind, too."""
+
+    class Plain(Penalty):
+        kind: Literal["plain"] = "plain"
+
+        def value(self, w: Tensor) -> Tensor:
+            return w.square().sum()
+
+    with torch.device("meta"):
+        found = Plain(strength=1).values([torch.full((2, 2), 3.0, device="cpu"), torch.ones(3, device="cpu")])
+    assert float(found) == 39

@@ -191,3 +191,40 @@ def test_half_precision_weights_are_moved_as_by_loops(rules: str, dtype: torch.d
     ours = run()
     loops_only()
     assert_equal_weights(ours, run(), 2e-3 if "elastic" in rules else 0)
+
+
+class Still(torch.optim.Optimizer):
+    """It unscales by itself, as fused optimizers do, and moves nothing."""
+
+    def step(self, closure: Any = None) -> None:
+        return None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_penalty_too_small_for_half_precision_is_there_once_it_is_scaled(dtype: torch.dtype):
+    """2e-6 · 0.01 is 0 in float16, where its gradient times the scale of 65536 is 0.0013."""
+    model = nn.GRUCell(3, 4).to(dtype)
+    regkit.attach(model, {"rules": [{"penalty": "l2(1e-6)"}]})
+    optimizer = Still(model.parameters(), {})
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.01)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(65536.0), torch.tensor(0.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        wanted = (65536.0 * 2e-6 * parameter.detach().float()).to(dtype)
+        torch.testing.assert_close(parameter.grad, wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_list_forms_are_right_where_the_default_dtype_is_a_wider_one(dtype: torch.dtype):
+    model = nn.GRUCell(3, 4).to(dtype)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        attachment = regkit.attach(model, {"rules": [{"penalty": "l1(0.1)"}, {"penalty": "l2(0.1)"}]})
+        wanted = sum(0.1 * float(p.detach().double().square().sum()) for p in model.parameters())
+        assert float(attachment.values()["rules/1"]) == pytest.approx(wanted, rel=1e-4)
+    finally:
+        torch.set_default_dtype(default)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import regkit
-from regkit import Penalty
+from regkit import Penalty, Schedule
 
 KERNEL, RECURRENT = {"target": {"role": "kernel"}}, {"target": {"role": "recurrent"}}
 HALF = {"schedule": {"kind": "constant", "value": 0.5}}
@@ -149,6 +149,145 @@ def test_a_sum_that_is_none_is_a_plugin_error_that_leaves_the_model_untouched(ma
     ):
         regkit.attach(model, {"rules": rules}, registry=registry)
     assert regkit.attachments(model) == ()
+
+
+class Reserved(Penalty):
+    """power · Σw², of which `repr` says nothing."""
+
+    kind: Literal["reserved"] = "reserved"
+    power: float
+
+    def value(self, w: Tensor) -> Tensor:
+        return self.power * (w**2).sum()
+
+    def __repr__(self) -> str:
+        return "a penalty"
+
+
+class Steady(Schedule):
+    """A constant, of which `repr` says nothing."""
+
+    kind: Literal["steady"] = "steady"
+    at: float
+
+    def factor(self, step: int) -> float:
+        return self.at
+
+    def __repr__(self) -> str:
+        return "a schedule"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"penalty": {"kind": "reserved", "strength": 0.1, "power": 2.0}},
+        {"penalty": {"kind": "reserved", "strength": 0.1, "power": 1.0}, "schedule": {"kind": "steady", "at": 2.0}},
+    ],
+)
+def test_kinds_and_schedules_are_told_apart_by_their_options_and_not_by_what_they_say_of_themselves(
+    other: dict[str, Any], make_model: MakeModel
+):
+    registry = regkit.Registry()
+    registry.register(Reserved)
+    registry.register(Steady)
+    one = {
+        "penalty": {"kind": "reserved", "strength": 0.1, "power": 1.0},
+        "schedule": {"kind": "steady", "at": 1.0},
+    }
+    model = make_model()
+    rnn = model.rnn
+    regkit.attach(model, {"rules": [{**KERNEL, **one}, {**RECURRENT, **one, **other}]}, registry=registry)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    SGD(model.parameters(), lr=0.1).step()
+    torch.testing.assert_close(rnn.weight_ih_l0.grad, 0.2 * rnn.weight_ih_l0.detach() / 0.98)
+    torch.testing.assert_close(rnn.weight_hh_l0.grad, 0.4 * rnn.weight_hh_l0.detach() / 0.96)
+
+
+class Nearly(Tilt):
+    """Σw², the sum of which with an l1 is right for ones and zeros alone."""
+
+    kind: Literal["nearly"] = "nearly"
+
+    def value(self, w: Tensor) -> Tensor:
+        return (w**2).sum()
+
+    def plus(self, other: Penalty) -> Penalty | None:
+        return other.model_copy(update={"strength": other.strength + 2 * self.strength})
+
+
+class Breaks(Tilt):
+    """Its sum cannot be worked out."""
+
+    kind: Literal["breaks"] = "breaks"
+
+    def plus(self, other: Penalty) -> Penalty | None:
+        raise ArithmeticError("no sums today")
+
+
+class Odd(Tilt):
+    """Its sum is a number."""
+
+    kind: Literal["odd"] = "odd"
+
+    def plus(self, other: Penalty) -> Any:
+        return 3.0
+
+
+WRONG: list[tuple[type[Penalty], str]] = [
+    (Nearly, r"'n, l': l1\(.*\), which `plus` gives for the sum of nearly\(strength=0.1\), l1\(.*has another gradient"),
+    (Breaks, r"'n': plus of test_merging\.Breaks for l1\(strength=0.1\) fails: ArithmeticError\('no sums today'\)"),
+    (Odd, r"'n': plus of test_merging\.Odd for l1\(strength=0.1\) is 3.0, not a penalty or None"),
+]
+
+
+@pytest.mark.parametrize(("kind", "told"), WRONG, ids=lambda case: getattr(case, "__name__", ""))
+def test_a_plus_that_is_wrong_anywhere_or_fails_is_a_plugin_error(
+    kind: type[Penalty], told: str, make_model: MakeModel
+):
+    registry = regkit.Registry()
+    registry.register(kind)
+    model = make_model()
+    rules = [{"name": "n", "penalty": f"{kind.kind_name()}(0.1)"}, {"name": "l", "penalty": "l1(0.1)"}]
+    with pytest.raises(regkit.PluginError, match=told):
+        regkit.attach(model, {"rules": rules}, registry=registry)
+    assert regkit.attachments(model) == ()
+
+
+class Matrix(Tilt):
+    """Σw², of weights as they are kept."""
+
+    kind: Literal["matrix"] = "matrix"
+
+    def value(self, w: Tensor) -> Tensor:
+        return (w**2).sum()
+
+    def plus(self, other: Penalty) -> Penalty | None:
+        return other if isinstance(other, Cell) else None
+
+
+class Cell(Tilt):
+    """The squared sums over the gates of a cell."""
+
+    kind: Literal["cell"] = "cell"
+
+    @property
+    def layout(self) -> Literal["cell"]:
+        return "cell"
+
+    def value(self, w: Tensor) -> Tensor:
+        return w.sum(0).square().sum()
+
+    def plus(self, other: Penalty) -> Penalty | None:
+        return None
+
+
+def test_kinds_that_see_weights_differently_are_never_made_one(make_model: MakeModel):
+    registry = regkit.Registry()
+    registry.register(Matrix)
+    registry.register(Cell)
+    rules = [{**RECURRENT, "penalty": "matrix(0.1)"}, {**RECURRENT, "penalty": "cell(0.1)"}]
+    assert acting(regkit.attach(make_model(), {"rules": rules}, registry=registry)) == 2
 
 
 def test_an_error_at_a_step_names_every_rule_that_acted_there(make_model: MakeModel, batches: Batches):

@@ -157,6 +157,81 @@ def test_weights_that_come_to_be_those_of_a_strangers_optimizer_are_regularized_
         torch.testing.assert_close(now.detach(), then - 0.1 * DECAY * then, rtol=1e-12, atol=0)
 
 
+def test_a_weight_that_comes_to_be_a_strangers_is_regularized_at_its_steps_whoever_stepped_in_between():
+    """The weight is one of many, and the step of the model's own optimizer has seen it before the stranger's does."""
+    model, other = cells(2), cells(1)
+    regkit.attach(model, {"rules": [{"penalty": "l2(0.05)"}]})
+    mine, theirs = prepared(model), prepared(other)
+    for optimizer in (theirs, mine):
+        optimizer.step()
+    model[1].weight_hh = other[0].weight_hh
+    mine.step()
+    weight, before = other[0].weight_hh, other[0].weight_hh.detach().clone()
+    weight.grad = torch.zeros_like(weight)
+    theirs.step()
+    torch.testing.assert_close(weight.detach(), before * (1 - 0.01 * 0.1))
+
+
+def test_a_step_by_hand_after_every_parameter_was_replaced_is_a_step_of_its_own(make_model: MakeModel):
+    """It trains none of those that the step before it trained, and yet it is no part of the same round."""
+    model = make_model()
+    attachment = regkit.attach(model, {"rules": [{"constraint": "max_norm(0.1)"}]})
+    prepared(model).step()
+    model.load_state_dict({name: torch.ones_like(one) for name, one in model.state_dict().items()}, assign=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with attachment.step():
+        pass
+    assert attachment.step_count == 2
+    assert float(attachment.violations()["rules/0"]) < 1e-6
+
+
+def test_a_step_that_is_taken_again_has_the_penalties_of_two_attachments_once_on_weights_that_are_computed():
+    """To work out a gradient behind a parametrization is a backward pass too, of which the other attachment hears."""
+
+    class Doubled(nn.Module):
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            return 2 * w
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    cell = nn.GRUCell(3, 4)
+    parametrize.register_parametrization(cell, "weight_ih", Doubled())
+    for kind in ("l2(0.1)", "l1(0.2)"):
+        regkit.attach(cell, {"rules": [{"target": {"role": "kernel"}, "penalty": kind}]})
+    optimizer = prepared(cell)
+    raw = cell.parametrizations.weight_ih.original
+    before = raw.detach().clone()
+    hook = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    hook.remove()
+    optimizer.step()
+    torch.testing.assert_close(raw.grad, 1 + 0.8 * before + 0.4 * before.sign())
+
+
+def test_a_weight_that_a_hook_of_the_optimizer_replaces_is_projected_at_the_next_step():
+    """Its place is found behind the update anew: of the old one nothing would be left, and the next turn is far."""
+    cell = nn.GRUCell(3, 4)
+    attachment = regkit.attach(cell, {"rules": [{"constraint": "max_norm(0.1)", "every": 4}]})
+    optimizer = prepared(cell)
+
+    def replace(optimizer: Optimizer, *_: Any) -> None:
+        if attachment.step_count == 7:  # at which every weight is projected, for the second time
+            new = nn.Parameter(torch.ones_like(cell.weight_hh))
+            params = optimizer.param_groups[0]["params"]
+            params[:] = [new if one is cell.weight_hh else one for one in params]
+            cell.weight_hh = new
+
+    optimizer.register_step_post_hook(replace)
+    for _ in range(8):
+        optimizer.step()
+    cell.weight_hh.grad = torch.zeros_like(cell.weight_hh)
+    optimizer.step()
+    torch.testing.assert_close(cell.weight_hh.norm(dim=1), torch.full((12,), 0.1))
+
+
 def calls_in_regkit(run: Callable[[], Any]) -> int:
     """How many functions of regkit are called."""
     found = 0

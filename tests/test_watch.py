@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -268,3 +269,14 @@ def test_it_is_seen_after_an_optimizer_of_weights_that_were_replaced_has_stepped
         train(model, optimizer, batches)
     train(model, SGD(model.parameters(), lr=RATE), batches)
     assert iterations_until_told(in_place(model), batches) == _TIMES
+
+
+def test_a_state_dict_may_be_assigned_under_two_attachments():
+    """Each watches a weight of the same module, and moves on to the new one while torch goes through the hooks."""
+    cell = nn.GRUCell(3, 4)
+    attachments = [regkit.attach(cell, {"rules": [{"penalty": kind}]}) for kind in ("l2(0.1)", "l1(0.1)")]
+    cell.load_state_dict(copy.deepcopy(cell.state_dict()), assign=True)
+    for one in attachments:
+        one.detach()
+    assert not cell._load_state_dict_post_hooks
+    assert not cell.weight_ih._backward_hooks
