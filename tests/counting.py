@@ -1,12 +1,18 @@
-"""What cannot be noisy: the operations that run, and the bytes of the tensors that they make anew."""
+"""What cannot be noisy: the operations that run, the bytes of the tensors that they make anew, the functions called."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import regkit_standard
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import regkit
 
 
 class Counted(TorchDispatchMode):
@@ -46,3 +52,22 @@ def tensors(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, (list, tuple, dict)):
         for one in tree.values() if isinstance(tree, dict) else tree:
             yield from tensors(one)
+
+
+OURS = ("<string>", *(str(Path(str(package.__file__)).parent) + os.sep for package in (regkit, regkit_standard)))
+
+
+def calls(run: Callable[[], Any]) -> int:
+    """How many functions of regkit and its standard kinds are called, those of dataclasses and tuples included."""
+    found = 0
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        nonlocal found
+        found += event == "call" and frame.f_code.co_filename.startswith(OURS)
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found

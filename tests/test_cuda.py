@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from counting import Counted
 from every_rule import ALL_TOGETHER, Document, attached
-from test_list_forms import Seen
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -99,7 +99,7 @@ LISTED = 28
 def kernels(run: Callable[[], object], device: str) -> int:
     """How many kernels it launches; on the CPU, how many operations it calls."""
     if device == "cpu":
-        with Seen() as seen:
+        with Counted() as seen:
             run()
         return seen.operations
     torch.cuda.synchronize()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
 import torch
+from counting import Counted
 from laws import CONS, PENS, Case, each, make
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import regkit
 from regkit import Penalty, buckets
@@ -170,31 +169,6 @@ def test_values_is_the_sum_of_the_loop_and_so_is_its_gradient(
     torch.testing.assert_close(ours, torch.autograd.grad(wanted, ws), rtol=0, atol=0)
 
 
-class Seen(TorchDispatchMode):
-    """The operations that run, and the bytes of the largest tensor that one of them makes anew."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.operations += 1
-        known = {one.untyped_storage()._cdata for one in tensors(args)}
-        new = [one.nbytes for one in tensors(result) if one.untyped_storage()._cdata not in known]
-        self.largest = max([self.largest, *new])
-        return result
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for one in tree:
-            yield from tensors(one)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @each([*ADDING, *PROJECTING])
 def test_no_temporary_is_larger_than_the_bound(case: Case, dtype: torch.dtype):
@@ -202,7 +176,7 @@ def test_no_temporary_is_larger_than_the_bound(case: Case, dtype: torch.dtype):
     ws = [torch.randn(shape).to(dtype) for shape in [(2048, 1024), *[(512, 512)] * 4, *[(256, 256)] * 40]]
     ws = [w.view(4, -1, w.size(1)) for w in ws] if case.kind.layout == "cell" else ws
     gs = [torch.ones_like(w) for w in ws]
-    with Seen() as seen, torch.no_grad():
+    with Counted() as seen, torch.no_grad():
         if case in ADDING:
             case.kind.add_gradients(ws, gs, 0.3)
             case.kind.values(ws)
@@ -253,7 +227,7 @@ def test_a_step_has_as_many_operations_more_for_400_weights_as_for_8(rule: Any, 
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()  # which looks whether the weights are finite
-        with Seen() as seen:
+        with Counted() as seen:
             optimizer.step()
         return seen.operations
 
@@ -268,7 +242,7 @@ def test_large_weights_take_a_few_operations_for_each_piece_of_them(case: Case):
     """Eight pieces of 4 MB, for which an operation is a matter of milliseconds."""
     w = torch.randn(4, 2048, 1024)
     w = w if case.kind.layout == "cell" else w.flatten(0, 1)
-    with Seen() as seen, torch.no_grad():
+    with Counted() as seen, torch.no_grad():
         if case in ORTHOGONAL:
             case.kind.add_gradients([w[:2048]], [torch.zeros_like(w[:2048])], 0.3)
         elif case in ADDING:

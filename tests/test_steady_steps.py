@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel, Tagger
+from counting import calls
 from loops import DECAY, RULE, Batches, assert_equal_weights, loss_of, rnn_groups
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -232,22 +232,6 @@ def test_a_weight_that_a_hook_of_the_optimizer_replaces_is_projected_at_the_next
     torch.testing.assert_close(cell.weight_hh.norm(dim=1), torch.full((12,), 0.1))
 
 
-def calls_in_regkit(run: Callable[[], Any]) -> int:
-    """How many functions of regkit are called."""
-    found = 0
-
-    def profile(frame: Any, event: str, arg: Any) -> None:
-        nonlocal found
-        found += event == "call" and "/regkit/" in frame.f_code.co_filename.replace("\\", "/")
-
-    sys.setprofile(profile)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return found
-
-
 def cells(count: int) -> nn.ModuleList:
     return nn.ModuleList(nn.GRUCell(3, 4) for _ in range(count))
 
@@ -271,7 +255,7 @@ def test_the_step_of_another_models_optimizer_is_as_much_work_for_400_weights_as
         with regkit.attach(model, ALL):
             prepared(model).step()
             optimizer.step()
-            return calls_in_regkit(optimizer.step)
+            return calls(optimizer.step)
 
     assert work(1) == work(100) < 40
 
@@ -282,7 +266,7 @@ def test_a_step_calls_no_more_than_one_function_for_each_weight():
         with regkit.attach(model, ALL):
             optimizer = prepared(model)
             optimizer.step()
-            return calls_in_regkit(optimizer.step)
+            return calls(optimizer.step)
 
     assert (work(200) - work(100)) / 400 <= 1
 

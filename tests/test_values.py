@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from counting import Counted
 from every_rule import ON_ACTIVITY, ON_WEIGHTS, Document, attached
 from laws import PENS
 from lightning.pytorch.loggers import CSVLogger
 from lightning_runs import SILENCED, Automatic, fit
 from loops import Batches
 from skorch_nets import RULES, Net, Reader, generated, made
-from test_list_forms import Seen
 from text_trainer import make_text_model, trained
 from torch import Tensor, nn
 
@@ -72,7 +72,7 @@ def test_the_values_of_activity_are_those_that_the_loss_had_and_nothing_is_compu
     model = nn.LSTM(3, 4)
     attachment = attached(model, rules)
     train(model, attachment, 1)
-    with Seen() as seen:
+    with Counted() as seen:
         values = attachment.values()
     assert len(values) == len(rules)
     assert seen.largest <= 8  # bytes: nothing but single numbers
