@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regkit import hooks, state
-from regkit.closed import eager
 from regkit.copies import Attach, Companion
 from regkit.engine import Engine
 from regkit.errors import RegkitError
 from regkit.injection import Scale
 from regkit.ledger import Ticket
-from regkit.modes import uncast
+from regkit.modes import eager, uncast
 from regkit.modules import Parameters
 from regkit.orphans import Orphans
 from regkit.plan import Plan
@@ -31,7 +30,6 @@ from regkit.rules import named, rules_of
 from regkit.shards import reshard
 from regkit.steps import ByHand, Steps
 from regkit.validity import Lengths, Mask, Validity
-from regkit.watch import Watch
 
 _attached: dict[int, list[Attachment]] = {}
 """The attachments of each living model, by its id; a model need not be hashable."""
@@ -52,7 +50,8 @@ class Attachment:
         self._rules.inject(loss_scale, lambda: self.step_count)
         self._engine = Engine(self._rules, model, optimizers is not None)
         self._steps = Steps(self._engine, optimizers)
-        self._watch = self._engine.watch = Watch(self._engine.watched, self._steps.inside)
+        self._watch = self._engine.watch
+        self._watch.inside = self._steps.inside
         self._companion: Companion | None = None
         self._hooked = False
         self._orphans: Orphans | None = None

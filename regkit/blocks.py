@@ -102,7 +102,7 @@ class Block:
             return tensor
         if self._turned:
             tensor = self._turn(tensor)
-        if tensor.dim() != len(site.shape) or tensor.size(0) < site.start + site.rows:
+        if tensor.dim() != len(site.shape) or (tensor.size(0) != site.units and not self._whole):
             raise self._changed(tensor)
         block = tensor if self._whole else tensor.narrow(0, site.start, site.rows)
         return torch.unflatten(block, 0, (site.gates, -1)) if self._layout == "cell" else block
@@ -115,7 +115,10 @@ class Block:
             raise self._changed(kept) from None
 
     def _changed(self, now: Tensor) -> AttachError:
-        return AttachError(f"{self.name} was {self.site.shape} at attach() and is {tuple(now.shape)} now; attach anew")
+        was = self.site.units, *self.site.shape[1:]
+        return AttachError(
+            f"the weight of {self.name} was {was} at attach() and is {tuple(now.shape)} now; attach anew"
+        )
 
     def weight(self, storages: Sequence[Storage]) -> Tensor:
         """The weight that acts: a view of the one weight, or the sum of two biases."""

@@ -8,38 +8,17 @@ autograd alone can do: a gradient of a gradient, forward-mode differentiation, t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
 
-from regkit import hooks
 from regkit.activity import Activity, Segment
 from regkit.kinds import ActivityPenalty
-from regkit.modes import uncast, uncompiled
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def eager(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function that is never compiled, and in which autocast is off. What keeps the compiler out is a dozen functions
-    of torch's, which are left out where there is none.
-    """
-    apart = uncompiled(uncast(function))
-
-    @wraps(function)
-    def outer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if is_dynamo_compiling() or hooks._compiler() is not None:
-            return apart(*args, **kwargs)
-        with torch._C._DisableAutocast():
-            return function(*args, **kwargs)
-
-    return outer
+from regkit.modes import eager
 
 
 class Seen:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 
 from regkit.errors import AttachError, StepError, listing
 from regkit.health import Health
+from regkit.mark import Mark
 from regkit.modes import plain
 from regkit.modules import Parameters
 from regkit.ownership import Here, Met
@@ -23,36 +23,6 @@ from regkit.rules import Rules, named
 from regkit.shards import FSDP1, flattened
 from regkit.step import Step
 from regkit.watch import Watch, owned_by_any
-
-
-@dataclass
-class _Mark:
-    """That gradients hold what was added to them, until the step ends: the first of them, as it was then."""
-
-    leaf: nn.Parameter
-    gradient: Tensor
-    complete: bool
-    passes: int
-    version: int | None = None
-
-    def settle(self, passes: int) -> None:
-        """No listener touches it any more before the step. Others may have run backward passes of their own."""
-        if self.version is None:
-            self.version, self.passes = self.gradient._version, passes
-
-    def holds(self, step: Step, passes: int) -> bool:
-        """Whether this step has these very gradients again. Raises StepError where they are no more what they were.
-
-        passes: how many backward passes there were by now; a new one makes new gradients, if in the same tensors.
-        """
-        if id(self.leaf) not in step.trained or self.leaf.grad is not self.gradient or passes != self.passes:
-            return False
-        if self.complete and self.gradient._version == self.version:
-            return True
-        raise StepError(
-            "the last step failed, and penalties are in its gradients already, which are not as they were then; call "
-            "zero_grad(set_to_none=True) and run the backward pass again"
-        )
 
 
 class Engine:
@@ -67,7 +37,6 @@ class Engine:
         self._model = Parameters(model)
         self._restricted = restricted
         self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._mark: _Mark | None = None
         self._census = rules.census
         self._here: Here = {}
         self._changed: list[nn.Parameter] = []
@@ -75,7 +44,7 @@ class Engine:
         self._owned: set[int] = set()
         self._health = Health(block for rule in rules.on_weights for block in rule.blocks)
         self._counting = [rule.binding for rule in rules.on_weights if rule.binding.counts]
-        self.watch: Watch | None = None
+        self.watch = Watch(self._watched)
         self._by_hand = False
 
     def hold(self) -> nn.Module | None:
@@ -130,9 +99,14 @@ class Engine:
             if flattened(recorder.module):
                 raise AttachError(f"a weight of {recorder.title} {FSDP1}")
 
-    def watched(self) -> tuple[str, nn.Module, nn.Parameter] | None:
-        """The first parameter under a rule that is trained: its name, its module, itself."""
-        for block in chain.from_iterable(rule.blocks for rule in self._rules.on_weights):
+    def _watched(self) -> tuple[str, nn.Module, nn.Parameter] | None:
+        """The first parameter under a rule that is trained: its name, its module, itself.
+
+        If there is one whose gradient is added to, it is the first of these: a backward pass is heard of before it
+        changes that.
+        """
+        rules = (*self._rules.by_gradient, *self._rules.by_decay, *self._rules.on_weights)
+        for block in chain.from_iterable(rule.blocks for rule in rules):
             for leaf in block.leaves():
                 if leaf.requires_grad:
                     return block.name, block.module, leaf
@@ -144,8 +118,7 @@ class Engine:
 
     def met(self, optimizer: Optimizer, groups: Mapping[int, Any], acts: bool) -> None:
         """Tell the watchdog; at an optimizer's first step, raise StepError for a weight that no optimizer owns."""
-        if self.watch is not None:
-            self.watch.heard(groups, acts)
+        self.watch.heard(groups, acts)
         for recorder in self._rules.recorders:
             recorder.pass_by(groups)
         if optimizer in self._met or self._restricted or self._by_hand:
@@ -171,7 +144,8 @@ class Engine:
     @plain
     def at_gradients(self, step: Step) -> None:
         """Add gradients and decay, once it is sure that nothing the document says is left out of this step."""
-        if step.evaluations == 1 and self._mark is not None and self._mark.holds(step, self._passes()):
+        mark = self.watch.mark
+        if step.evaluations == 1 and mark is not None and mark.holds(step):
             return  # the optimizer failed, and the step is taken again: all is in the gradients
         if step.optimizer is None:
             self._by_hand = True
@@ -195,7 +169,7 @@ class Engine:
                 named(rule, rule.decay, step)
             complete = True
         finally:
-            self._mark = self._marked(step, complete)
+            self.watch.mark = self._marked(step, complete)
 
     def routine(self, step: Step, met: Met) -> Routine | None:
         """What was done at the gradients of a step, if the same may be done at the next; None where it may not."""
@@ -210,33 +184,29 @@ class Engine:
     @plain
     def repeat(self, step: Step, routine: Routine) -> bool:
         """Do that. False where this step needs more: the last one failed, or the weights are to be looked at."""
-        if self._mark is not None or self._health.due(step.index):
+        if self.watch.mark is not None or self._health.due(step.index):
             return False
-        if self.watch is not None:
-            self.watch.heard(step.owned.groups, True)
+        self.watch.heard(step.owned.groups, True)
         for recorder in self._rules.recorders:
             recorder.pass_by(step.owned.groups)
         self._check(step)
         self._act(step, routine.jobs)
         return True
 
-    def _marked(self, step: Step, complete: bool) -> _Mark | None:
+    def _marked(self, step: Step, complete: bool) -> Mark | None:
         for leaf in self._changed:
             if id(leaf) in step.trained and leaf.grad is not None:
-                return _Mark(leaf, leaf.grad, complete, self._passes())
+                return Mark(leaf, leaf.grad, complete)
         return None
-
-    def _passes(self) -> int:
-        return 0 if self.watch is None else self.watch.passes
 
     def settled(self) -> None:
         """Gradients are as the optimizer will have them."""
-        if self._mark is not None:
-            self._mark.settle(self._passes())
+        if self.watch.mark is not None:
+            self.watch.mark.settle()
 
     def release(self) -> None:
         """Hold no parameter and no gradient any more."""
-        self._mark, self._here, self._changed, self._version = None, {}, [], -1
+        self.watch.mark, self._here, self._changed, self._version = None, {}, [], -1
         self._census.release()
 
     @plain
@@ -248,7 +218,7 @@ class Engine:
 
     def after(self, step: Step) -> None:
         """Proximal operators, then constraints in the document's order."""
-        self._mark = None
+        self.watch.mark = None
         self._settle(step)  # first of all: whatever fails below, the step is taken
         if self._rules.by_prox or self._rules.constraints:
             self._move(step)
@@ -276,12 +246,11 @@ class Engine:
 
     def _settle(self, step: Step) -> None:
         """Settle the tickets of what this step trained, and watch what is in the model by now."""
-        if self.watch is not None:
-            if step.optimizer is None:
-                self.watch.heard(step.groups, True)
-            if self._armed != self._version or self._version < 0 or not self.watch.on_trained:
-                self._armed = self._version
-                self.watch.arm()
+        if step.optimizer is None:
+            self.watch.heard(step.groups, True)
+        if self._armed != self._version or self._version < 0 or not self.watch.on_trained:
+            self._armed = self._version
+            self.watch.arm()
         for recorder in self._rules.recorders:
             if trained := recorder.trained_by(step):
                 recorder.ledger.settle(trained)

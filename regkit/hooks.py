@@ -13,12 +13,11 @@ from contextlib import ExitStack
 from types import FrameType
 from typing import Any, Final, Protocol
 
-from torch._C._dynamo import eval_frame
-from torch._compile import _disable_dynamo
-from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
+
+from regkit.modes import compiles, uncompiled
 
 
 class Listener(Protocol):
@@ -71,22 +70,14 @@ def keep_clear(*numbers: int) -> None:
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    return _uncompiled_before(optimizer, args, kwargs) if _compiles() else _hear(optimizer, args, kwargs)
+    return _uncompiled_before(optimizer, args, kwargs) if compiles() else _hear(optimizer, args, kwargs)
 
 
 def _after(*_: Any) -> None:
-    if _compiles():
+    if compiles():
         _uncompiled_after()
     else:
         _over()
-
-
-def _compiles() -> bool:
-    """Whether what is called from here would be compiled, with the step of an optimizer that is.
-
-    It must not be. What keeps the compiler out is a dozen functions of torch's, for which nobody else need pay.
-    """
-    return is_compiling() or _compiler() is not None
 
 
 def _hear(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -111,7 +102,7 @@ def _over() -> None:
             stack.callback(listener.after, frame)
 
 
-_uncompiled_before, _uncompiled_after = _disable_dynamo(_hear), _disable_dynamo(_over)
+_uncompiled_before, _uncompiled_after = uncompiled(_hear), uncompiled(_over)
 
 
 def _frame_of_step() -> FrameType:
@@ -132,6 +123,5 @@ def _rehearsed(frame: FrameType) -> bool:
     return False
 
 
-_compiler: Final = getattr(eval_frame, "get_eval_frame_callback", bool)
 _COMPILER: Final = (__name__, "torch._compile", "torch._dynamo.eval_frame")
 _STATES: Final = "torch.distributed.checkpoint.state_dict"

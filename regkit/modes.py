@@ -18,19 +18,32 @@ from typing import Final, ParamSpec, TypeVar
 import torch
 from torch import nn
 from torch._C import _current_graph_task_id, _is_tracing
+from torch._C._dynamo import eval_frame
 from torch._C._functorch import peek_interpreter_stack
 from torch._compile import _disable_dynamo as uncompiled
+from torch.compiler import is_dynamo_compiling
 from torch.fx import _symbolic_trace
 from torch.utils.checkpoint import CheckpointFunction
 
 from regkit.errors import StepError
 
-__all__ = ["capturing", "check", "forget_compiled", "is_rehearsal", "plain", "uncast", "uncompiled"]
+__all__ = [
+    "capturing",
+    "check",
+    "compiles",
+    "eager",
+    "forget_compiled",
+    "is_rehearsal",
+    "plain",
+    "uncast",
+    "uncompiled",
+]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _is_exporting: Final = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
+_compiler: Final = getattr(eval_frame, "get_eval_frame_callback", bool)
 _REENTRANT: Final[CodeType] = CheckpointFunction.backward.__code__
 
 
@@ -74,10 +87,32 @@ def capturing() -> bool:
     return begun and torch.cuda.is_current_stream_capturing()
 
 
+def compiles() -> bool:
+    """Whether what is called from here would be compiled.
+
+    What keeps the compiler out is a dozen functions of torch's, for which nobody need pay where there is none.
+    """
+    return is_dynamo_compiling() or _compiler() is not None
+
+
 def forget_compiled() -> None:
     """Have whatever torch.compile has made so far made anew: it runs no hook that has come since."""
     if "torch._dynamo" in sys.modules:  # or nothing was compiled
         torch.compiler.reset()
+
+
+def eager(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function that is never compiled, and in which autocast is off."""
+    apart = uncompiled(uncast(function))
+
+    @wraps(function)
+    def outer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if compiles():
+            return apart(*args, **kwargs)
+        with torch._C._DisableAutocast():
+            return function(*args, **kwargs)
+
+    return outer
 
 
 def uncast(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -44,7 +44,7 @@ class WeightPlace:
         rows, index = (units, 0) if gate is None else (units // gates, w.gates.index(gate))
         return WeightSite(
             r.path, r.name, r.module_class, w.parameters, w.role, w.layer, w.direction, gate,
-            index * rows, rows, gates if gate is None else 1, (rows, *others),
+            index * rows, rows, gates if gate is None else 1, (rows, *others), units,
             w.transposed, w.columns, w.through, w.mask,
         )  # fmt: skip
 

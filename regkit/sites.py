@@ -76,7 +76,7 @@ class WeightSite:
 
     path, name: the module's dotted path in the model, and the same without the prefixes of wrappers.
     start, rows: the block; gates: the gates stacked in it; gate: the one gate it is, None where it holds all.
-    shape: of the block, as kinds see it.
+    shape: of the block, as kinds see it; units: the rows of the whole weight.
     transposed, columns, through, mask: as its adapter said (`Weight`).
     """
 
@@ -92,6 +92,7 @@ class WeightSite:
     rows: int
     gates: int
     shape: tuple[int, ...]
+    units: int
     transposed: bool = False
     columns: Columns = None
     through: str | None = None

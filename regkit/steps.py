@@ -188,7 +188,9 @@ class Steps:
 
     def inside(self) -> bool:
         """Whether a step that the attachment acts in is running, in whatever thread: backward passes have their own."""
-        self._running(sys._getframe(1))
+        if not self._open:
+            return False
+        self._running(sys._getframe(1))  # which closes those that are over
         return len(self._open) > 0
 
     @uncompiled

@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from regkit import hooks
 from regkit.errors import StepError
-from regkit.modes import capturing, uncompiled
+from regkit.mark import Mark
+from regkit.modes import capturing, eager
 from regkit.shards import sharded
 
 _TIMES: Final = 8
@@ -40,21 +41,20 @@ _UNHEARD: Final = (
 class Watch:
     """Watches one parameter from its backward passes.
 
-    find: the name of the parameter to watch, its module, and itself as it is now; inside: whether a step that is acted
-    in is running. passes: the backward passes that reached it.
+    find: the name of the parameter to watch, its module, and itself as it is now. inside: whether a step that is acted
+    in is running. mark: what a step has added to gradients that may still be in them; it is told of backward passes.
     """
 
-    def __init__(
-        self, find: Callable[[], tuple[str, nn.Module, nn.Parameter] | None], inside: Callable[[], bool]
-    ) -> None:
-        self._find, self._inside = find, inside
+    def __init__(self, find: Callable[[], tuple[str, nn.Module, nn.Parameter] | None]) -> None:
+        self._find = find
+        self.inside: Callable[[], bool] = bool  # never, until there are steps
+        self.mark: Mark | None = None
         self._leaf: Tensor | None = None  # torch converts no sharded parameter that has a weak reference
         self._name = ""
         self._handles: list[RemovableHandle] = []  # on the parameter
         self._loading: tuple[weakref.ref[nn.Module], _Hook, RemovableHandle] | None = None  # on its module
         self._off = False
         self._ever_heard = False
-        self.passes = 0
         self.accept()
 
     def accept(self) -> None:
@@ -120,9 +120,10 @@ class Watch:
 
     def look(self) -> None:
         """A gradient arrives. Raises StepError where the weight has moved unheard once too often."""
-        self.passes += 1
+        if self.mark is not None:
+            self.mark.passed()
         leaf = self._leaf
-        if leaf is None or self._inside():
+        if leaf is None or self.inside():
             self._version = self._numbers = None
             return
         self._moves += self._moved(leaf)
@@ -135,11 +136,11 @@ class Watch:
         newer = before is not None and before != self._version
         if newer:
             self._numbers = None
-        return self._differs(leaf) or newer
+        return newer if self._ever_heard else self._differs(leaf) or newer
 
     def _differs(self, leaf: Tensor) -> bool:
         self._looks += 1
-        if self._ever_heard or leaf.is_meta or self._looks > _CLOSELY or capturing():
+        if leaf.is_meta or self._looks > _CLOSELY or capturing():
             return False
         mine = leaf.to_local() if sharded(leaf) else leaf
         before, self._numbers = self._numbers, mine.detach().clone()
@@ -161,7 +162,7 @@ class _Hook:
 
     # Or torch warns that it is left out of a parameter which is sent to another process.
     @unserializable_hook  # type: ignore[untyped-decorator]  # torch leaves it unannotated
-    @uncompiled
+    @eager
     def look(self, gradient: Tensor) -> None:
         watch = self._watch()
         if watch is not None:

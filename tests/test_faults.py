@@ -97,6 +97,32 @@ def test_an_optimizer_that_failed_may_be_asked_again(via, make_model, batches):
     assert [one.step_count for one in attachments] == [4, 4]
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("constrained", [False, True])
+def test_after_an_optimizer_failed_new_gradients_take_the_place_of_old_ones_but_are_not_added(
+    to_none, constrained, make_model, batches
+):
+    """Added to gradients that hold a penalty, they would hold it twice at the next step."""
+    rules = [{"constraint": "max_norm(9)", "target": {"role": "bias"}}] if constrained else []
+    rules += [{"penalty": {"kind": "l2", "strength": DECAY / 2}}]
+    decayed, model = make_model(), make_model()
+    attachment = regkit.attach(model, {"rules": rules})
+    failing, optimizer = Failing(model.parameters(), lr=0.1), SGD(rnn_groups(decayed, DECAY), lr=0.1)
+    loss_of(model, *batches[0]).backward()
+    with pytest.raises(MemoryError):
+        failing.step()
+    loss_of(model, *batches[1]).backward()
+    with pytest.raises(regkit.StepError, match=r"the last step failed.*call zero_grad\(set_to_none=True\)"):
+        failing.step()
+    for one, its in ((decayed, optimizer), (model, failing)):
+        its.zero_grad(set_to_none=to_none)
+        for x, y in batches[1:]:  # accumulated
+            loss_of(one, x, y).backward()
+        its.step()
+    assert attachment.step_count == 1
+    assert_equal_weights(decayed, model, 1e-12)
+
+
 @pytest.mark.parametrize("again", ["retried", "new gradients"])
 def test_a_closure_that_fails_leaves_nothing_behind(again, make_model, batches):
     decayed, model = make_model(), make_model()

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"buckets", "errors", "fields", "hooks", "ledger", "ownership", "rounds", "shards", "table"},
+    {"buckets", "errors", "fields", "ledger", "ownership", "rounds", "shards", "table"},
     {"modes", "reduction", "storage", "validity", "step"},
-    {"activity", "calls", "computed"},
+    {"activity", "calls", "computed", "hooks", "mark"},
     {"kept", "kinds", "sites"},
     {"binding", "blocks", "hookspecs"},
     {"entries"},

@@ -325,3 +325,35 @@ def test_parameters_that_are_replaced_before_the_first_step_are_not_held(make_mo
     old = weakref.ref(model.head.weight)
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     assert old() is None
+
+
+def grow(model: nn.LSTM, units: int) -> SGD:
+    """Put the weights of more units in the place of those that it has."""
+    for name, parameter in nn.LSTM(3, units).named_parameters():
+        setattr(model, name, parameter)
+    model.hidden_size = units
+    model(torch.randn(5, 2, 3))[0].sum().backward()
+    return SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("rule", [{"penalty": "l2(1)"}, {"constraint": "max_norm(1)"}])
+@pytest.mark.parametrize("role", ["kernel", "bias"])
+def test_more_units_are_an_error_where_a_rule_is_on_a_gate_whose_rows_are_others_now(rule: Any, role: str):
+    model = nn.LSTM(3, 4)
+    regkit.attach(model, {"rules": [{**rule, "target": {"role": role, "gate": "forget"}}]})
+    with pytest.raises(
+        regkit.AttachError, match=r"_ih_l0 \(forget\) was \(16.* at attach\(\) and is \(32.*attach anew"
+    ):
+        grow(model, 8).step()
+
+
+@pytest.mark.parametrize("units", [2, 8])
+@pytest.mark.parametrize("per", ["unit", "cell"])
+def test_more_or_fewer_units_are_all_under_a_rule_on_the_whole_weight(units: int, per: str):
+    model = nn.LSTM(3, 4)
+    ball = {"kind": "max_norm", "max_value": 0.1, "per": per}
+    regkit.attach(model, {"rules": [{"constraint": ball, "target": {"role": "kernel"}}]})
+    grow(model, units).step()
+    w = model.weight_ih_l0.view(4, units, 3).detach()
+    norms = w.norm(dim=-1) if per == "unit" else w.transpose(0, 1).flatten(1).norm(dim=-1)
+    assert torch.allclose(norms, torch.full_like(norms, 0.1))
