@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
@@ -75,6 +75,15 @@ class Batch:
             found: list[Any] = [one.grad for one in self.parameters]
             return found
         return [block.view(grad_of(one)) for block, one in zip(self.blocks, self.parameters, strict=True)]
+
+    def picked(self, leaves: Sequence[nn.Parameter]) -> Callable[[list[Tensor]], list[Tensor]]:
+        """What makes `gradients()` of those of these leaves, which must be of all of its parameters."""
+        numbers = {id(leaf): number for number, leaf in enumerate(leaves)}
+        mine = [numbers[id(one)] for one in self.parameters]
+        if not self._whole:
+            pairs = list(zip(self.blocks, mine, strict=True))
+            return lambda found: [block.view(found[number]) for block, number in pairs]
+        return list if mine == list(range(len(leaves))) else lambda found: [found[number] for number in mine]
 
     def add_gradients(self, penalty: Penalty, amount: float) -> None:
         """grad += amount · ∇Ω(w)."""

@@ -30,15 +30,12 @@ class Census:
 
     def look(self) -> None:
         """See whether anything is another now."""
-        if not self._is_same():
+        same = bool(self._entries)
+        for link in self._links:
+            same = same and link.intact()
+        if not same or not _same(self._entries) or (flattening() and _flattened(self._entries)):
             self._entries = list(self._taken())
             self.version += 1
-
-    def _is_same(self) -> bool:
-        for link in self._links:
-            if not link.intact():
-                return False
-        return bool(self._entries) and _same(self._entries) and not _flattened(self._entries)
 
     def first_is_the_same(self) -> bool:
         """Whether the first module has what it had: a sample, since what replaces parameters seldom replaces one."""
@@ -70,4 +67,4 @@ def _same(entries: Iterable[Entry]) -> bool:
 
 def _flattened(entries: Iterable[Entry]) -> bool:
     """Whether FSDP1 has marked a parameter, which then stays the object that it was."""
-    return flattening() and any(marked(p) for *_, parameters in entries for p in parameters if p is not None)
+    return any(marked(p) for *_, parameters in entries for p in parameters if p is not None)

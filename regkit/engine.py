@@ -44,6 +44,7 @@ class Engine:
         self._owned: set[int] = set()
         self._health = Health(block for rule in rules.on_weights for block in rule.blocks)
         self._counting = [rule.binding for rule in rules.on_weights if rule.binding.counts]
+        self._checks = bool(self._counting or rules.activities or rules.by_loss or rules.by_prox or rules.by_decay)
         self.watch = Watch(self._watched)
         self._by_hand = False
 
@@ -156,14 +157,9 @@ class Engine:
                 )
         self._check(step)
         self._health.look(step.index)
-        self._act(step, None)
-
-    def _act(self, step: Step, jobs: Jobs | None) -> None:
         complete = False
         try:
-            for rule, batches in jobs or ():
-                named(rule, rule.repeat, batches, step.index)
-            for rule in self._rules.by_gradient if jobs is None else ():
+            for rule in self._rules.by_gradient:
                 named(rule, rule.add_gradient, step)
             for rule in self._rules.by_decay:
                 named(rule, rule.decay, step)
@@ -175,22 +171,32 @@ class Engine:
         """What was done at the gradients of a step, if the same may be done at the next; None where it may not."""
         jobs: Jobs = []
         for rule in self._rules.by_gradient:
-            batches = rule.repeatable(step.trained)
-            if batches is None:
+            work = rule.repeatable(step.owned.leaves, step.trained)
+            if work is None:
                 return None
-            jobs.append((rule, batches))
-        return Routine(met, self._census, jobs) if self._version >= 0 else None
+            jobs.append((rule, work))
+        return Routine(met, self._census, jobs, self._changed) if self._version >= 0 else None
 
     @plain
-    def repeat(self, step: Step, routine: Routine) -> bool:
+    def repeat(self, step: Step, routine: Routine, found: list[Tensor]) -> bool:
         """Do that. False where this step needs more: the last one failed, or the weights are to be looked at."""
         if self.watch.mark is not None or self._health.due(step.index):
             return False
         self.watch.heard(step.owned.groups, True)
         for recorder in self._rules.recorders:
             recorder.pass_by(step.owned.groups)
-        self._check(step)
-        self._act(step, routine.jobs)
+        if self._checks:
+            self._check(step)
+        complete = False
+        try:
+            for rule, work in routine.jobs:
+                named(rule, rule.repeat, work, step.index, found)
+            for rule in self._rules.by_decay:
+                named(rule, rule.decay, step)
+            complete = True
+        finally:
+            if routine.changed is not None:
+                self.watch.mark = Mark(step.owned.leaves[routine.changed], found[routine.changed], complete)
         return True
 
     def _marked(self, step: Step, complete: bool) -> Mark | None:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from regkit.modes import compiles, uncompiled
+from regkit.modes import compiler, is_dynamo_compiling, uncompiled
 
 
 class Listener(Protocol):
@@ -70,19 +70,21 @@ def keep_clear(*numbers: int) -> None:
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    return _uncompiled_before(optimizer, args, kwargs) if compiles() else _hear(optimizer, args, kwargs)
+    if is_dynamo_compiling() or compiler() is not None:
+        given: tuple[Any, Any] | None = _uncompiled_before(optimizer, args, kwargs)
+        return given
+    return _hear(optimizer, args, kwargs, sys._getframe(1))
 
 
 def _after(*_: Any) -> None:
-    if compiles():
+    if is_dynamo_compiling() or compiler() is not None:
         _uncompiled_after()
     else:
-        _over()
+        _over(sys._getframe(1))
 
 
-def _hear(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    frame = _frame_of_step()
-    if _rehearsed(frame):
+def _hear(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
+    if _STATES in sys.modules and _rehearsed(frame):
         return None
     given = (args, kwargs)
     for listener in _listeners:
@@ -92,8 +94,8 @@ def _hear(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | Non
     return given
 
 
-def _over() -> None:
-    frame, listeners = _frame_of_step(), _listeners
+def _over(frame: FrameType) -> None:
+    listeners = _listeners
     if len(listeners) == 1:
         listeners[0].after(frame)
         return
@@ -102,11 +104,18 @@ def _over() -> None:
             stack.callback(listener.after, frame)
 
 
-_uncompiled_before, _uncompiled_after = uncompiled(_hear), uncompiled(_over)
+@uncompiled
+def _uncompiled_before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    return _hear(optimizer, args, kwargs, _frame_of_step())
+
+
+@uncompiled
+def _uncompiled_after() -> None:
+    _over(_frame_of_step())
 
 
 def _frame_of_step() -> FrameType:
-    """The frame that called a hook, but for what keeps the compiler out of it."""
+    """The frame that called a hook, past what keeps the compiler out of it."""
     frame = sys._getframe(2)
     while frame.f_globals.get("__name__") in _COMPILER and frame.f_back is not None:
         frame = frame.f_back
@@ -115,7 +124,7 @@ def _frame_of_step() -> FrameType:
 
 def _rehearsed(frame: FrameType) -> bool:
     """Whether torch has the optimizer step only to make its state, at learning rate 0: get_state_dict does so."""
-    above: FrameType | None = frame if _STATES in sys.modules else None
+    above: FrameType | None = frame
     while above is not None:
         if above.f_code.co_name == "_init_optim_state" and above.f_globals.get("__name__") == _STATES:
             return True

@@ -18,6 +18,7 @@ from typing import Final, ParamSpec, TypeVar
 import torch
 from torch import nn
 from torch._C import _current_graph_task_id, _is_tracing
+from torch._C import _is_any_autocast_enabled as _casts
 from torch._C._dynamo import eval_frame
 from torch._C._functorch import peek_interpreter_stack
 from torch._compile import _disable_dynamo as uncompiled
@@ -30,9 +31,10 @@ from regkit.errors import StepError
 __all__ = [
     "capturing",
     "check",
-    "compiles",
+    "compiler",
     "eager",
     "forget_compiled",
+    "is_dynamo_compiling",
     "is_rehearsal",
     "plain",
     "uncast",
@@ -43,7 +45,12 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _is_exporting: Final = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
-_compiler: Final = getattr(eval_frame, "get_eval_frame_callback", bool)
+compiler: Final = getattr(eval_frame, "get_eval_frame_callback", bool)
+"""What compiles the functions that are called now, None where nothing does; a torch that cannot say may be compiling.
+
+What keeps a function out of it is a dozen functions of torch's, for which nobody need pay where there is none. So at
+each step `is_dynamo_compiling() or compiler() is not None` is asked: the former where this itself is being compiled.
+"""
 _REENTRANT: Final[CodeType] = CheckpointFunction.backward.__code__
 
 
@@ -87,14 +94,6 @@ def capturing() -> bool:
     return begun and torch.cuda.is_current_stream_capturing()
 
 
-def compiles() -> bool:
-    """Whether what is called from here would be compiled.
-
-    What keeps the compiler out is a dozen functions of torch's, for which nobody need pay where there is none.
-    """
-    return is_dynamo_compiling() or _compiler() is not None
-
-
 def forget_compiled() -> None:
     """Have whatever torch.compile has made so far made anew: it runs no hook that has come since."""
     if "torch._dynamo" in sys.modules:  # or nothing was compiled
@@ -107,10 +106,9 @@ def eager(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def outer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if compiles():
+        if is_dynamo_compiling() or compiler() is not None or _casts():
             return apart(*args, **kwargs)
-        with torch._C._DisableAutocast():
-            return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return outer
 
@@ -128,14 +126,14 @@ def uncast(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def plain(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """A function in which neither autocast nor autograd is on. It is called at each step, so its guards are bare."""
+    uncasted = uncast(function)
 
     @wraps(function)
     def outer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         differentiated = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            with torch._C._DisableAutocast():
-                return function(*args, **kwargs)
+            return uncasted(*args, **kwargs) if _casts() else function(*args, **kwargs)
         finally:
             torch._C._set_grad_enabled(differentiated)
 

@@ -15,16 +15,14 @@ class StepCount:
         self.count = 0
         self.stepped: set[int] = set()
 
-    def _joins(self, parameters: Iterable[int]) -> bool:
-        return bool(self.stepped) and self.stepped.isdisjoint(parameters)
-
     def index(self, parameters: Iterable[int]) -> int:
         """The number, from 0, of the step that an optimizer of these parameters is about to take part in."""
-        return self.count - 1 if self._joins(parameters) else self.count
+        joins = self.stepped and self.stepped.isdisjoint(parameters)
+        return self.count - 1 if joins else self.count
 
     def advance(self, parameters: Iterable[int]) -> None:
         """An optimizer of these parameters has stepped."""
-        if not self._joins(parameters):
+        if not self.stepped or not self.stepped.isdisjoint(parameters):
             self.count += 1
             self.stepped.clear()
         self.stepped.update(parameters)

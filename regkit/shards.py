@@ -28,7 +28,7 @@ _AVAILABLE: Final = torch.distributed.is_available()
 
 def distributed() -> bool:
     """Whether processes work together at all."""
-    return _AVAILABLE and torch.distributed.is_initialized()
+    return _AVAILABLE and torch.distributed.group.WORLD is not None
 
 
 def sharded(tensor: Tensor) -> TypeIs[DTensor]:
@@ -80,7 +80,8 @@ def reshard(model: nn.Module) -> None:
 
 def flattening() -> bool:
     """Whether FSDP1 is there to flatten anything."""
-    return "torch.distributed.fsdp._flat_param" in sys.modules and distributed()
+    loaded = "torch.distributed.fsdp._flat_param" in sys.modules
+    return loaded and _AVAILABLE and torch.distributed.group.WORLD is not None  # `distributed()`, at each step
 
 
 def flattened(module: nn.Module) -> bool:

@@ -40,7 +40,7 @@ class Steps:
         self._ownership = Ownership()
         self._routines: dict[int, Routine] = {}  # by the optimizer's id, which each of them holds weakly
         self._thread = threading.local()
-        self._open: weakref.WeakSet[Step] = weakref.WeakSet()
+        self._open: set[weakref.ref[Step]] = set()
 
     def _running(self, frame: FrameType) -> list[Step]:
         """The steps that this thread is in, outermost first.
@@ -63,12 +63,12 @@ class Steps:
 
     def _enter(self, running: list[Step], step: Step) -> None:
         running.append(step)
-        self._open.add(step)
+        self._open.add(weakref.ref(step, self._open.discard))  # as a WeakSet, which is Python and slow
 
     def _leave(self, running: list[Step], step: Step) -> None:
         if step in running:  # or it was entered in another thread, as asynchronous code may
             running.remove(step)
-        self._open.discard(step)
+        self._open.discard(weakref.ref(step))
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
         """Begin a step, if it is ours."""
@@ -106,11 +106,12 @@ class Steps:
         routine = self._routines.get(id(optimizer))
         if routine is None or len(args) > 1 or kwargs or getattr(self._thread, "running", True):
             return False
-        if not routine.fits(optimizer):
+        found = routine.gradients(optimizer)
+        if found is None:
             return False
-        owned = routine.met.owned
-        step = Step(optimizer, owned, None, False, self.count.index(owned.ours), _key(frame), owned.ids, 1)
-        if not self._work.repeat(step, routine):
+        owned, key = routine.met.owned, (id(frame), frame.f_code)
+        step = Step(optimizer, owned, None, False, self.count.index(owned.ours), key, owned.ids, 1)
+        if not self._work.repeat(step, routine, found):
             return False
         self._enter(self._thread.running, step)
         return True
@@ -172,9 +173,10 @@ class Steps:
     def after(self, frame: FrameType) -> None:
         """End the step of this frame, if it was ours. Another step of the same optimizer may run within it."""
         running: list[Step] = getattr(self._thread, "running", [])
-        if running and running[-1].frame != _key(frame):
+        key = id(frame), frame.f_code
+        if running and running[-1].frame != key:
             running = self._running(frame)
-        if running and running[-1].frame == _key(frame):
+        if running and running[-1].frame == key:
             step = running[-1]
             self._leave(running, step)
             self._end(step)
@@ -184,7 +186,7 @@ class Steps:
             try:
                 self._work.after(step)
             finally:  # whatever fails behind it, the weights are updated
-                self.count.advance(step.groups)
+                self.count.advance(step.owned.ours)
 
     def inside(self) -> bool:
         """Whether a step that the attachment acts in is running, in whatever thread: backward passes have their own."""

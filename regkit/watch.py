@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 from regkit import hooks
 from regkit.errors import StepError
 from regkit.mark import Mark
-from regkit.modes import capturing, eager
+from regkit.modes import capturing, compiler, is_dynamo_compiling, uncompiled
 from regkit.shards import sharded
 
 _TIMES: Final = 8
@@ -126,17 +126,17 @@ class Watch:
         if leaf is None or self.inside():
             self._version = self._numbers = None
             return
-        self._moves += self._moved(leaf)
-        if self._moves >= _TIMES:
-            self.accept()
-            raise StepError(f"{self._name} {_UNHEARD}")
-
-    def _moved(self, leaf: Tensor) -> bool:
         before, self._version = self._version, leaf._version
         newer = before is not None and before != self._version
         if newer:
             self._numbers = None
-        return newer if self._ever_heard else self._differs(leaf) or newer
+        if self._ever_heard:
+            self._moves += newer
+        else:
+            self._moves += self._differs(leaf) or newer
+        if self._moves >= _TIMES:
+            self.accept()
+            raise StepError(f"{self._name} {_UNHEARD}")
 
     def _differs(self, leaf: Tensor) -> bool:
         self._looks += 1
@@ -162,8 +162,16 @@ class _Hook:
 
     # Or torch warns that it is left out of a parameter which is sent to another process.
     @unserializable_hook  # type: ignore[untyped-decorator]  # torch leaves it unannotated
-    @eager
     def look(self, gradient: Tensor) -> None:
+        if is_dynamo_compiling() or compiler() is not None:
+            self._look_uncompiled()
+            return
+        watch = self._watch()
+        if watch is not None:
+            watch.look()
+
+    @uncompiled
+    def _look_uncompiled(self) -> None:
         watch = self._watch()
         if watch is not None:
             watch.look()

@@ -5,8 +5,9 @@ Nothing here is decided: a rule's kind, its sites and its factor come from the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from regkit.ledger import Ledger
 from regkit.step import Step
 from regkit.storage import Storage
 from regkit.weightrule import WeightRule
+
+Repeated = list[tuple[Batch, Callable[[list[Tensor]], list[Tensor]]]]
+"""Batches, and what picks their gradients out of those of a step's leaves."""
 
 
 def _lr(step: Step, parameter: Tensor) -> float | Tensor:
@@ -65,7 +69,7 @@ class PenaltyRule(WeightRule):
                 f"{listing(one.describe() for one in self.addends)}, has another gradient"
             )
 
-    @property
+    @cached_property
     def penalty(self) -> Penalty:
         """Its kind."""
         kind = self.binding.kind
@@ -74,7 +78,8 @@ class PenaltyRule(WeightRule):
 
     def amount(self, index: int) -> float:
         """strength · factor at a step."""
-        return self.penalty.strength * self.binding.factor(index)
+        strength = self.penalty.strength
+        return strength if self.binding.schedule is None else strength * self.binding.factor(index)
 
     def value(self, index: int) -> Tensor | None:
         """strength · factor · Σ Ω over the blocks that are not frozen, None where all are.  -> ()."""
@@ -133,17 +138,20 @@ class PenaltyRule(WeightRule):
             for storage in mine:
                 storage.add(block.view, gradient, list(_signed(step, storage, amount)))
 
-    def repeatable(self, ids: frozenset[int]) -> list[Batch] | None:
-        """What `repeat` is for where a step trains these: None where that is not batches alone."""
+    def repeatable(self, leaves: Sequence[nn.Parameter], ids: frozenset[int]) -> Repeated | None:
+        """What `repeat` is for where a step trains these leaves: None where that is not batches alone."""
         batches, others = self._live(ids, "add_gradients")
-        return None if any(others) else list(batches)
+        return None if any(others) else [(batch, batch.picked(leaves)) for batch in batches]
 
-    def repeat(self, batches: list[Batch], index: int) -> None:
-        """As add_gradient, where it is known what to act on, and gradients are neither scaled nor turned around."""
+    def repeat(self, work: Repeated, index: int, found: list[Tensor]) -> None:
+        """As add_gradient, where it is known what to act on, and gradients are neither scaled nor turned around.
+
+        found: the gradients of all the leaves.
+        """
         amount = self.amount(index)
-        for batch in batches if amount else ():
+        for batch, picked in work if amount else ():
             self.at = batch
-            self.penalty.add_gradients(batch.weights(), batch.gradients(), amount)
+            self.penalty.add_gradients(batch.weights(), picked(found), amount)
         self.at = None
 
     def decay(self, step: Step) -> None:
@@ -213,19 +221,36 @@ class ConstraintRule(WeightRule):
                 for storage in limited:
                     block.prove(storage, points)
 
-    def at_step(self, index: int) -> Constraint:
-        """The constraint, its bound scaled as the schedule says."""
+    @cached_property
+    def constraint(self) -> Constraint:
+        """Its kind."""
         kind = self.binding.kind
         assert isinstance(kind, Constraint)
-        return kind if self.binding.schedule is None else kind.at(self.binding.factor(index))
+        return kind
+
+    def at_step(self, index: int) -> Constraint:
+        """The constraint, its bound scaled as the schedule says."""
+        return self.constraint if self.binding.schedule is None else self.constraint.at(self.binding.factor(index))
 
     def project(self, step: Step) -> None:
         """Project the blocks that this step trains, if it is the N-th or if the N-th did not train them."""
         if (step.index + 1) % self.binding.every == 0 and step.index != self._called:
             self._called = step.index  # once, though several optimizers may take one step together
+            batch = self._all(step.trained)
             self.due = set(self.blocks)
+            if batch is not None:
+                self.at = batch
+                self.at_step(step.index).project_(batch.weights())
+                self.at, self.due = None, set()
         if self.due:
             self._project(step.index, step.trained, self.due)
+
+    def _all(self, ids: frozenset[int]) -> Batch | None:
+        """All of it, if that is one batch, and all of that has one of these ids."""
+        self._resolve()
+        if len(self._batches) != 1 or self._lone or "project_" not in self._own:
+            return None
+        return self._batches[0] if self._batches[0].ids <= ids else None
 
     def _project(self, index: int, ids: frozenset[int], due: set[Block]) -> None:
         """Project what of `due` is to be acted on, and take it out of there."""

@@ -40,8 +40,8 @@ class Work(Protocol):
     def routine(self, step: Step, met: Met) -> Routine | None:
         """What was done at the gradients of a step, if the same may be done at the next; None where it may not."""
 
-    def repeat(self, step: Step, routine: Routine) -> bool:
-        """Do that. False where this step needs more."""
+    def repeat(self, step: Step, routine: Routine, found: list[Tensor]) -> bool:
+        """Do that to the gradients that were found. False where this step needs more."""
 
     def settled(self) -> None:
         """Nothing more is done to the gradients before the step."""
