@@ -271,6 +271,25 @@ def test_a_step_calls_no_more_than_one_function_for_each_weight():
     assert (work(200) - work(100)) / 400 <= 1
 
 
+@pytest.mark.parametrize(
+    ("rules", "most"),
+    [
+        pytest.param(ALL["rules"][:1], 36, id="l2"),
+        pytest.param([*ALL["rules"][:1], {"penalty": "l1(0.1)"}], 47, id="elastic net"),
+        pytest.param(ALL["rules"][1:], 66, id="max-norm"),
+        pytest.param(ALL["rules"], 73, id="both"),
+    ],
+)
+def test_a_steady_step_calls_few_functions(rules: list[Any], most: int):
+    """Each costs a microsecond or two where the backward pass has emptied the caches: small models would feel that."""
+    model = nn.LSTM(3, 4)
+    with regkit.attach(model, {"rules": rules}):
+        optimizer = prepared(model)
+        optimizer.step()
+        optimizer.step()
+        assert calls(optimizer.step) <= most
+
+
 def test_rules_come_back_into_force_where_a_step_that_was_kept_in_mind_raised(make_model: MakeModel):
     """The optimizer fails at a step; the next is a whole one."""
     model = make_model()

@@ -34,8 +34,10 @@ def _norms(w: Tensor, per: Per) -> Tensor:
 
     The norm of a group is the same to the last bit, whatever stands beside it and however it lies in memory.
     """
-    parts = [_of_rows(piece, per) for piece in pieces(w, room(w), -2)]
-    norms = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+    if w.numel() <= (limit := room(w)):
+        norms = _of_rows(w, per)
+    else:
+        norms = torch.cat([_of_rows(piece, per) for piece in pieces(w, limit, -2)], -2)
     if per == "unit":
         return norms
     return _sum(norms if per == "input" else norms.square(), -3 if per == "cell" else -2).sqrt()
@@ -71,10 +73,12 @@ def _portions(weights: list[Tensor], per: Per) -> Iterator[tuple[Tensor, list[Te
     for index in large:
         yield from ((piece, []) for piece in pieces(weights[index], limit, axis))
     for some in together:
-        alike: dict[tuple[int, ...], list[Tensor]] = {}
+        shapes: dict[torch.Size, list[Tensor]] = {}
         for index in some:
-            shape = weights[index].shape
-            alike.setdefault(shape[:axis] + shape[axis + 1 :], []).append(weights[index])
+            shapes.setdefault(weights[index].shape, []).append(weights[index])
+        alike: dict[tuple[int, ...], list[Tensor]] = {}
+        for shape, ws in shapes.items():
+            alike.setdefault((*shape[:axis], *shape[axis + 1 :]), []).extend(ws)
         for ws in alike.values():
             yield (ws[0], []) if len(ws) == 1 else (at_least_float32(torch.cat(ws, axis)), ws)
 

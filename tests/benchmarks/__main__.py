@@ -1,6 +1,6 @@
 """What regularization costs, beside what people do instead.
 
-python -m tests.benchmarks            a quarter of an hour, best on a machine that does nothing else
+python -m tests.benchmarks            half an hour, best on a machine that does nothing else
 python -m tests.benchmarks --quick    some minutes, and more noise
 """
 
