@@ -84,7 +84,7 @@ def train(steps: int, part: int = 0, parts: int = 1, fsdp2: bool = False) -> Run
             x, y = x.chunk(parts, dim=1)[part], y.chunk(parts)[part]
             loss = mse_loss(model(x), y)
             loss = loss + attachment.penalty()  # regkit
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             optimizer.step()
             optimizer.zero_grad()
         values, violations = attachment.values(), attachment.violations()  # regkit: in every process, as any collective

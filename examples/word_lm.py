@@ -117,7 +117,7 @@ def one_epoch(
         if attachment is not None:
             loss = loss + attachment.penalty()  # regkit
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         yield

@@ -169,7 +169,7 @@ def _joined(terms: Sequence[tuple[Term, Seen, Tensor]]) -> Tensor:
         placed[seen] = seen.segments, places
         own.append((term, placed[seen]))
     # What `apply` itself adds to this one is for transforms, and none is on.
-    total: Tensor = super(torch.autograd.Function, _Closed).apply(own, strides, values, *roots)  # type: ignore[no-untyped-call]  # torch's
+    total: Tensor = super(torch.autograd.Function, _Closed).apply(own, strides, values, *roots)  # type: ignore[no-untyped-call]  # torch leaves it so
     return total
 
 
@@ -236,7 +236,7 @@ def _zeros(roots: Sequence[Tensor]) -> Sequence[Tensor]:
     if not alike:
         return [torch.zeros_like(root) for root in roots]
     all_of_them = first.new_zeros(()).expand(len(roots), *first.shape)
-    zeros: Sequence[Tensor] = torch.unbind_copy(all_of_them)  # type: ignore[func-returns-value, assignment]  # it does
+    zeros: Sequence[Tensor] = torch.unbind_copy(all_of_them)  # type: ignore[func-returns-value, assignment]  # torch's stub says None
     return zeros
 
 

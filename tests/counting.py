@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import regkit_standard
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regkit
@@ -74,3 +76,20 @@ def calls(run: Callable[[], Any], files: tuple[str, ...] = OURS) -> int:
     finally:
         sys.setprofile(None)
     return found
+
+
+def prepared(model: nn.Module) -> Optimizer:
+    """An optimizer of a model whose gradients are there."""
+    optimizer = SGD(model.parameters(), lr=0.01)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return optimizer
+
+
+def operations_of_a_step(model: nn.Module) -> int:
+    """How many operations a steady step of its optimizer has."""
+    optimizer = prepared(model)
+    optimizer.step()  # which looks whether the weights are finite
+    with Counted() as seen:
+        optimizer.step()
+    return seen.operations

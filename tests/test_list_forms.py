@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from counting import Counted
+from counting import Counted, operations_of_a_step
 from laws import CONS, PENS, Case, each, make
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -222,19 +222,10 @@ def test_list_forms_read_nothing_back(case: Case):
 )
 @pytest.mark.parametrize("cells", [2, 100])
 def test_a_step_has_as_many_operations_more_for_400_weights_as_for_8(rule: Any, operations: int, cells: int):
-    def in_a_step(model: nn.Module) -> int:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()  # which looks whether the weights are finite
-        with Counted() as seen:
-            optimizer.step()
-        return seen.operations
-
     model = nn.ModuleList([nn.GRUCell(3, 4) for _ in range(cells)])
-    bare = in_a_step(model)
+    bare = operations_of_a_step(model)
     regkit.attach(model, {"rules": [rule]})
-    assert in_a_step(model) == bare + operations
+    assert operations_of_a_step(model) == bare + operations
 
 
 @each([*ADDING, *PROJECTING])

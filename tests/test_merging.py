@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from conftest import MakeModel
-from counting import Counted
+from counting import operations_of_a_step
 from loops import Batches, assert_equal_weights, train
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -68,20 +68,10 @@ def test_training_ends_where_it_ends_with_an_attachment_for_each_rule(
 
 def operations(rules: list[dict[str, Any]]) -> int:
     """How many operations a step has more with these rules."""
-
-    def in_a_step(model: nn.Module) -> int:
-        optimizer = SGD(model.parameters(), lr=0.1)
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()  # which looks whether the weights are finite
-        with Counted() as seen:
-            optimizer.step()
-        return seen.operations
-
     model = nn.LSTM(3, 4)
-    bare = in_a_step(model)
+    bare = operations_of_a_step(model)
     with regkit.attach(model, {"rules": rules}):
-        return in_a_step(model) - bare
+        return operations_of_a_step(model) - bare
 
 
 def test_seven_rules_are_as_few_operations_as_one():

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel, Tagger
-from counting import calls
+from counting import prepared
 from loops import DECAY, RULE, Batches, assert_equal_weights, loss_of, rnn_groups
+from scale import cells
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.optim import SGD, Optimizer
@@ -118,60 +119,6 @@ def test_a_weight_that_is_parametrized_between_steps_is_read_as_it_acts(make_mod
     torch.testing.assert_close(raw.detach(), before - 4 * DECAY * before, rtol=1e-12, atol=0)
 
 
-def test_an_optimizer_that_comes_to_own_weights_is_known_from_then_on(make_model: MakeModel, batches: Batches):
-    """It was a stranger: of a part without rules."""
-    model, bare = make_model(), make_model()
-    regkit.attach(model, RULE)
-    for one, decay in ((model, 0.0), (bare, DECAY)):
-        stranger, mine = SGD(one.head.parameters(), lr=0.1), SGD(one.rnn.parameters(), lr=0.1, weight_decay=decay)
-        for index, (x, y) in enumerate([*batches, *batches]):
-            if index == 4:
-                stranger.add_param_group({**mine.param_groups[0], "params": mine.param_groups[0]["params"]})
-                mine = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-            one.zero_grad()
-            loss_of(one, x, y).backward()
-            stranger.step()
-            mine.step()
-    assert_equal_weights(model, bare)
-
-
-def test_weights_that_come_to_be_those_of_a_strangers_optimizer_are_regularized_at_its_steps(
-    make_model: MakeModel, batches: Batches
-):
-    model, other = make_model(), make_model()
-    attachment = regkit.attach(model, RULE)
-    theirs = SGD(other.parameters(), lr=0.1)
-    for x, y in batches:
-        loss_of(other, x, y).backward()
-        theirs.step()
-    assert attachment.step_count == 0
-    for name, parameter in other.rnn.named_parameters():
-        setattr(model.rnn, name, parameter)
-    before = [p.detach().clone() for p in other.rnn.parameters()]
-    theirs.zero_grad()
-    for parameter in other.rnn.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    theirs.step()
-    assert attachment.step_count == 1
-    for now, then in zip(other.rnn.parameters(), before, strict=True):
-        torch.testing.assert_close(now.detach(), then - 0.1 * DECAY * then, rtol=1e-12, atol=0)
-
-
-def test_a_weight_that_comes_to_be_a_strangers_is_regularized_at_its_steps_whoever_stepped_in_between():
-    """The weight is one of many, and the step of the model's own optimizer has seen it before the stranger's does."""
-    model, other = cells(2), cells(1)
-    regkit.attach(model, {"rules": [{"penalty": "l2(0.05)"}]})
-    mine, theirs = prepared(model), prepared(other)
-    for optimizer in (theirs, mine):
-        optimizer.step()
-    model[1].weight_hh = other[0].weight_hh
-    mine.step()
-    weight, before = other[0].weight_hh, other[0].weight_hh.detach().clone()
-    weight.grad = torch.zeros_like(weight)
-    theirs.step()
-    torch.testing.assert_close(weight.detach(), before * (1 - 0.01 * 0.1))
-
-
 def test_a_step_by_hand_after_every_parameter_was_replaced_is_a_step_of_its_own(make_model: MakeModel):
     """It trains none of those that the step before it trained, and yet it is no part of the same round."""
     model = make_model()
@@ -232,64 +179,6 @@ def test_a_weight_that_a_hook_of_the_optimizer_replaces_is_projected_at_the_next
     torch.testing.assert_close(cell.weight_hh.norm(dim=1), torch.full((12,), 0.1))
 
 
-def cells(count: int) -> nn.ModuleList:
-    return nn.ModuleList(nn.GRUCell(3, 4) for _ in range(count))
-
-
-def prepared(model: nn.Module) -> Optimizer:
-    optimizer = SGD(model.parameters(), lr=0.01)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    return optimizer
-
-
-ALL = {"rules": [{"penalty": "l2(0.1)"}, {"constraint": "max_norm(1)"}]}
-
-
-def test_the_step_of_another_models_optimizer_is_as_much_work_for_400_weights_as_for_4():
-    other = nn.Linear(3, 3)
-    optimizer = prepared(other)
-
-    def work(count: int) -> int:
-        model = cells(count)
-        with regkit.attach(model, ALL):
-            prepared(model).step()
-            optimizer.step()
-            return calls(optimizer.step)
-
-    assert work(1) == work(100) < 40
-
-
-def test_a_step_calls_no_more_than_one_function_for_each_weight():
-    def work(count: int) -> int:
-        model = cells(count)
-        with regkit.attach(model, ALL):
-            optimizer = prepared(model)
-            optimizer.step()
-            return calls(optimizer.step)
-
-    assert (work(200) - work(100)) / 400 <= 1
-
-
-@pytest.mark.parametrize(
-    ("rules", "most"),
-    [
-        pytest.param(ALL["rules"][:1], 40, id="l2"),
-        pytest.param([*ALL["rules"][:1], {"penalty": "l1(0.1)"}], 51, id="elastic net"),
-        pytest.param(ALL["rules"][1:], 70, id="max-norm"),
-        pytest.param(ALL["rules"], 77, id="both"),
-    ],
-)
-def test_a_steady_step_calls_few_functions(rules: list[Any], most: int):
-    """Each costs a microsecond or two where the backward pass has emptied the caches: small models would feel that."""
-    model = nn.LSTM(3, 4)
-    with regkit.attach(model, {"rules": rules}):
-        optimizer = prepared(model)
-        optimizer.step()
-        optimizer.step()
-        assert calls(optimizer.step) <= most
-
-
 def test_rules_come_back_into_force_where_a_step_that_was_kept_in_mind_raised(make_model: MakeModel):
     """The optimizer fails at a step; the next is a whole one."""
     model = make_model()
@@ -313,7 +202,7 @@ def test_rules_come_back_into_force_where_a_step_that_was_kept_in_mind_raised(ma
 
 def test_half_of_a_model_that_is_moved_to_another_dtype_is_no_list_with_the_other_half_any_more():
     """`half()` leaves each parameter the object that it is; list forms are promised one dtype."""
-    model = cells(2)
+    model = cells(2)["cells"]
     seen: list[set[torch.dtype]] = []
     regkit.attach(model, {"rules": [{"penalty": "l2(0.1)"}]})
     add = torch._foreach_add_

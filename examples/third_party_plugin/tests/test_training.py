@@ -50,7 +50,7 @@ def data() -> tuple[Tensor, Tensor]:
 def step(model: nn.Module, loss: Tensor) -> None:
     """A step of plain gradient descent."""
     model.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     SGD(model.parameters(), lr=0.1).step()
 
 
