@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from regkit.kinds import ActivityPenalty, Constraint, Penalty, Schedule
     from regkit.plan import Plan, resolve
     from regkit.registry import Registry, register
-    from regkit.sites import Adapter, Example, Output, OutputSite, Site, Weight, WeightSite
+    from regkit.sites import Adapter, Example, Form, Output, OutputSite, Site, Weight, WeightSite
     from regkit.spec import Rule, Spec
     from regkit.target import Target
     from regkit.validity import Validity
@@ -52,7 +52,7 @@ _ROOMS: Final = {
     "kinds": ("ActivityPenalty", "Constraint", "Penalty", "Schedule"),
     "plan": ("Plan", "resolve"),
     "registry": ("Registry", "register"),
-    "sites": ("Adapter", "Example", "Output", "OutputSite", "Site", "Weight", "WeightSite"),
+    "sites": ("Adapter", "Example", "Form", "Output", "OutputSite", "Site", "Weight", "WeightSite"),
     "spec": ("Rule", "Spec"),
     "target": ("Target",),
     "validity": ("Validity",),
@@ -67,6 +67,7 @@ __all__ = [
     "Attachment",
     "Constraint",
     "Example",
+    "Form",
     "Output",
     "OutputSite",
     "Penalty",

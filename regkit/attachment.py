@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regkit import hooks, state
+from regkit import hooks, reports, state
 from regkit.copies import Attach, Companion
 from regkit.engine import Engine
 from regkit.errors import RegkitError
@@ -25,7 +25,7 @@ from regkit.modes import eager, uncast
 from regkit.modules import Parameters
 from regkit.orphans import Orphans
 from regkit.plan import Plan
-from regkit.records import total
+from regkit.reduction import total
 from regkit.rules import named, rules_of
 from regkit.shards import reshard
 from regkit.steps import ByHand, Steps
@@ -47,11 +47,11 @@ class Attachment:
         self._parameters = Parameters(model)
         self._live = False
         self._rules = rules_of(plan, model)
-        self._rules.inject(loss_scale, lambda: self.step_count)
+        self._rules.inject(loss_scale, lambda: self._steps.upcoming())
         self._engine = Engine(self._rules, model, optimizers is not None)
         self._steps = Steps(self._engine, optimizers)
         self._watch = self._engine.watch
-        self._watch.inside = self._steps.inside
+        self._watch.inside, self._watch.open = self._steps.inside, self._steps.open
         self._companion: Companion | None = None
         self._hooked = False
         self._orphans: Orphans | None = None
@@ -62,7 +62,7 @@ class Attachment:
     def _prove(self) -> None:
         self._engine.prove()
         self._rules.prove()
-        self._rules.census.release()  # until the first step: parameters may be sharded or replaced before it
+        self._rules.snapshots.release()  # until the first step: parameters may be sharded or replaced before it
 
     def _install(self, model: nn.Module, attach_copy: Attach) -> None:
         self._companion = Companion(model, self.plan, lambda: self.step_count, attach_copy)
@@ -98,9 +98,6 @@ class Attachment:
     def _remove(self) -> None:
         self._unhook()
         self._engine.release()
-        self._steps.release()
-        for rule in (*self._rules.on_weights, *self._rules.by_gradient):
-            rule.release()
         self._live = False
 
     def detach(self) -> None:
@@ -180,14 +177,26 @@ class Attachment:
         """
         if not self._live:
             self._refuse_dead("nothing to add to the loss")
-        terms = self._rules.loss_terms(self._steps.count.count)
-        result = total(terms, terms[0].device if terms else self._device())
+        rules = self._rules
+        index = self._steps.upcoming() if rules.scheduled else self._steps.count.count
+        terms = rules.intake.take(index) if rules.activities else []
+        if rules.by_loss:
+            terms += rules.loss_terms(index)
+        if len(terms) == 1 and terms[0].dtype in (torch.float32, torch.float64):
+            result = terms[0]
+        else:
+            result = total(terms, terms[0].device if terms else self._device())
         ticket = Ticket()
         if result.requires_grad:
             result.register_hook(ticket)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        for recorder in self._rules.recorders:
-            recorder.consume(ticket)
-        for rule in self._rules.by_loss:
+        for recorder in rules.spoken:
+            calls = recorder.calls
+            if calls.records or calls.last is not None:
+                if calls.validity is not None:
+                    calls.placed()  # time goes on
+                calls.records, calls.last, calls.before, recorder.left = [], None, None, 0
+                recorder.ledger.tickets.append(ticket)
+        for rule in rules.by_loss:
             if torch.is_grad_enabled() and any(p.requires_grad for p in rule.parameters()):
                 rule.ledger.tickets.append(ticket)
         return result
@@ -246,28 +255,14 @@ class Attachment:
         An activity rule gives what is in store, or else what `penalty()` last took; NaN before there was any. Frozen
         weights are not counted: nothing optimizes them.
         """
-        self._rules.census.look()
-        values: dict[str, Tensor | None] = {
-            rule.binding.key: named(rule, rule.value, self.step_count) for rule in self._rules.penalties
-        }
-        for rule in self._rules.activities:
-            value = named(rule, rule.value, self.step_count)
-            missing = torch.full((), torch.nan, device=self._device()) if rule.last is None else rule.last
-            values[rule.binding.key] = missing if value is None else value
-        zero = torch.zeros((), device=self._device())
-        order = (b.key for b in self.plan.bindings if b.key in values)
-        return {key: zero if (value := values[key]) is None else value.detach() for key in order}
+        found = reports.values(self._rules, self.step_count, self._device())
+        return {binding.key: found[binding.key] for binding in self.plan.bindings if binding.key in found}
 
     @uncast
     @torch.no_grad()
     def violations(self) -> dict[str, Tensor]:
         """For each constraint rule, how far its worst weight is outside, in the unit of its bound.  -> () each."""
-        self._rules.census.look()
-        zero = torch.zeros((), device=self._device())
-        return {
-            rule.binding.key: named(rule, rule.violation, self.step_count) if rule.blocks else zero
-            for rule in self._rules.constraints
-        }
+        return reports.violations(self._rules, self.step_count, self._device())
 
     @uncast
     @torch.no_grad()
@@ -276,9 +271,10 @@ class Attachment:
         model = self._model()
         if model is not None:
             reshard(model)
-        self._rules.census.look()
+        snapshot = self._rules.snapshots.fresh()
         for rule in self._rules.constraints:
             named(rule, rule.project_all, self.step_count)
+            snapshot.forget()
 
     # --- state -------------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,13 @@
-"""Blocks that a kind takes many at a time, through its list forms."""
+"""Blocks that a kind takes many at a time, as live views of their parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import compress
-from typing import Any
+from itertools import compress, repeat
+from operator import attrgetter, itemgetter
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,14 @@ from regkit.activity import at_least_float32
 from regkit.blocks import Block
 from regkit.buckets import buckets, room
 from regkit.kinds import Constraint, Penalty
-from regkit.storage import Plain, Storage, grad_of
+from regkit.shards import divided, held_here, local, placement, pooled
+from regkit.storage import Plain, Sharded, Storage
+
+Kept = tuple[Block, Sequence[Storage]]
+"""A block, and where it is kept."""
+
+Pick = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Picks the gradients of a batch out of those of a step's parameters."""
 
 
 @dataclass(eq=False)
@@ -24,6 +32,9 @@ class Batch:
 
     blocks: list[Block] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
+
+    sharded: ClassVar[bool] = False
+    """Whether this process holds parts of the parameters alone."""
 
     @property
     def name(self) -> str:
@@ -42,15 +53,17 @@ class Batch:
         return frozenset(self.blocks)
 
     @cached_property
-    def _whole(self) -> bool:
+    def whole(self) -> bool:
         """Whether each block is a whole parameter as it is kept: then no view is needed."""
         return all(block.as_kept for block in self.blocks)
 
-    def holds(self) -> bool:
-        """Whether they are of one device and dtype still: `model.to()` leaves a parameter the object that it is."""
-        first, n = self.parameters[0], len(self.parameters)
-        same = [one.dtype for one in self.parameters].count(first.dtype) == n
-        return same and [one.get_device() for one in self.parameters].count(first.get_device()) == n
+    @cached_property
+    def _rows(self) -> tuple[list[int], list[int], list[int]] | None:
+        """Where all blocks are rows: their units, where they start, how many they are."""
+        if not all(block.rows for block in self.blocks):
+            return None
+        sites = [block.site for block in self.blocks]
+        return [one.units for one in sites], [one.start for one in sites], [one.rows for one in sites]
 
     def of(self, ids: frozenset[int]) -> Batch:
         """Those blocks of it whose parameters have these ids."""
@@ -61,38 +74,43 @@ class Batch:
         return self if self.members <= blocks else self._these([one in blocks for one in self.blocks])
 
     def _these(self, taken: list[bool]) -> Batch:
-        return Batch(list(compress(self.blocks, taken)), list(compress(self.parameters, taken)))
+        return type(self)(list(compress(self.blocks, taken)), list(compress(self.parameters, taken)))
 
-    def weights(self) -> list[Tensor]:
-        """Live views of the weights."""
-        if self._whole:
-            return [*self.parameters]
-        return [block.view(one) for block, one in zip(self.blocks, self.parameters, strict=True)]
+    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Views of the blocks in their weights, or in the gradients of these. Made anew, for `.data` may be another."""
+        if self.whole:
+            return [*tensors]
+        rows = self._rows
+        if rows is not None and list(map(Tensor.size, tensors, repeat(0))) == rows[0]:
+            return list(map(torch.narrow, tensors, repeat(0), rows[1], rows[2]))
+        return [block.view(one) for block, one in zip(self.blocks, tensors, strict=True)]
 
-    def gradients(self) -> list[Tensor]:
-        """Live views of their gradients, which must be there."""
-        if self._whole:
-            found: list[Any] = [one.grad for one in self.parameters]
-            return found
-        return [block.view(grad_of(one)) for block, one in zip(self.blocks, self.parameters, strict=True)]
+    def each(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter, and the live view of its block."""
+        return zip(self.parameters, self.views(self.parameters), strict=True)
 
-    def picked(self, leaves: Sequence[nn.Parameter]) -> Callable[[list[Tensor]], list[Tensor]]:
-        """What makes `gradients()` of those of these leaves, which must be of all of its parameters."""
-        numbers = {id(leaf): number for number, leaf in enumerate(leaves)}
-        mine = [numbers[id(one)] for one in self.parameters]
-        if not self._whole:
-            pairs = list(zip(self.blocks, mine, strict=True))
-            return lambda found: [block.view(found[number]) for block, number in pairs]
-        return list if mine == list(range(len(leaves))) else lambda found: [found[number] for number in mine]
+    def lie_alike(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether gradients are held as the parameters are."""
+        return True
 
-    def add_gradients(self, penalty: Penalty, amount: float) -> None:
-        """grad += amount · ∇Ω(w)."""
-        penalty.add_gradients(self.weights(), self.gradients(), amount)
+    def value(self, penalty: Penalty) -> Tensor:
+        """The sum of a penalty's values at unit strength.  -> ()."""
+        return penalty.values(self.views(self.parameters))
 
-    def add_scaled(self, penalty: Penalty, amount: float, scale: Tensor) -> None:
-        """grad += scale · amount · ∇Ω(w).  scale: () or (1,), not to be waited for."""
+    def project(self, constraint: Constraint) -> None:
+        """Project each block, in place."""
+        weights: list[Tensor] = [*self.parameters] if self.whole else self.views(self.parameters)
+        if weights:
+            constraint.project_(weights)
+
+    def violation(self, constraint: Constraint) -> Tensor:
+        """The largest violation.  -> ()."""
+        return torch.stack([constraint.violation(w) for w in self.views(self.parameters)]).amax()
+
+    def add_scaled(self, penalty: Penalty, gradients: list[Tensor], amount: float, scale: Tensor) -> None:
+        """gradients += scale · amount · ∇Ω(w).  scale: () or (1,), not to be waited for."""
         scale = scale.to(self.parameters[0].device).reshape(())
-        weights, gradients = self.weights(), self.gradients()
+        weights = self.views(self.parameters)
         together, large = buckets(weights, room(weights[0]))
         for bucket in (*together, *([one] for one in large)):
             # What is small in half precision may be large enough once it is scaled.
@@ -102,79 +120,148 @@ class Batch:
             torch._foreach_mul_(slopes, scale)
             torch._foreach_add_([gradients[index] for index in bucket], slopes)
 
+    def picked(self, numbers: Mapping[int, int]) -> Pick:
+        """What picks the gradients of its parameters out of a list in which each has this number, by its id."""
+        mine = [numbers[id(one)] for one in self.parameters]
+        if len(mine) == 1:
+            return itemgetter(slice(mine[0], mine[0] + 1))
+        return list if len(mine) == len(numbers) and mine == list(range(len(numbers))) else itemgetter(*mine)
 
-def batched(live: Iterable[tuple[Block, Sequence[Storage]]]) -> list[Batch]:
-    """Those of the blocks that list forms may take."""
-    batches: dict[tuple[torch.dtype, torch.device], Batch] = {}
+
+@dataclass(eq=False)
+class Shards(Batch):
+    """The parts that this process holds of blocks of sharded parameters, which are placed alike on one mesh.
+
+    The kind needs to see no more than that, or sums over it.
+    """
+
+    sharded: ClassVar[bool] = True
+
+    @cached_property
+    def whole(self) -> bool:
+        return False
+
+    @cached_property
+    def _held(self) -> list[tuple[int, int]]:
+        """The rows of each block in what is held of its parameter: where they start, how many they are."""
+        found = []
+        for block, parameter in zip(self.blocks, self.parameters, strict=True):
+            offset, count = (held_here(parameter) or ((0, 0),))[0]
+            first = 0 if block.as_kept else block.site.start - offset
+            last = count if block.as_kept else first + block.site.rows
+            start = min(max(first, 0), count)
+            found.append((start, max(min(last, count) - start, 0)))
+        return found
+
+    def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Views of what is held of each block in its weight, or in its gradient: of nothing, too."""
+        return [local(one).narrow(0, start, rows) for one, (start, rows) in zip(tensors, self._held, strict=True)]
+
+    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [one for one in self.parts(tensors) if one.numel()]
+
+    def each(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        pairs = zip(self.parameters, self.parts(self.parameters), strict=True)
+        return ((parameter, part) for parameter, part in pairs if part.numel())
+
+    def lie_alike(self, gradients: Sequence[Tensor]) -> bool:
+        return list(map(_placements, gradients)) == list(map(_placements, self.parameters))
+
+    def value(self, penalty: Penalty) -> Tensor:
+        weights = self.views(self.parameters)
+        return self._combined(penalty.values(weights) if weights else None, "sum")
+
+    def violation(self, constraint: Constraint) -> Tensor:
+        found = [constraint.violation(w) for w in self.views(self.parameters)]
+        return self._combined(torch.stack(found).amax() if found else None, "max")
+
+    def _combined(self, part: Tensor | None, by: Literal["sum", "max"]) -> Tensor:
+        """The sum, or the largest, of what processes have of a scalar; None of nothing, which is 0.  -> ()."""
+        like = self.parameters[0]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        mine = torch.zeros((), dtype=dtype, device=like.device) if part is None else part.to(dtype)
+        (whole,) = pooled([mine], like, range(like.dim()), by)
+        return whole
+
+
+@dataclass(eq=False)
+class PooledShards(Shards):
+    """Shards for a constraint to which sums over the whole weight say all that it has to know of other processes'."""
+
+    def _with_sums(self, constraint: Constraint) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is held of each block, as a matrix, and the sums of the whole block. One all-reduce for all."""
+        parts = [one if one.dim() > 1 else one.unsqueeze(-1) for one in self.parts(self.parameters)]
+        sums = pooled([constraint.sums(part) for part in parts], self.parameters[0], constraint.pooled or (), "sum")
+        return zip(parts, sums, strict=True)
+
+    def project(self, constraint: Constraint) -> None:
+        for part, sums in self._with_sums(constraint):
+            part.copy_(constraint.project_given(part, sums))
+
+    def violation(self, constraint: Constraint) -> Tensor:
+        found = [constraint.violation_given(part, sums) for part, sums in self._with_sums(constraint) if part.numel()]
+        return self._combined(torch.stack(found).amax() if found else None, "max")
+
+
+_placements = attrgetter("placements")
+
+
+class Placed(NamedTuple):
+    """The blocks of a rule in a snapshot, what is tied once: all, those that are live views of parameters, the rest."""
+
+    distinct: list[Kept]
+    batches: list[Batch]
+    lone: list[Kept]
+
+    @classmethod
+    def of(cls, distinct: list[Kept], kind: Penalty | Constraint, together: bool) -> Placed:
+        """Blocks by how they are kept. together: whether many of them are one batch, and each its own else."""
+        batches = list(_batched(distinct, kind, together))
+        live = {block for batch in batches for block in batch.blocks}
+        return cls(distinct, batches, [one for one in distinct if one[0] not in live])
+
+
+def _batched(distinct: Iterable[Kept], kind: Penalty | Constraint, together: bool) -> Iterator[Batch]:
+    batches: dict[Hashable, Batch] = {}
     sharing: dict[nn.Parameter, list[Block]] = {}
-    for block, storages in live:
-        if len(storages) == 1 and type(storages[0]) is Plain:
-            sharing.setdefault(storages[0].leaves[0], []).append(block)
+    makes: dict[nn.Parameter, type[Batch]] = {}
+    for block, storages in distinct:
+        make = _batch_for(kind, block, storages[0]) if len(storages) == 1 else None
+        if make is not None:
+            parameter = storages[0].leaves[0]
+            makes[parameter] = make
+            sharing.setdefault(parameter, []).append(block)
     for parameter, blocks in sharing.items():
-        if not _overlapping(parameter, blocks):
-            batch = batches.setdefault((parameter.dtype, parameter.device), Batch())
-            batch.blocks += blocks
-            batch.parameters += [parameter] * len(blocks)
-    return list(batches.values())
+        if len(blocks) > 1 and _overlapping(parameter, blocks):
+            continue
+        make, key = makes[parameter], (parameter.dtype, parameter.device)
+        where = () if make is Batch else placement(parameter)
+        for block in blocks:
+            own = () if together else (block,)
+            batch = batches.setdefault((make, *key, *where, *own), make())
+            batch.blocks.append(block)
+            batch.parameters.append(parameter)
+    return iter(batches.values())
+
+
+def _batch_for(kind: Penalty | Constraint, block: Block, storage: Storage) -> type[Batch] | None:
+    """The batch that takes a block; None where a kind has to be given the whole weight, made for it."""
+    if type(storage) is Plain:
+        return Batch
+    if type(storage) is not Sharded or not (block.as_kept or block.rows):
+        return None
+    parameter = storage.leaves[0]
+    fits = parameter.dim() == len(block.site.shape) and (block.as_kept or parameter.size(0) == block.site.units)
+    if not fits or held_here(parameter) is None:
+        return None
+    if kind.separable == "elements" or (kind.separable == "rows" and divided(parameter) <= {0}):
+        return Shards
+    return PooledShards if isinstance(kind, Constraint) and kind.pooled is not None else None
 
 
 def _overlapping(parameter: nn.Parameter, blocks: Sequence[Block]) -> bool:
     """Whether any two of its blocks have numbers in common: adapters may differ in how they see a shared one."""
-    if len(blocks) == 1:
-        return False
     seen = torch.zeros(parameter.shape, dtype=torch.int8)
     for block in blocks:
         block.view(seen).add_(1)
     return bool((seen > 1).any())
-
-
-LOOPS = {"values": "value", "add_gradients": "gradient", "project_": "project"}
-"""What each list form is a list form of."""
-
-
-def own_forms(kind: Penalty | Constraint) -> set[str]:
-    """The list forms that the kind's class has of its own."""
-    base = Penalty if isinstance(kind, Penalty) else Constraint
-    return {form for form in LOOPS if hasattr(base, form) and getattr(type(kind), form) is not getattr(base, form)}
-
-
-def samples(batch: Batch) -> list[Tensor]:
-    """Ones, zeros and ramps up to 1 and 100, of each shape among its weights but for sizes above 8, which are cut."""
-    found: list[Tensor] = []
-    small = (w[(slice(8),) * w.dim()] for w in batch.weights())
-    for w in {w.shape: w for w in small}.values():
-        like = torch.ones_like(w, device="cpu" if w.is_meta else None)
-        ramp = torch.linspace(-1, 1, like.numel(), dtype=like.dtype, device=like.device).view(like.shape)
-        found += [like, torch.zeros_like(like), ramp, 100 * ramp]
-    return found
-
-
-Compared = Iterator[tuple[str, Sequence[Tensor], Sequence[Tensor]]]
-"""Each list form that a kind has of its own, what comes of it, and what comes of the loop."""
-
-
-def compare_penalty(penalty: Penalty, weights: list[Tensor], by_loss: bool) -> Compared:
-    """The list forms of a penalty at these weights; by_loss: with the gradient that autograd makes of `values`."""
-    own, kept = own_forms(penalty), [w.clone() for w in weights]
-    if "values" in own:
-        yield "values", [penalty.values(list(weights))], [Penalty.values(penalty, kept)]
-        if by_loss:
-            with torch.enable_grad():
-                leaves = [w.clone().requires_grad_() for w in weights]
-                slopes = torch.autograd.grad(penalty.values(leaves), leaves)
-                yield "values", slopes, torch.autograd.grad(Penalty.values(penalty, leaves), leaves)
-        yield "values", weights, kept
-    if "add_gradients" in own:
-        ours, wanted = ([torch.ones_like(w) for w in weights] for _ in range(2))
-        penalty.add_gradients(list(weights), list(ours), 0.3)
-        Penalty.add_gradients(penalty, kept, wanted, 0.3)
-        yield "add_gradients", ours, wanted
-        yield "add_gradients", weights, kept
-
-
-def compare_constraint(constraint: Constraint, weights: list[Tensor]) -> Compared:
-    """The list form of a constraint at these weights."""
-    if "project_" in own_forms(constraint):
-        ours = [w.clone() for w in weights]
-        constraint.project_(list(ours))
-        yield "project_", ours, [constraint.project(w) for w in weights]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from operator import is_
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from regkit.errors import AttachError
-from regkit.kept import held, storage_of
+from regkit.kept import storage_of
 from regkit.kinds import Layout
-from regkit.shards import marked
 from regkit.sites import WeightSite, turned
-from regkit.storage import Plain, Storage
+from regkit.storage import Storage
 
 
 class Block:
@@ -22,7 +20,7 @@ class Block:
     replaced (`load_state_dict(assign=True)`, `to_empty`, `fully_shard`), and an attachment keeps no model alive.
     """
 
-    __slots__ = ("_dotted", "_kept", "_layout", "_module", "_parent", "_plain", "_turned", "_whole", "as_kept", "site")
+    __slots__ = ("_layout", "_module", "_parent", "_turned", "_whole", "as_kept", "rows", "site")
 
     def __init__(self, site: WeightSite, module: nn.Module, parent: nn.Module | None, layout: Layout) -> None:
         self.site = site
@@ -31,10 +29,8 @@ class Block:
         self._layout = layout
         self._whole = site.gate is None
         self._turned = site.transposed or site.columns is not None
-        self._dotted = any("." in name for name in site.parameters)
         self.as_kept = self._whole and not self._turned and layout != "cell"  # and so needs no view
-        self._kept: tuple[Storage, ...] = ()
-        self._plain: tuple[nn.Parameter, ...] = ()
+        self.rows = not self._whole and not self._turned and layout != "cell"  # and so needs to be narrowed alone
 
     @property
     def name(self) -> str:
@@ -54,37 +50,24 @@ class Block:
             raise AttachError(f"the module {self.site.name!r} is gone")
         return module
 
-    def storages(self) -> Sequence[Storage]:
+    def storages(self, known: dict[Hashable, Storage] | None = None) -> Sequence[Storage]:
         """Where its weight is kept now; two storages are two biases, of which the sum acts.
 
-        Plain parameters that are still the same give the very same sequence.
+        known: those that have been looked up, to which its own are added. Raises AttachError where there are none.
         """
-        module = self.module
-        own = {name: held(module, name) for name in self.site.parameters} if self._dotted else module._parameters
-        if self._has(own) and not any(map(marked, self._plain)):  # FSDP1 marks what it flattens
-            return self._kept
+        module, known = self.module, {} if known is None else known
         parent = None if self._parent is None else self._parent()
-        try:
-            acting = self.site.through, self.site.mask
-            self._kept = tuple([storage_of(module, parent, name, *acting) for name in self.site.parameters])
-        except AttachError as error:
-            raise self._named(error) from None
-        plain = all(type(one) is Plain for one in self._kept)
-        self._plain = sum((one.leaves for one in self._kept), ()) if plain else ()
-        return self._kept
-
-    def _has(self, own: Mapping[str, nn.Parameter | None]) -> bool:
-        """Whether it is kept in plain parameters, and they are among these by their names still."""
-        return bool(self._plain) and all(map(is_, map(own.get, self.site.parameters), self._plain))
-
-    @property
-    def steady(self) -> bool:
-        """Whether it is kept where it was for as long as its module has the parameters that it had."""
-        return self._has(self.module._parameters)
-
-    def release(self) -> None:
-        """Hold no parameter any more."""
-        self._kept, self._plain = (), ()
+        acting = self.site.through, self.site.mask
+        found = []
+        for name in self.site.parameters:
+            key = id(module), id(parent), name, acting
+            if key not in known:
+                try:
+                    known[key] = storage_of(module, parent, name, *acting)
+                except AttachError as error:
+                    raise self._named(error) from None
+            found.append(known[key])
+        return tuple(found)
 
     def leaves(self) -> Iterator[nn.Parameter]:
         """The parameters behind it, as they are now."""

@@ -21,11 +21,13 @@ def room(w: Tensor) -> int:
     return (_CPU if w.device.type == "cpu" else _ELSEWHERE) // max(w.itemsize, 4)
 
 
-def buckets(weights: Sequence[Tensor], room: int) -> tuple[list[list[int]], list[int]]:
+def buckets(weights: Sequence[Tensor], room: int | None = None) -> tuple[list[list[int]], list[int]]:
     """The indices of small weights, in lists of at most `room` numbers each; and of large ones, for `pieces`.
 
     Large is what has more than an eighth of the room.
     """
+    if room is None:
+        room = (_CPU if weights[0].is_cpu else _ELSEWHERE) // max(weights[0].itemsize, 4)
     together: list[list[int]] = []
     large: list[int] = []
     left = 0

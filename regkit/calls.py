@@ -23,13 +23,14 @@ class Call(NamedTuple):
     """One call. observed: what it put out; None if no gradient reaches that, and the call counts in time alone.
 
     starts: whether it begins a new sequence; versions: by role, tensors and the versions they had, to see changes in
-    place.
+    place. validity: none, until it is placed.
     """
 
     observed: Mapping[str, Any] | None
     versions: Mapping[str, tuple[Tensor, int]]
     training: bool
     starts: bool
+    validity: None = None
 
 
 class Record(NamedTuple):
@@ -54,27 +55,27 @@ def _this_thread() -> int:
 class Calls:
     """The calls of one module since they were last cleared.
 
-    timed: whether calls count in time now.
+    timed: whether calls count in time now. before: the validity of the call before, in the same sequence.
     """
 
     def __init__(self) -> None:
         self.timed = False
-        self._last: Chain = None
-        self._lock = threading.Lock()
-        self._records: list[Record] = []
-        self._validity: Validity | None = None
-        self._before: Validity | None = None
+        self.last: Chain = None
+        self.lock = threading.Lock()
+        self.records: list[Record] = []
+        self.validity: Validity | None = None
+        self.before: Validity | None = None
         self._count = self._longest = self._thread = 0
 
     def add(self, call: Call, compiling: bool) -> None:
         """A call was made, in whatever thread."""
         if compiling:  # and a lock cannot be
-            self._last = (call, self._last)
+            self.last = (call, self.last)
             return
         if self.timed:
             self._refuse_other_threads()
-        with self._lock:
-            self._last = (call, self._last)
+        with self.lock:
+            self.last = (call, self.last)
 
     def _refuse_other_threads(self) -> None:
         if self.timed and self._thread != _this_thread():
@@ -86,30 +87,31 @@ class Calls:
     @property
     def empty(self) -> bool:
         """Whether nothing has been called."""
-        return self._last is None and not self._records
+        return self.last is None and not self.records
 
     def placed(self) -> list[Record]:
         """The calls that gradients reach, each in its place."""
-        if self._last is None:
-            return self._records
-        with self._lock:
-            link: Chain = self._last
-            self._last = None
+        if self.last is None:
+            return self.records
+        with self.lock:
+            link: Chain = self.last
+            self.last = None
         new = []
         while link is not None:
             call, link = link
             new.append(call)
         for call in reversed(new):
-            validity, index = (None, 0) if self._validity is None else self._in_time(call, self._validity)
+            validity, index = (None, 0) if self.validity is None else self._in_time(call, self.validity)
             if call.observed is not None:
-                self._records.append(Record(call.observed, call.versions, call.training, validity, index))
-        return self._records
+                self.records.append(Record(call.observed, call.versions, call.training, validity, index))
+        return self.records
 
     def clear(self) -> bool:
         """Drop them. Time goes on. Returns whether there were any."""
-        records = self._records if self._last is None else self.placed()
+        records = self.records if self.last is None else self.placed()
         any_were = bool(records)
         records.clear()
+        self.before = None
         return any_were
 
     @contextmanager
@@ -117,14 +119,14 @@ class Calls:
         """Inside, calls have this validity, and are counted from 0."""
         self._refuse_other_threads()
         self.placed()
-        outer = (self.timed, self._validity, self._count, self._longest)
-        self.timed, self._validity, self._count, self._longest = True, validity, 0, 0
+        outer = (self.timed, self.validity, self._count, self._longest)
+        self.timed, self.validity, self._count, self._longest = True, validity, 0, 0
         self._thread = _this_thread()
         try:
             yield
         finally:
             self.placed()  # the last call's validity stays: masks stand around one call each, the next compares
-            self.timed, self._validity, self._count, self._longest = outer
+            self.timed, self.validity, self._count, self._longest = outer
 
     @property
     def longest(self) -> int:
@@ -135,8 +137,8 @@ class Calls:
     def _in_time(self, call: Call, validity: Validity) -> tuple[Validity, int]:
         """The validity of a call, and which call under it this is: for a cell, its place in time."""
         if call.starts:
-            self._count, self._before = 0, None
-        before, index = self._before, self._count
-        self._before, self._count = validity, index + 1
+            self._count, self.before = 0, None
+        before, index = self.before, self._count
+        self.before, self._count = validity, index + 1
         self._longest = max(self._longest, self._count)
         return validity.following(before), index

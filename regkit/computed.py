@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,13 +16,18 @@ from torch.nn.utils import parametrize
 
 from regkit.errors import AttachError
 from regkit.shards import sharded, share, whole
-from regkit.storage import Storage, View, Whole, grad_of
+from regkit.storage import Storage, View, Whole, grad_of, weakly
 
 
 class Computed(Whole):
-    """A weight that is computed from its leaves: once for all that one rule does with it at a step."""
+    """A weight that is computed from its leaves: once for all that is done with it, until it is forgotten."""
+
+    remembers = computed = True
 
     _weight: Tensor | None = None
+
+    def forget(self) -> None:
+        self._weight = None
 
     @abstractmethod
     def _compute(self) -> Tensor:
@@ -42,7 +47,8 @@ class Computed(Whole):
         largest = placed.abs().amax()
         unit = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
         leaves = [leaf for leaf, _ in amounts]
-        pulled = torch.autograd.grad(weight, leaves, (placed / unit).to(weight.dtype), materialize_grads=True)
+        slope = (placed / unit).to(weight.dtype)
+        pulled = torch.autograd.grad(weight, leaves, slope, retain_graph=True, materialize_grads=True)
         for (leaf, amount), part in zip(amounts, pulled, strict=True):
             grad_of(leaf).add_(part.to(unit.dtype) * unit, alpha=amount)
 
@@ -53,12 +59,13 @@ class Parametrized(Computed):
     Frozen originals are not written. To write waits for a GPU twice: does anything move, and did it come out right?
     """
 
-    def __init__(self, parametrization: nn.Module, name: str) -> None:
+    def __init__(self, parametrization: nn.Module, name: str, follows: Iterable[nn.Module] = ()) -> None:
         assert isinstance(parametrization, parametrize.ParametrizationList)
         suffixes = [""] if parametrization.is_tensor else range(parametrization.ntensors)
         self._originals: list[Tensor] = [getattr(parametrization, f"original{suffix}") for suffix in suffixes]
         self.leaves = tuple(one for one in self._originals if isinstance(one, nn.Parameter))
         self._parametrization, self._name = parametrization, name
+        self.follows = weakly((*follows, *parametrization.modules()))
 
     @property
     def identity(self) -> tuple[int, ...]:
@@ -134,13 +141,17 @@ class Parametrized(Computed):
 class Through(Computed):
     """A weight that acts as f(kept), f being a module that works element by element. It is written by f's inverse."""
 
-    def __init__(self, under: Storage, function: nn.Module, name: str) -> None:
-        self.leaves = under.leaves
+    def __init__(self, under: Storage, function: nn.Module, name: str, way: Iterable[nn.Module]) -> None:
+        self.leaves, self.follows, self.steady = under.leaves, (*under.follows, *weakly(way)), under.steady
         self._under, self._function, self._name = under, function, name
 
     @property
     def identity(self) -> tuple[int, ...]:
         return (*self._under.identity, id(self._function))
+
+    def forget(self) -> None:
+        self._weight = None
+        self._under.forget()
 
     def outline(self) -> Tensor:
         return self._under.outline()

@@ -150,8 +150,7 @@ class _Dormitory:
         except StepError as error:
             raise StepError(f"{error}. {_OF_A_COPY}") from error
 
-    def settled(self) -> None:
-        """It does nothing itself before a step."""
+    settled = None
 
     def after(self, frame: FrameType) -> None:
         """Nothing of it is in any step."""

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from itertools import chain
-from typing import Any
+from collections.abc import Mapping
+from itertools import chain, repeat
+from operator import attrgetter, is_
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled as _casts
 from torch.optim import Optimizer
 
 from regkit.errors import AttachError, StepError, listing
-from regkit.health import Health
-from regkit.mark import Mark
+from regkit.health import EVERY, Health
 from regkit.modes import plain
 from regkit.modules import Parameters
-from regkit.ownership import Here, Met
-from regkit.records import total
-from regkit.routine import Jobs, Routine
-from regkit.rules import Rules, named
+from regkit.program import ActiveStep, Jobs, Program
+from regkit.records import all_in_the_loss, settle
+from regkit.reduction import total
+from regkit.rules import Rules, raise_named
 from regkit.shards import FSDP1, flattened
-from regkit.step import Step
+from regkit.snapshot import Snapshot
 from regkit.watch import Watch, owned_by_any
+from regkit.weightrule import WeightRule
+from regkit.weights import PenaltyRule
+
+_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
+_set_grad: Final = torch._C._set_grad_enabled
 
 
 class Engine:
@@ -33,65 +39,40 @@ class Engine:
 
     def __init__(self, rules: Rules, model: nn.Module, restricted: bool) -> None:
         self._rules = rules
-        self._reference = weakref.ref(model)
-        self._model = Parameters(model)
+        self.model = weakref.ref(model)  # the model, while it lives
+        self._parameters = Parameters(model)
         self._restricted = restricted
         self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._census = rules.census
-        self._here: Here = {}
-        self._changed: list[nn.Parameter] = []
-        self._version = self._armed = -1
+        self.snapshots, self.recorders = rules.snapshots, rules.recorders
+        self._armed: Snapshot | None = None
         self._owned: set[int] = set()
-        self._health = Health(block for rule in rules.on_weights for block in rule.blocks)
+        self._expected: tuple[Snapshot, set[int]] | None = None
+        self._health = Health(rules.snapshots)
         self._counting = [rule.binding for rule in rules.on_weights if rule.binding.counts]
         self._checks = bool(self._counting or rules.activities or rules.by_loss or rules.by_prox or rules.by_decay)
         self.watch = Watch(self._watched)
         self._by_hand = False
 
-    def hold(self) -> nn.Module | None:
-        """The model, while it lives."""
-        return self._reference()
-
     def moved(self) -> str | None:
         """The name of a bound module that is not where it was bound any more, if there is one."""
-        return next((link.name for link in self._rules.links if not link.intact()), None)
+        return next((link.name for link in self.snapshots.links if not link.intact()), None)
 
-    def here(self) -> Here:
-        """Every parameter that makes a step ours, by its id: the very same mapping while they are the same.
-
-        Activity rules make every step ours that trains any part of the model: their gradient may flow anywhere. Raises
-        AttachError where FSDP1 has flattened one that a rule needs.
-        """
+    def now(self) -> Snapshot:
+        """The model as it is. Raises AttachError where FSDP1 has flattened a parameter that a rule needs."""
         self._refuse_flattened()
-        self._census.look()
-        if self._version != self._census.version:
-            here = {id(parameter): parameter for parameter in self._parameters()}
-            if list(here) != list(self._here):  # the old ones are held, so that no id is another's by now
-                self._here = here
-            rules = (*self._rules.by_gradient, *self._rules.by_decay)
-            self._changed = [leaf for rule in rules for leaf in rule.parameters()]
-            steady = all(block.steady for rule in self._rules.on_weights for block in rule.blocks)
-            self._version = self._census.version if steady else -1
-        return self._here
+        return self.snapshots.now()
 
-    def unchanged(self, here: Here) -> bool:
-        """Whether `here` would give these."""
-        self._census.look()
-        return self._version == self._census.version and here is self._here
-
-    def as_ever(self, here: Here) -> bool:
-        """Whether `here` last gave these, and a sample of them is the same still."""
-        return here is self._here and self._census.first_is_the_same()
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        yield from chain.from_iterable(rule.parameters() for rule in self._rules.on_weights)
-        if self._rules.activities:
-            yield from self._model
+    def expected(self) -> set[int]:
+        """The ids of the model's trainable parameters that any optimizer owns."""
+        here = self.snapshots.now()
+        if self._expected is None or self._expected[0] is not here:
+            self._expected = here, owned_by_any() | self._owned
+        owned = self._expected[1]
+        return {key for key, parameter in here.parameters.items() if key in owned and parameter.requires_grad}
 
     def prove(self) -> None:
         """Raise AttachError where a weight is not finite, or where FSDP1 has flattened one that a rule needs."""
         self._refuse_flattened()
-        self._census.look()
         self._health.prove()
 
     def _refuse_flattened(self) -> None:
@@ -117,20 +98,31 @@ class Engine:
                     return f"a weight of {recorder.title}", recorder.module, parameter
         return None
 
-    def met(self, optimizer: Optimizer, groups: Mapping[int, Any], acts: bool) -> None:
-        """Tell the watchdog; at an optimizer's first step, raise StepError for a weight that no optimizer owns."""
-        self.watch.heard(groups, acts)
-        for recorder in self._rules.recorders:
-            recorder.pass_by(groups)
-        if optimizer in self._met or self._restricted or self._by_hand:
-            return
-        if any(id(p) in groups for p in self._model):
-            self._refuse_unowned(groups)
-        self._met.add(optimizer)
+    def step_heard(self, optimizer: Optimizer, program: Program, acts: bool) -> None:
+        """Take note of a step that runs within no other. acts: whether the attachment acts in this optimizer's steps.
 
-    def _refuse_unowned(self, groups: Mapping[int, Any]) -> None:
+        At an optimizer's first step, raises StepError for a weight that no optimizer owns.
+        """
+        watch, groups = self.watch, program.owned.groups
+        if id(watch.leaf) in groups:
+            watch.accepted = watch.ever_heard = True
+            if not acts:
+                watch.give_up()
+        for recorder in self.recorders:
+            if recorder.calls.last is not None or recorder.calls.records:
+                recorder.pass_by(groups)
+        if program.met or self._restricted or self._by_hand:
+            return
+        if optimizer not in self._met:
+            if any(id(p) in groups for p in self._parameters):
+                self._refuse_unowned(program.snapshot, groups)
+            self._met.add(optimizer)
+        program.met = True
+
+    def _refuse_unowned(self, snapshot: Snapshot, groups: Mapping[int, Any]) -> None:
         blocks = chain.from_iterable(rule.blocks for rule in self._rules.on_weights if not rule.binding.optional)
-        trained = [(block, leaf) for block in blocks for leaf in block.leaves() if leaf.requires_grad]
+        kept = ((block, storage) for block in blocks for storage in snapshot.storages[block])
+        trained = [(block, leaf) for block, storage in kept for leaf in storage.leaves if leaf.requires_grad]
         self._owned |= set(groups)
         if any(id(leaf) not in self._owned for _, leaf in trained):
             self._owned |= owned_by_any()
@@ -142,124 +134,156 @@ class Engine:
                 'attachment.step():`, or narrow the rule\'s target; a rule with "optional": true may act on nothing'
             )
 
-    @plain
-    def at_gradients(self, step: Step) -> None:
+    def at_gradients(self, step: ActiveStep) -> None:
         """Add gradients and decay, once it is sure that nothing the document says is left out of this step."""
-        mark = self.watch.mark
-        if step.evaluations == 1 and mark is not None and mark.holds(step):
+        if _casts():
+            with torch._C._DisableAutocast():
+                self.at_gradients(step)
+            return
+        step.evaluations += 1
+        leaves, jobs = step.owned.leaves, step.program.jobs
+        found = list(map(_grad, leaves))
+        if (
+            jobs is None
+            or not jobs.usual
+            or any(map(is_, found, repeat(None)))
+            or not all(map(_requires_grad, leaves))
+            or (step.optimizer is not None and any(map(dict.get, step.optimizer.param_groups, repeat("maximize"))))
+        ):
+            jobs = self._jobs(step, found)
+        step.jobs, step.trained = jobs, jobs.trained
+        if self.watch.mark.gradient is not None and step.evaluations == 1 and self.watch.mark.holds(step):
             return  # the optimizer failed, and the step is taken again: all is in the gradients
         if step.optimizer is None:
-            self._by_hand = True
-            if not step.trained and any(p.requires_grad for p in self._here.values()):
-                raise StepError(
-                    "attachment.step() found no gradient: put the backward pass's gradients into .grad before it, for "
-                    "that is where penalties are added, and what says which weights are trained"
-                )
-        self._check(step)
-        self._health.look(step.index)
+            self._refuse_nothing(step)
+        differentiated = torch.is_grad_enabled()
+        _set_grad(False)
+        try:
+            if self._checks:
+                self._check(step, jobs)
+            if step.index % EVERY == 0:
+                self._health.look(step.index)
+            self._add(step, jobs, found)
+        finally:
+            _set_grad(differentiated)
+
+    def _jobs(self, step: ActiveStep, found: list[Tensor | None]) -> Jobs:
+        """What is to be done for those that have a gradient."""
+        program, owned = step.program, step.owned
+        trained = owned.ids
+        if any(map(is_, found, repeat(None))) or not all(map(_requires_grad, owned.leaves)):
+            pairs = zip(owned.leaves, found, strict=True)
+            trained = frozenset(id(leaf) for leaf, gradient in pairs if gradient is not None and leaf.requires_grad)
+        up = frozenset(key for key in trained if owned.ours[key].get("maximize"))
+        jobs = program.jobs
+        if jobs is None or jobs.trained != trained or jobs.up != up:
+            jobs = program.jobs = Jobs(self._rules, program.snapshot, owned, trained, up)
+        return jobs
+
+    def _add(self, step: ActiveStep, jobs: Jobs, found: list[Tensor]) -> None:
+        """Add gradients and decay. The first gradient is marked, so that a step that fails is known again."""
+        mark, snapshot = self.watch.mark, jobs.snapshot
+        rule: PenaltyRule | None = None
         complete = False
         try:
-            for rule in self._rules.by_gradient:
-                named(rule, rule.add_gradient, step)
-            for rule in self._rules.by_decay:
-                named(rule, rule.decay, step)
+            if snapshot.cached:
+                snapshot.forget()
+            for rule, work in jobs.gradients:
+                rule.add_gradient(work, step, found)
+            for rule, work in jobs.decays:
+                rule.decay(work, step)
+                snapshot.written(work.leaves(), work.storages())
             complete = True
+        except Exception as error:  # a kind is a stranger's code: anything can come out
+            assert rule is not None
+            raise_named(rule, error)
         finally:
-            self.watch.mark = self._marked(step, complete)
+            mark.gradient = None
+            if jobs.marked is not None:
+                mark.leaf, mark.gradient = step.owned.leaves[jobs.marked], found[jobs.marked]
+                mark.version, mark.renewed, mark.complete = mark.gradient._version, False, complete
+            if snapshot.cached:
+                snapshot.forget()  # or what was gathered would stay until the next step
 
-    def routine(self, step: Step, met: Met) -> Routine | None:
-        """What was done at the gradients of a step, if the same may be done at the next; None where it may not."""
-        jobs: Jobs = []
-        for rule in self._rules.by_gradient:
-            work = rule.repeatable(step.owned.leaves, step.trained)
-            if work is None:
-                return None
-            jobs.append((rule, work))
-        return Routine(met, self._census, jobs, self._changed) if self._version >= 0 else None
-
-    @plain
-    def repeat(self, step: Step, routine: Routine, found: list[Tensor]) -> bool:
-        """Do that. False where this step needs more: the last one failed, or the weights are to be looked at."""
-        if self.watch.mark is not None or self._health.due(step.index):
-            return False
-        self.watch.heard(step.owned.groups, True)
-        for recorder in self._rules.recorders:
-            recorder.pass_by(step.owned.groups)
-        if self._checks:
-            self._check(step)
-        complete = False
-        try:
-            for rule, work in routine.jobs:
-                named(rule, rule.repeat, work, step.index, found)
-            for rule in self._rules.by_decay:
-                named(rule, rule.decay, step)
-            complete = True
-        finally:
-            if routine.changed is not None:
-                self.watch.mark = Mark(step.owned.leaves[routine.changed], found[routine.changed], complete)
-        return True
-
-    def _marked(self, step: Step, complete: bool) -> Mark | None:
-        for leaf in self._changed:
-            if id(leaf) in step.trained and leaf.grad is not None:
-                return Mark(leaf, leaf.grad, complete)
-        return None
-
-    def settled(self) -> None:
-        """Gradients are as the optimizer will have them."""
-        if self.watch.mark is not None:
-            self.watch.mark.settle()
+    def _refuse_nothing(self, step: ActiveStep) -> None:
+        self._by_hand = True
+        if not step.trained and any(p.requires_grad for p in step.program.snapshot.parameters.values()):
+            raise StepError(
+                "attachment.step() found no gradient: put the backward pass's gradients into .grad before it, for "
+                "that is where penalties are added, and what says which weights are trained"
+            )
 
     def release(self) -> None:
         """Hold no parameter and no gradient any more."""
-        self.watch.mark, self._here, self._changed, self._version = None, {}, [], -1
-        self._census.release()
+        self.watch.mark.leaf = self.watch.mark.gradient = self._armed = self._expected = None
+        self.snapshots.release()
 
     @plain
-    def value(self, step: Step) -> Tensor:
+    def value(self, step: ActiveStep) -> Tensor:
         """The value of what `at_gradients` added to gradients."""
+        snapshot = self.snapshots.fresh()
         terms = [rule.trained_value(step) for rule in self._rules.by_gradient]
-        device = next((p.device for p in self._here.values()), torch.device("cpu"))
+        snapshot.forget()
+        device = next((p.device for p in step.program.snapshot.parameters.values()), torch.device("cpu"))
         return total([term for term in terms if term is not None], device)
 
-    def after(self, step: Step) -> None:
+    def after(self, step: ActiveStep) -> None:
         """Proximal operators, then constraints in the document's order."""
-        self.watch.mark = None
-        self._settle(step)  # first of all: whatever fails below, the step is taken
-        if self._rules.by_prox or self._rules.constraints:
-            self._move(step)
+        watch, jobs = self.watch, step.jobs
+        watch.mark.leaf = watch.mark.gradient = None
+        if jobs is None:  # the optimizer never called its closure
+            return
+        if step.optimizer is None and id(watch.leaf) in step.groups:
+            watch.accepted = watch.ever_heard = True
+        if self._armed is not jobs.snapshot or watch.leaf is None or not watch.leaf.requires_grad:
+            self._armed = jobs.snapshot
+            watch.arm()
+        # First of all: whatever fails below, the step is taken.
+        if jobs.recorders:
+            settle(jobs.recorders)
+        for recorder in jobs.apart:
+            if jobs.trained and recorder.frozen:
+                recorder.ledger.settle(jobs.trained)
+        for rule, trained in jobs.losses:
+            rule.ledger.settle(trained)
+        if jobs.moves:
+            self._move(step, jobs)
 
-    @plain
-    def _move(self, step: Step) -> None:
-        self._census.look()  # a hook of the optimizer's own may have put new parameters in the place of old ones
-        for rule in self._rules.by_prox:
-            named(rule, rule.shrink, step)
-        for constraint in self._rules.constraints:
-            named(constraint, constraint.project, step)
+    def _move(self, step: ActiveStep, jobs: Jobs) -> None:
+        if not jobs.snapshot.holds():  # a hook of the optimizer's own may have put new parameters in the place of old
+            jobs = Jobs(self._rules, self.snapshots.now(), step.owned, jobs.trained, jobs.up)
+        snapshot, differentiated = jobs.snapshot, torch.is_grad_enabled()
+        _set_grad(False)
+        rule: WeightRule | None = None
+        try:
+            for rule, work in jobs.proximal:
+                rule.shrink(work, step)
+                if snapshot.cached:
+                    snapshot.written(work.leaves(), work.storages())
+            for rule, work in jobs.projections:
+                rule.project(work, step.index)
+                if snapshot.cached:
+                    snapshot.written(work.leaves(), work.storages())
+        except Exception as error:  # a kind is a stranger's code: anything can come out
+            assert rule is not None
+            raise_named(rule, error)
+        finally:
+            if snapshot.cached:
+                snapshot.forget()
+            _set_grad(differentiated)
 
-    def _check(self, step: Step) -> None:
+    def _check(self, step: ActiveStep, jobs: Jobs) -> None:
+        """Raise StepError where something that the document says would be left out of this step."""
         for binding in self._counting:
             binding.refuse_capture(step.index)
-        for activity in self._rules.activities:
-            activity.check(step)
-        for rule in self._rules.by_loss:
-            trained = rule.trained_by(step)
-            reason = rule.ledger.missing(trained) if trained else None
+        if jobs.apart or not all_in_the_loss(jobs.recorders):
+            trained = dict(jobs.recorders)
+            trained.update((one, jobs.trained) for one in jobs.apart if one.frozen)
+            for activity in self._rules.activities:
+                activity.check(trained)
+        for rule, mine in jobs.losses:
+            reason = rule.ledger.missing(mine)
             if reason is not None:
                 raise StepError(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()}) {reason}")
-        for rule in (*self._rules.by_prox, *self._rules.by_decay):
-            rule.check(step)
-
-    def _settle(self, step: Step) -> None:
-        """Settle the tickets of what this step trained, and watch what is in the model by now."""
-        if step.optimizer is None:
-            self.watch.heard(step.groups, True)
-        if self._armed != self._version or self._version < 0 or not self.watch.on_trained:
-            self._armed = self._version
-            self.watch.arm()
-        for recorder in self._rules.recorders:
-            if trained := recorder.trained_by(step):
-                recorder.ledger.settle(trained)
-        for rule in self._rules.by_loss:
-            if trained := rule.trained_by(step):
-                rule.ledger.settle(trained)
+        for rule, work in (*jobs.proximal, *jobs.decays):
+            rule.check(work, step)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from regkit.blocks import Block
 from regkit.errors import AttachError, StepError, listing
 from regkit.modes import capturing
+from regkit.shards import everywhere, local, sharded
+from regkit.snapshot import Snapshots
 
-_EVERY: Final = 64
+EVERY: Final = 64
 """Steps between two looks. Each reads every weight once and, on a GPU, waits for it."""
 
 
 class Health:
     """Looks at weights when rules are attached, before the first step, and before every 64th."""
 
-    def __init__(self, blocks: Iterable[Block]) -> None:
-        self._blocks = tuple({(block.site.path, block.site.parameters): block for block in blocks}.values())
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
         self._looked = -1
 
     def prove(self) -> None:
@@ -28,13 +29,9 @@ class Health:
         if names := self._sick():
             raise AttachError(f"NaN or infinite numbers in {names}: initialize or load weights before regkit.attach()")
 
-    def due(self, index: int) -> bool:
-        """Whether it is time to look."""
-        return index % _EVERY == 0 and index != self._looked  # several optimizers may take one step together
-
     def look(self, index: int) -> None:
-        """Look, if it is time to. Raises StepError where a weight is not finite."""
-        if not self.due(index) or capturing():
+        """Look, once for each step. Raises StepError where a weight is not finite."""
+        if index == self._looked or capturing():  # several optimizers may take one step together
             return
         if names := self._sick():
             raise StepError(f"NaN or infinite numbers in {names} before step {index}; training has come apart")
@@ -42,27 +39,34 @@ class Health:
 
     def _sick(self) -> str | None:
         """The names of what is not finite."""
-        found = list(self._weights())
-        if _surely_finite([weight for _, weight in found]):
-            return None
-        bad = [name for name, weight in found if not bool(weight.isfinite().all())]
+        alike: dict[Hashable, list[tuple[str, Tensor]]] = {}
+        for name, weight in self._weights():
+            mesh = weight.device_mesh if sharded(weight) else None
+            alike.setdefault((weight.dtype, weight.device, mesh), []).append((name, weight))
+        bad = [name for named in alike.values() for name in _not_finite(named)]
         return listing(bad) if bad else None
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        for block in self._blocks:
-            for name, storage in zip(block.site.parameters, block.storages(), strict=True):
-                weight = storage.read().detach()
+        snapshot = self._snapshots.fresh()
+        blocks = {(block.site.path, block.site.parameters): block for block in snapshot.storages}
+        for block in blocks.values():
+            for name, storage in zip(block.site.parameters, snapshot.storages[block], strict=True):
+                weight = storage.held().detach()
                 if not weight.is_meta:
                     yield f"{block.site.name}.{name}".lstrip("."), weight
+        snapshot.forget()
 
 
-def _surely_finite(weights: Iterable[Tensor]) -> bool:
-    """Whether the norms of all are, which is quick to see. Those of huge weights may not be, though the weights are."""
-    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for weight in weights:
-        alike.setdefault((weight.dtype, weight.device), []).append(weight)
-    fine = [
-        torch.stack(torch._foreach_norm(some, dtype=torch.promote_types(dtype, torch.float32))).isfinite().all()
-        for (dtype, _), some in alike.items()
-    ]
-    return not fine or bool(torch.stack([one.to(fine[0].device) for one in fine]).all())  # one wait for all
+def _not_finite(named: Sequence[tuple[str, Tensor]]) -> Iterator[str]:
+    """The names of those that are not finite, of weights of one dtype on one device, or one mesh.
+
+    Each process looks at what it holds, and all come to the same: one that raised alone would leave the others waiting.
+    """
+    first = named[0][1]
+    parts = [local(weight) for _, weight in named]
+    norms = torch.stack(torch._foreach_norm(parts, dtype=torch.promote_types(first.dtype, torch.float32)))
+    if bool(everywhere(norms.isfinite(), first).all()):
+        return
+    # The norms of huge weights may be infinite, though the weights are not.
+    finite = everywhere(torch.stack([part.isfinite().all() for part in parts]), first)
+    yield from (name for (name, _), fine in zip(named, finite.tolist(), strict=True) if not fine)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
 from typing import Any, Final, Protocol
@@ -26,8 +27,9 @@ class Listener(Protocol):
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
         """A step begins. Returns the arguments to go on with, None for those given."""
 
-    def settled(self) -> None:
-        """Every listener has done what it does before the step."""
+    @property
+    def settled(self) -> Callable[[], None] | None:
+        """Hears that every one of several listeners has done what it does before the step."""
 
     def after(self, frame: FrameType) -> None:
         """A step has ended without an error."""
@@ -69,32 +71,32 @@ def keep_clear(*numbers: int) -> None:
     RemovableHandle.next_id = max(RemovableHandle.next_id, *(number + 1 for number in numbers), 0)
 
 
-def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    if is_dynamo_compiling() or compiler() is not None:
-        given: tuple[Any, Any] | None = _uncompiled_before(optimizer, args, kwargs)
-        return given
-    return _hear(optimizer, args, kwargs, sys._getframe(1))
-
-
-def _after(*_: Any) -> None:
-    if is_dynamo_compiling() or compiler() is not None:
-        _uncompiled_after()
-    else:
-        _over(sys._getframe(1))
-
-
-def _hear(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
+def _before(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | None = None) -> tuple[Any, Any] | None:
+    if frame is None:
+        if is_dynamo_compiling() or compiler() is not None:
+            uncompiled_given: tuple[Any, Any] | None = _uncompiled_before(optimizer, args, kwargs)
+            return uncompiled_given
+        frame = sys._getframe(1)
     if _STATES in sys.modules and _rehearsed(frame):
         return None
+    listeners = _listeners
+    if len(listeners) == 1:
+        return listeners[0].before(optimizer, args, kwargs, frame)
     given = (args, kwargs)
-    for listener in _listeners:
+    for listener in listeners:
         given = listener.before(optimizer, *given, frame) or given
-    for listener in _listeners:
-        listener.settled()
+    for listener in listeners:
+        if listener.settled is not None:
+            listener.settled()
     return given
 
 
-def _over(frame: FrameType) -> None:
+def _after(*_: Any, frame: FrameType | None = None) -> None:
+    if frame is None:
+        if is_dynamo_compiling() or compiler() is not None:
+            _uncompiled_after()
+            return
+        frame = sys._getframe(1)
     listeners = _listeners
     if len(listeners) == 1:
         listeners[0].after(frame)
@@ -106,12 +108,12 @@ def _over(frame: FrameType) -> None:
 
 @uncompiled
 def _uncompiled_before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    return _hear(optimizer, args, kwargs, _frame_of_step())
+    return _before(optimizer, args, kwargs, _frame_of_step())
 
 
 @uncompiled
 def _uncompiled_after() -> None:
-    _over(_frame_of_step())
+    _after(frame=_frame_of_step())
 
 
 def _frame_of_step() -> FrameType:

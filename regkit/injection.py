@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
 from regkit import modes
-from regkit.activityrule import ActivityRule
+from regkit.activityrule import Intake
 from regkit.calls import Call
 from regkit.errors import StepError
 from regkit.ledger import Ticket
@@ -36,15 +36,15 @@ class Injector(Recorder):
 
     def __init__(self, *of: Any) -> None:
         super().__init__(*of)
-        self._rules: Sequence[ActivityRule] = ()
+        self._intake: Intake | None = None
         self._scale: Scale = 1.0
         self._index: Callable[[], int] = int
-        self._waiting: list[_Pass] = []
+        self.waiting: list[_Pass] = []
         self._run: Callable[..., Any] = self._carry
 
-    def begin(self, rules: Sequence[ActivityRule], scale: Scale, index: Callable[[], int]) -> None:
-        """What it injects, times what, and who knows the number of the step to come."""
-        self._rules, self._scale, self._index = rules, scale, index
+    def begin(self, intake: Intake, scale: Scale, index: Callable[[], int]) -> None:
+        """Say what it injects, times what, and who knows the number of the step to come."""
+        self._intake, self._scale, self._index = intake, scale, index
 
     def install(self) -> None:
         # What becomes of a gradient as it flows back is no part of a compiled forward pass: the compiler leaves a gap.
@@ -62,8 +62,8 @@ class Injector(Recorder):
         sources = {id(data): data for data in map(data_of, observed.values()) if _carries(data)}
         starts = self.starts(observed)
         if not sources:
-            if self._calls.timed:
-                self._calls.add(Call(None, {}, module.training, starts), False)
+            if self.calls.timed:
+                self.calls.add(Call(None, {}, module.training, starts), False)
             return None
         modes.check(module, self.title)
         outputs = {id(data): data for data in _tensors(result) if _carries(data)}
@@ -71,10 +71,10 @@ class Injector(Recorder):
         carrier = _Pass(self, everything)
         # Views of the leaves have a past, as the originals have: what has none is no neighbour in time.
         leaves = {id(data): leaf.view_as(leaf) for data, leaf in zip(everything, carrier.leaves, strict=True)}
-        self._calls.add(
+        self.calls.add(
             Call({role: _with(one, leaves) for role, one in observed.items()}, {}, module.training, starts), False
         )
-        self._waiting.append(carrier)
+        self.waiting.append(carrier)
         carried = _Carry.apply(carrier, len(outputs), *everything)  # type: ignore[no-untyped-call]  # torch leaves it so
         return _with(result, dict(zip(outputs, carried, strict=True)))
 
@@ -83,9 +83,9 @@ class Injector(Recorder):
         """The gradient of all passes so far, to be taken along by each."""
         with torch.enable_grad():
             scale = self._scale() if callable(self._scale) else self._scale
-            terms = [rule.inject(self, self._index()) for rule in self._rules]
-            total = torch.stack([term for term in terms if term is not None]).sum() * scale
-            new = [one for one in self._waiting if one.gradients is None]
+            assert self._intake is not None
+            total = torch.stack(self._intake.take(self._index())).sum() * scale
+            new = [one for one in self.waiting if one.gradients is None]
             leaves = [leaf for one in new for leaf in one.leaves]
             gradients = iter(torch.autograd.grad(total, leaves, materialize_grads=True))
         for one in new:
@@ -100,7 +100,7 @@ class Injector(Recorder):
 
         Raises StepError where that cannot be told: gradients of parameters are asked for, and the graph is kept.
         """
-        trained = [p for p in self._parameters if p.requires_grad]
+        trained = [p for p in self.parameters if p.requires_grad]
         if not trained:
             return True  # its parameters have no part in any; what is before it in the model has
         try:
@@ -115,17 +115,14 @@ class Injector(Recorder):
 
     def delivered(self, carrier: _Pass) -> None:
         """A pass has taken its part along."""
-        self._waiting = [one for one in self._waiting if one is not carrier]
-
-    def consume(self, ticket: Ticket) -> None:
-        """Nothing of it goes through `penalty()`."""
+        self.waiting = [one for one in self.waiting if one is not carrier]
 
     def clear(self) -> None:
         super().clear()
-        self._waiting.clear()
+        self.waiting.clear()
 
-    def missing(self, trained: set[int], optional: bool) -> str | None:
-        return _UNREACHED if self._waiting else super().missing(trained, optional)
+    def missing(self, trained: frozenset[int], optional: bool) -> str | None:
+        return _UNREACHED if self.waiting else super().missing(trained, optional)
 
 
 class _Pass:
@@ -138,7 +135,7 @@ class _Pass:
 
     def take(self) -> list[Tensor] | None:
         """Its part of the gradient, the first time that it is asked for."""
-        if not any(one is self for one in self._injector._waiting):
+        if not any(one is self for one in self._injector.waiting):
             return None  # discarded, or taken before
         if not self._injector.trains():
             return None  # a gradient is only looked at, and carries nothing away

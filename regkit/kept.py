@@ -28,14 +28,17 @@ def storage_of(
     """
     kept = _storage(module, parent, name)
     if through is not None:
-        kept = Through(kept, function_of(module, through), name)
-    return kept if mask is None else Masked(kept, mask_of(module, mask), name, f"masked by {mask}")
+        kept = Through(kept, function_of(module, through), name, _path(module, through))
+    if mask is None:
+        return kept
+    found, way = mask_of(module, mask), _path(module, mask)
+    registered = mask.rpartition(".")[-1] in {**way[-1]._buffers, **way[-1]._parameters}
+    return Masked(kept, found, name, way if registered else None, f"masked by {mask}")
 
 
 def function_of(module: nn.Module, name: str) -> nn.Module:
     """The submodule of this name. Raises AttachError where there is none."""
-    owner, _, own = _owner(module, None, name)
-    function = owner._modules.get(own)
+    function = _path(module, name)[-1]._modules.get(name.rpartition(".")[-1])
     if function is None:
         raise MissingError(f"the module {name} is missing")
     return function
@@ -43,8 +46,7 @@ def function_of(module: nn.Module, name: str) -> nn.Module:
 
 def mask_of(module: nn.Module, name: str) -> Tensor:
     """The mask of this name. Raises AttachError where there is none, or where it is trained."""
-    owner, _, own = _owner(module, None, name)
-    mask = getattr(owner, own, None)
+    mask = getattr(_path(module, name)[-1], name.rpartition(".")[-1], None)
     if not isinstance(mask, Tensor):
         raise MissingError(f"the mask {name} is missing" if mask is None else f"the mask {name} is {mask!r}, no tensor")
     if mask.requires_grad:
@@ -52,44 +54,39 @@ def mask_of(module: nn.Module, name: str) -> Tensor:
     return mask
 
 
-def held(module: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter of a dotted name, if it is one, and there."""
-    *path, own = name.split(".")
-    for part in path:
-        child = module._modules.get(part)
-        if child is None:
-            return None
-        module = child
-    return module._parameters.get(own)
-
-
-def _owner(module: nn.Module, parent: nn.Module | None, name: str) -> tuple[nn.Module, nn.Module | None, str]:
-    """What has the attribute of a dotted name itself, what holds that, and the name's last part."""
-    *path, own = name.split(".")
-    for part in path:
+def _path(module: nn.Module, name: str) -> list[nn.Module]:
+    """The modules from this one down to the one that has the attribute of a dotted name itself."""
+    found = [module]
+    for part in name.split(".")[:-1]:
         child = module._modules.get(part)
         if child is None:
             raise MissingError(f"{name} is missing: {type(module).__name__} has no module {part!r}")
-        module, parent = child, module
-        if flattened(module):
+        module = child
+        found.append(module)
+    for one in found:
+        if flattened(one):
             raise AttachError(f"{name} {FSDP1}")
-    return module, parent, own
+    return found
 
 
 def _storage(module: nn.Module, parent: nn.Module | None, name: str) -> Storage:
-    if flattened(module):
-        raise AttachError(f"{name} {FSDP1}")
-    module, parent, own = _owner(module, parent, name)
+    way, own = _path(module, name), name.rpartition(".")[-1]
+    module = way[-1]
+    parent = way[-2] if len(way) > 1 else parent
     parameter = _parameter(module, parent, own)
     if parameter is not None:
         if is_lazy(parameter):
             raise AttachError(f"{name} has no shape yet (lazy); run a batch through the model before regkit.attach()")
-        return Sharded(parameter) if sharded(parameter) else Plain(parameter)
+        follows = [*way] if len(way) > 1 else []
+        if module._parameters.get(own) is not parameter and parent is not None:  # it is a wrapper's raw one
+            follows = [*way, parent]
+        return Sharded(parameter, follows) if sharded(parameter) else Plain(parameter, follows)
     if parametrize.is_parametrized(module, own):
-        return Parametrized(module.get_submodule(f"parametrizations.{own}"), name)
+        parametrizations = module.get_submodule("parametrizations")
+        return Parametrized(parametrizations.get_submodule(own), name, (*way, parametrizations))
     original, mask = module._parameters.get(f"{own}_orig"), module._buffers.get(f"{own}_mask")
     if original is not None and mask is not None:
-        return Masked(Sharded(original) if sharded(original) else Plain(original), mask, name)
+        return Masked(Sharded(original) if sharded(original) else Plain(original), mask, name, way)
     raise _lost(module, own, name)
 
 

@@ -29,6 +29,9 @@ Layout = Literal["matrix", "gate", "cell"]
 """How a stacked weight is shown to a kind: whole, one gate at a time, or as (gates, hidden, columns)."""
 
 
+Separable = Literal["elements", "rows"] | None
+"""The parts of a weight on which a kind can act one by one, and so in any order and in several processes."""
+
 Via = Literal["gradient", "loss", "proximal", "decoupled", "inject"]
 """How a weight penalty reaches the weight: added to its gradient at the step; added to the loss; by its proximal
 operator after the step; or as a decoupled decay, as AdamW's. An activity penalty is added to the loss, or injected into
@@ -108,6 +111,17 @@ class _Strong(Kind):
 class _OnWeights(Kind):
     """A kind that acts on weights."""
 
+    @property
+    def separable(self) -> Separable:
+        """The parts of a weight to which the kind can be applied one by one: its `elements`, its `rows`, or None where
+        the kind has to see the whole (separable functions: Parikh & Boyd 2014, §2.1).
+
+        A penalty is then the sum of its values of the parts, its gradient and proximal operator are those of the parts
+        side by side; a constraint projects each part, and is violated as much as the worst of them. Where several
+        processes hold a weight in shards, no process needs those of another. No kind of `layout` "cell" has "rows".
+        """
+        return None
+
     ranks: ClassVar[tuple[int, ...]] = (1, 2)
     """The numbers of dimensions it is defined for: 1 for biases, 2 for matrices."""
 
@@ -182,6 +196,13 @@ class ActivityPenalty(_Strong):
     sequence: ClassVar[bool] = False
     """Whether it compares neighbours in time, and so needs a role that has them."""
 
+    separable: ClassVar[bool] = False
+    """Whether the kind is a sum, or mean, over single outputs or pairs of neighbours.
+
+    Of n outputs of one shape, side by side in the batch, it is then the sum of theirs, divided by n unless `reduction`
+    is `sum`; and the steps of a loop may come as one sequence.
+    """
+
     reduction: Reduction = "mean"
     """`mean` over valid elements; `batch`: the sum divided by the batch size, as Keras ≥ 3.14; `sum`."""
 
@@ -225,6 +246,33 @@ class Constraint(_OnWeights):
     @abstractmethod
     def violation(self, w: Tensor) -> Tensor:
         """How far outside w is, in the unit of the bound: 0 exactly where it is allowed.  -> ()."""
+
+    @property
+    def pooled(self) -> tuple[int, ...] | None:
+        """The axes over which `sums` sums: (1,) for the norms of rows, (0,) for those of columns, (0, 1) for that of a
+        matrix. None where sums do not say all that the numbers of a weight have to know of one another.
+
+        Where several processes hold a weight in shards, they add up their sums, and none needs the shards of another.
+        A vector is a matrix of one column.
+        """
+        return None
+
+    def sums(self, w: Tensor) -> Tensor:
+        """The sums over the `pooled` axes, in float32 or better.  w: (rows, columns) -> (rows, columns), with 1 in the
+        place of each axis that is summed over; it may be a part of a weight, and even have no row or no column.
+        """
+        raise PluginError(f"{self.kind} offers no sums")
+
+    def project_given(self, w: Tensor, sums: Tensor) -> Tensor:
+        """`project` for a part w of a weight.
+
+        sums: as of `sums`, of the whole weight along the pooled axes, and of the part along others.
+        """
+        raise PluginError(f"{self.kind} offers no sums")
+
+    def violation_given(self, w: Tensor, sums: Tensor) -> Tensor:
+        """`violation` for a part w of a weight, with a row and a column at least.  sums: as `project_given`'s -> ()."""
+        raise PluginError(f"{self.kind} offers no sums")
 
     def project_(self, weights: list[Tensor]) -> None:
         """List form of `project`, in place: each weight becomes its nearest allowed point and stays the tensor it is.

@@ -10,8 +10,7 @@ from torch import Tensor
 class Ticket:
     """Handed out with each `penalty()`: learns whether its gradient was ever asked for."""
 
-    def __init__(self) -> None:
-        self.backpropagated = False
+    backpropagated = False
 
     def __call__(self, gradient: Tensor) -> None:
         self.backpropagated = True
@@ -27,28 +26,28 @@ class Ledger:
 
     tickets: list[Ticket] = field(default_factory=list)
     settled: list[Ticket] = field(default_factory=list)
-    stepped: set[int] = field(default_factory=set)
+    stepped: frozenset[int] = frozenset()
 
-    def _joins(self, trained: set[int]) -> bool:
+    def _joins(self, trained: frozenset[int]) -> bool:
         return not self.tickets and bool(self.stepped) and self.stepped.isdisjoint(trained)
 
-    def of(self, trained: set[int]) -> list[Ticket]:
+    def of(self, trained: frozenset[int]) -> list[Ticket]:
         """The tickets that a step that trains these parameters answers to."""
         return self.settled if self._joins(trained) else self.tickets
 
-    def missing(self, trained: set[int]) -> str | None:
+    def missing(self, trained: frozenset[int]) -> str | None:
         """Why it did not go through a loss that was backpropagated; None where it did."""
         tickets = self.of(trained)
         if not tickets:
             return "was not part of the loss in this step; add attachment.penalty() to the loss"
         return None if all(ticket.backpropagated for ticket in tickets) else _UNSTAMPED
 
-    def settle(self, trained: set[int]) -> None:
+    def settle(self, trained: frozenset[int]) -> None:
         """These parameters have been stepped."""
         if self._joins(trained):
             self.stepped |= trained
         else:
-            self.settled, self.tickets, self.stepped = self.tickets, [], set(trained)
+            self.settled, self.tickets, self.stepped = self.tickets, [], frozenset(trained)
 
     def discard(self) -> None:
         """Forget what was not backpropagated. What was is in the gradients that others of a step have accumulated."""

@@ -108,4 +108,4 @@ def _as_one(
 ) -> PenaltyRule:
     first = rules[0]
     binding = replace(first.binding, key=", ".join(rule.binding.key for rule in rules), kind=kind)
-    return PenaltyRule(binding, blocks, first.census, whose=whose or {}, addends=addends)
+    return PenaltyRule(binding, blocks, first.snapshots, whose=whose or {}, addends=addends)

@@ -42,8 +42,7 @@ class Orphans:
                     "trained on; attach to a model that you keep, or detach() before you let it go"
                 )
 
-    def settled(self) -> None:
-        """It does nothing before a step."""
+    settled = None
 
     def after(self, frame: FrameType) -> None:
         """Nor after it."""

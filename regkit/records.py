@@ -7,25 +7,27 @@ copy of a hook is an inert one, which records nothing and writes into no one's s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id, _is_tracing
+from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor
+from torch.fx import _symbolic_trace
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from regkit import hooks, modes
-from regkit.activity import Segment, at_least_float32
+from regkit.activity import Segment
 from regkit.calls import Call, Calls, Record
 from regkit.errors import RegkitError, StepError
-from regkit.ledger import Ledger, Ticket
+from regkit.ledger import Ledger
 from regkit.modules import Parameters
-from regkit.sites import Adapter, OutputSite
-from regkit.step import Step
+from regkit.sites import Adapter, Form, OutputSite
 from regkit.validity import Validity
 
 _UNCONSUMED: Final = (
@@ -45,14 +47,15 @@ class Recorder:
 
     def __init__(self, module: nn.Module | None = None, adapter: Adapter | None = None, name: str = "") -> None:
         self._module = (lambda: None) if module is None else weakref.ref(module)
-        self._parameters = () if module is None else Parameters(module)
+        self.parameters = () if module is None else Parameters(module)
         self._adapter = adapter
         self._handle: RemovableHandle | None = None
         self.name = name
         self.title = name or "the model"
         self.ledger = Ledger()
-        self._calls = Calls()
-        self._left = 0
+        self.calls = Calls()
+        self.left = 0
+        self.waiting: list[Any] = []  # what no backward pass has reached, of an injector
         self._thread: int | None = None
 
     def __reduce__(self) -> tuple[Callable[[int], Recorder], tuple[int]]:
@@ -88,6 +91,34 @@ class Recorder:
         self.clear()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        calls = self.calls
+        if (
+            self._adapter is None
+            or torch.compiler.is_compiling()
+            or calls.timed
+            or _current_graph_task_id() != -1
+            or peek_interpreter_stack() is not None
+            or "_is_replica" in module.__dict__
+            or _is_tracing()
+        ):
+            self._record(module, args, kwargs, result)
+            return
+        try:
+            observed = self._adapter.observe(module, args, kwargs, result)
+        except Exception as error:  # a subclass may return what it likes; its user must learn what does not fit
+            raise self._unreadable(error) from error
+        versions: dict[str, tuple[Tensor, int]] = {}
+        for role, one in observed.items():
+            data = one.data if type(one) is PackedSequence else one
+            if isinstance(data, Tensor) and data.requires_grad and type(data) is not FakeTensor:
+                versions[role] = data, data._version
+        self._thread = get_ident()
+        if versions and not _symbolic_trace._is_fx_tracing_flag:
+            with calls.lock:
+                calls.last = (Call(observed, versions, module.training, False), calls.last)
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """The same, where anything is out of the ordinary."""
         compiling = torch.compiler.is_compiling()
         if self._adapter is None or modes.is_rehearsal(self.title, compiling):
             return
@@ -106,10 +137,10 @@ class Recorder:
             modes.check(module, self.title, carries)
             self._thread = get_ident()
         if not carries:  # what no gradient can reach (evaluation under no_grad) is no training data
-            if self._calls.timed and self._steps:
-                self._calls.add(Call(None, {}, module.training, starts), compiling)
+            if self.calls.timed and self._steps:
+                self.calls.add(Call(None, {}, module.training, starts), compiling)
             return
-        self._calls.add(Call(observed, versions, module.training, starts), compiling)
+        self.calls.add(Call(observed, versions, module.training, starts), compiling)
 
     def observe(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -143,86 +174,85 @@ class Recorder:
     @property
     def records(self) -> list[Record]:
         """What is in store."""
-        return self._calls.placed()
+        return self.calls.placed()
 
     @contextmanager
     def under(self, validity: Validity) -> Iterator[None]:
         """Inside, calls have this validity, counted from 0."""
-        with self._calls.under(validity):
+        with self.calls.under(validity):
             yield
-            if self._steps and self._calls.longest:
-                validity.check_calls(self._calls.longest, self.title)
-
-    def consume(self, ticket: Ticket) -> None:
-        """What is in store has gone into the loss of this ticket."""
-        if self._calls.clear():
-            self.ledger.tickets.append(ticket)
-            self._left = 0
+            if self._steps and self.calls.longest:
+                validity.check_calls(self.calls.longest, self.title)
 
     def clear(self) -> None:
         """Drop what is in store."""
-        self._calls.clear()
-        self._left = 0
+        self.calls.clear()
+        self.left = 0
 
-    def segments(self, site: OutputSite) -> list[Segment] | None:
-        """The segments of everything in store, for one site; None where nothing is."""
-        records, adapter = self._calls.placed(), self._adapter
+    def form(self, site: OutputSite) -> Form | None:
+        """Where the tensor of an output is in what is observed, if that is simple."""
+        return None if self._adapter is None else self._adapter.form(self.module, site)
+
+    def segments(self, site: OutputSite) -> list[Segment]:
+        """The segments of everything in store, for one site."""
+        records, adapter = self.calls.placed(), self._adapter
         if not records or adapter is None:
-            return None
+            return []
         if len(records) > 1:
-            self._refuse_mixture(records)
-            self._refuse_leftovers(len(records))
+            self.refuse(records)
         module = self._module() or self.module
         found: list[Segment] = []
         for record in records:
-            for role, (data, version) in record.versions.items():
-                if data._version != version:
-                    raise StepError(
-                        f"the {role} of {self.title} was changed in place after it was recorded, so its "
-                        "penalty would be that of other values; change a copy"
-                    )
+            self.refuse_changes(record)
             found.extend(adapter.segments(module, site, record.observed, record.validity, record.call))
         return found
 
-    def recorded(self) -> list[Tensor]:
-        """The tensors in store."""
-        found = (data_of(one) for record in self.records for one in record.observed.values())
-        return [one for one in found if isinstance(one, Tensor)]
+    def refuse_changes(self, record: Call | Record) -> None:
+        """Raise StepError where what was recorded was changed in place."""
+        for role, (data, version) in record.versions.items():
+            if data._version != version:
+                raise StepError(
+                    f"the {role} of {self.title} was changed in place after it was recorded, so its "
+                    "penalty would be that of other values; change a copy"
+                )
 
-    def _refuse_mixture(self, records: Sequence[Record]) -> None:
-        evaluated = sum(not record.training for record in records)
+    def refuse(self, records: Sequence[Call | Record]) -> None:
+        """Raise StepError where several records are not to be counted together."""
+        evaluated = 0
+        for record in records:
+            evaluated += not record.training
         if 0 < evaluated < len(records):
             raise StepError(
                 f"{evaluated} of {len(records)} recorded outputs of {self.title} were made in "
                 "eval mode and would be counted with those of training; evaluate under torch.no_grad()"
             )
+        if self.left:
+            self._refuse_leftovers(len(records))
 
-    def trained_by(self, step: Step) -> set[int]:
-        """The ids of what this step trains of the module; one without a trainable parameter goes with the rest."""
-        mine = {id(p) for p in self._parameters if p.requires_grad}
-        return set(step.trained & mine if mine else step.trained)
+    @property
+    def frozen(self) -> bool:
+        """Whether no step trains it: what is before it in the model may be trained, without it."""
+        return not any(p.requires_grad for p in self.parameters)
 
-    def missing(self, trained: set[int], optional: bool) -> str | None:
+    def missing(self, trained: frozenset[int], optional: bool) -> str | None:
         """Why what it recorded is not in the loss of a step that trains these of its parameters; None where it is."""
         if self.records:
             return _UNCONSUMED
         if self.ledger.of(trained):
             return self.ledger.missing(trained)
-        # One that is frozen as a whole is trained by no step: what is before it in the model may be, without it.
-        frozen = not any(p.requires_grad for p in self._parameters)
-        return None if optional or frozen else _UNRECORDED
+        return None if optional or self.frozen else _UNRECORDED
 
     def pass_by(self, stepped: Mapping[int, Any]) -> None:
         """A step of other parameters leaves the records to a later one, which must not find newer ones beside them."""
         elsewhere = self._thread not in (None, get_ident())  # another model's training has nothing to do with it
-        if self._calls.empty or elsewhere or any(id(p) in stepped for p in self._parameters):
+        if self.calls.empty or elsewhere or any(id(p) in stepped for p in self.parameters):
             return
         count = len(self.records)
         self._refuse_leftovers(count)
-        self._left = count
+        self.left = count
 
     def _refuse_leftovers(self, count: int) -> None:
-        if 0 < self._left < count:
+        if 0 < self.left < count:
             raise StepError(
                 f"outputs of {self.title} from before an optimizer's step and from after it were never consumed, and "
                 "would be counted together: add attachment.penalty() to the loss, or run forward passes that it is not "
@@ -230,20 +260,31 @@ class Recorder:
             )
 
 
+def all_in_the_loss(recorders: Iterable[tuple[Recorder, object]]) -> bool:
+    """Whether each has recorded something, all of which went through a loss that was backpropagated."""
+    for recorder, _ in recorders:
+        calls, tickets = recorder.calls, recorder.ledger.tickets
+        if calls.last is not None or calls.records or recorder.waiting or not tickets:
+            return False
+        for ticket in tickets:
+            if not ticket.backpropagated:
+                return False
+    return True
+
+
+def settle(recorders: Iterable[tuple[Recorder, frozenset[int]]]) -> None:
+    """Settle the tickets of each: these parameters of it have been stepped."""
+    for recorder, trained in recorders:
+        ledger = recorder.ledger
+        if ledger.tickets:  # as it mostly is: without a call for each
+            ledger.settled, ledger.tickets, ledger.stepped = ledger.tickets, [], trained
+        else:
+            ledger.settle(trained)
+
+
 def data_of(observed: Any) -> Any:
     """The tensor of an output, which may be packed."""
     return observed.data if isinstance(observed, PackedSequence) else observed
-
-
-def total(terms: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The sum of scalars on `device`, in float32 or better.  -> ()."""
-    if not terms:
-        return torch.zeros((), dtype=torch.float32, device=device)
-    first, *others = terms
-    result = at_least_float32(first.to(device))
-    for term in others:
-        result = result + term.to(device)
-    return result
 
 
 def _copied(number: int) -> Recorder:

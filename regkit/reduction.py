@@ -19,13 +19,24 @@ from regkit.errors import PluginError
 
 Reduction = Literal["mean", "batch", "sum"]
 
-_ROOM: Final = {True: 2**20, False: 2**26}
+ROOM: Final = {True: 2**20, False: 2**26}
 """The bytes of a piece: what a processor's cache holds, or what keeps an accelerator busy."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32 where it is narrower: sums of half-precision numbers overflow and stall."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def total(terms: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum of scalars on `device`, in float32 or better.  -> ()."""
+    if not terms:
+        return torch.zeros((), dtype=torch.float32, device=device)
+    first, *others = terms
+    result = at_least_float32(first.to(device))
+    for term in others:
+        result = result + term.to(device)
+    return result
 
 
 class Part(NamedTuple):
@@ -70,7 +81,7 @@ def _pieces(parts: Sequence[Part]) -> list[Piece]:
     seen: set[tuple[int, int, int]] = set()
     for part in parts:
         h = part.tensors[0]
-        size, limit = h.numel() * max(h.element_size(), 4), _ROOM[h.is_cpu]  # in bytes, as it is read
+        size, limit = h.numel() * max(h.element_size(), 4), ROOM[h.is_cpu]  # in bytes, as it is read
         if size > limit:
             pieces += [[one] for one in part.cut(max(h.size(0) * limit // size, 1))]
             left = 0

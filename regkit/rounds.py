@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Final
+
+_REMEMBERED: Final = 64
+"""How many steps are remembered, where there are several optimizers."""
 
 
 class StepCount:
@@ -13,26 +18,60 @@ class StepCount:
 
     def __init__(self) -> None:
         self.count = 0
-        self.stepped: set[int] = set()
+        self.stepped: AbstractSet[int] = frozenset()
+        self.history: list[frozenset[int]] = []
+        """Who stepped, the last one last; empty while that is one alone."""
 
-    def index(self, parameters: Iterable[int]) -> int:
+    def index(self, parameters: AbstractSet[int]) -> int:
         """The number, from 0, of the step that an optimizer of these parameters is about to take part in."""
-        joins = self.stepped and self.stepped.isdisjoint(parameters)
+        joins = self.stepped and self.stepped is not parameters and self.stepped.isdisjoint(parameters)
         return self.count - 1 if joins else self.count
 
-    def advance(self, parameters: Iterable[int]) -> None:
+    def upcoming(self, expected: Callable[[], AbstractSet[int]]) -> int:
+        """The number of the step to come, whoever makes it: a loss is computed before that is known.
+
+        Who steps next is who did the last time that those before had stepped in this order; where they never had,
+        whoever has not stepped yet. expected: the parameters that any optimizer owns.
+        """
+        if not self.stepped:
+            return self.count
+        likely = self._likely()
+        if likely is None:
+            return self.count if expected() <= self.stepped else self.count - 1
+        return self.index(likely)
+
+    def _likely(self) -> frozenset[int] | None:
+        """Who followed on the longest stretch of steps that was there before."""
+        past, best, length = self.history, None, 0
+        for end in range(len(past) - 1, 0, -1):
+            same = 0
+            while same < end and past[end - 1 - same] == past[-1 - same]:
+                same += 1
+            if same > length:
+                best, length = past[end], same
+        return best
+
+    def advance(self, parameters: AbstractSet[int]) -> None:
         """An optimizer of these parameters has stepped."""
-        if not self.stepped or not self.stepped.isdisjoint(parameters):
+        parameters = frozenset(parameters)  # which it mostly is itself
+        if self.stepped and self.stepped != parameters and not self.history:
+            self.history.append(frozenset(self.stepped))
+        if self.history:
+            self.history = [*self.history[-_REMEMBERED:], parameters]
+        if self.stepped and self.stepped is not parameters and self.stepped.isdisjoint(parameters):
+            if not isinstance(self.stepped, set):
+                self.stepped = set(self.stepped)
+            self.stepped.update(parameters)
+        else:
             self.count += 1
-            self.stepped.clear()
-        self.stepped.update(parameters)
+            self.stepped = parameters
 
     def keep(self, parameters: Mapping[int, object]) -> None:
         """These are there now. Where none of those that were stepped is, all were replaced: no step can join theirs."""
         if self.stepped.isdisjoint(parameters):
-            self.stepped.clear()
+            self.stepped, self.history = frozenset(), []
 
     def restore(self, count: int, stepped: Iterable[int]) -> None:
         """Go on from a saved count, of which these parameters have been stepped."""
         self.count = count
-        self.stepped = set(stepped)
+        self.stepped, self.history = frozenset(stepped), []

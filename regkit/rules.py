@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from functools import cached_property
+from typing import NoReturn, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
-from regkit.activityrule import ActivityRule, take
+from regkit.activityrule import ActivityRule, At, Intake
+from regkit.binding import Binding
 from regkit.blocks import Block
-from regkit.census import Census
 from regkit.errors import AttachError, PluginError, RegkitError, StepError
 from regkit.injection import Injector, Scale
 from regkit.kinds import ActivityPenalty, Layout, Penalty, Via
 from regkit.merging import merged
-from regkit.modules import Link, links
+from regkit.modules import Parameters, links
 from regkit.plan import Plan
 from regkit.records import Recorder
 from regkit.sites import WeightSite
+from regkit.snapshot import Snapshots
 from regkit.weightrule import WeightRule
 from regkit.weights import ConstraintRule, PenaltyRule
 
@@ -30,32 +32,36 @@ def named(rule: WeightRule | ActivityRule, run: Callable[P, T], *args: P.args, *
     """What `run` returns. What a plugin's mathematics raises becomes a StepError that says whose it was, and where."""
     try:
         return run(*args, **kwargs)
-    except AttachError as error:
-        raise AttachError(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()}): {error}") from error
-    except RegkitError:
-        raise
     except Exception as error:  # a kind is a stranger's code: anything can come out
-        binding = rule.binding
-        where = "" if rule.at is None else f" on {rule.at.name or 'the model'}"
-        raise StepError(
-            f"rule {binding.key!r}: {binding.title}, of plugin {binding.origin}, failed{where}: {error!r}"
-        ) from error
+        raise_named(rule, error)
+
+
+def raise_named(rule: WeightRule | ActivityRule | At, error: Exception) -> NoReturn:
+    """Raise what the rule's mathematics raised, as an error that says whose it was, and where."""
+    binding = rule.binding
+    if isinstance(error, AttachError):
+        raise AttachError(f"rule {binding.key!r} ({binding.kind.describe()}): {error}") from error
+    if isinstance(error, RegkitError):
+        raise error
+    where = "" if rule.at is None else f" on {rule.at.name or 'the model'}"
+    raise StepError(
+        f"rule {binding.key!r}: {binding.title}, of plugin {binding.origin}, failed{where}: {error!r}"
+    ) from error
 
 
 @dataclass(eq=False)
 class Rules:
     """Every rule of a plan, in the document's order.
 
-    recorders: what the activity rules need; links: down to all modules that rules are bound to; census: of the modules
-    whose parameters make a step ours.
+    recorders: what the activity rules need; spoken: of these, the ones of rules via loss. snapshots: of the modules
+    whose parameters make a step the attachment's.
     """
 
     penalties: list[PenaltyRule]
     constraints: list[ConstraintRule]
     activities: list[ActivityRule]
     recorders: list[Recorder]
-    links: list[Link]
-    census: Census
+    snapshots: Snapshots
 
     def __post_init__(self) -> None:
         self.by_gradient, self.by_loss, self.by_prox, self.by_decay = (
@@ -63,6 +69,14 @@ class Rules:
             for via in ("gradient", "loss", "proximal", "decoupled")
         )
         self.by_gradient = merged(self.by_gradient)
+        through = [*(rule.binding for rule in self.activities), *(rule.binding for rule in self.by_loss)]
+        self.scheduled = any(binding.schedule is not None for binding in through)
+        self.spoken = [one for one in self.recorders if not isinstance(one, Injector)]
+
+    @cached_property
+    def intake(self) -> Intake:
+        """What goes through the loss of rules on activity."""
+        return Intake(self.activities, self.spoken, raise_named)
 
     @property
     def on_weights(self) -> list[PenaltyRule | ConstraintRule]:
@@ -123,16 +137,13 @@ class Rules:
             )
         for injector in self.injectors:
             rules = [rule for rule in self.activities if any(one is injector for _, one in rule.places)]
-            injector.begin(rules, 1.0 if scale is None else scale, index)
+            injector.begin(Intake(rules, [injector], raise_named), 1.0 if scale is None else scale, index)
 
     def loss_terms(self, index: int) -> list[Tensor]:
-        """What goes through the loss at a step: activity penalties of what is recorded, weight penalties via loss."""
-        terms = take(self.activities, index, named)
-        if self.by_loss:
-            self.census.look()
-            values = [named(rule, rule.value, index) for rule in self.by_loss]
-            terms += [value for value in values if value is not None]
-        return terms
+        """The penalties of weights that go through the loss at a step."""
+        self.snapshots.fresh()
+        values = [named(rule, rule.value, index) for rule in self.by_loss]
+        return [value for value in values if value is not None]
 
 
 def _prove(rule: PenaltyRule | ConstraintRule | ActivityRule, tried: set[Hashable]) -> None:
@@ -148,8 +159,10 @@ def rules_of(plan: Plan, model: nn.Module) -> Rules:
     modules = dict(model.named_modules(remove_duplicate=False))
     recorders = _recorders(plan, modules)
     paths = dict.fromkeys(site.path for binding in plan.bindings for site in binding.sites)
-    down = links(model, paths)
-    census = Census(_trained(plan, model, modules), down)
+    blocks: dict[Block, Binding] = {}
+    watched = _trained(plan, model, modules)
+    everything = Parameters(model) if recorders else ()
+    snapshots = Snapshots(blocks, watched, links(model, paths), everything)
     penalties: list[PenaltyRule] = []
     constraints: list[ConstraintRule] = []
     activities: list[ActivityRule] = []
@@ -159,19 +172,21 @@ def rules_of(plan: Plan, model: nn.Module) -> Rules:
             places = [(site, recorders[id(modules[site.path]), binding.via]) for site in binding.outputs]
             activities.append(ActivityRule(binding, places))
             continue
-        blocks = [_block(site, modules, kind.layout) for site in binding.weights]
+        own = [_block(site, modules, kind.layout) for site in binding.weights]
+        blocks.update(dict.fromkeys(own, binding))
         if isinstance(kind, Penalty):
-            penalties.append(PenaltyRule(binding, blocks, census))
+            penalties.append(PenaltyRule(binding, own, snapshots))
         else:
-            constraints.append(ConstraintRule(binding, blocks, census))
-    return Rules(penalties, constraints, activities, list(recorders.values()), down, census)
+            constraints.append(ConstraintRule(binding, own, snapshots))
+    return Rules(penalties, constraints, activities, list(recorders.values()), snapshots)
 
 
 def _trained(plan: Plan, model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterable[nn.Module]:
     """The modules whose parameters make a step ours: with an activity rule all, for its gradient may flow anywhere."""
+    bound = [modules[site.path] for binding in plan.bindings for site in binding.weights]
     if any(binding.outputs for binding in plan.bindings):
-        return [module for module in model.modules() if module._parameters]
-    return [modules[site.path] for binding in plan.bindings for site in binding.weights]
+        bound += [module for module in model.modules() if module._parameters]
+    return bound
 
 
 def _block(site: WeightSite, modules: Mapping[str, nn.Module], layout: Layout) -> Block:

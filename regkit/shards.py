@@ -7,12 +7,14 @@ No other room knows DTensor. It is looked up among the modules that are loaded a
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Final
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
     from typing_extensions import TypeIs
 
@@ -63,6 +65,77 @@ def share(whole: Tensor, like: Tensor) -> Tensor:
         held.append(placement if isinstance(placement, Partial) else Replicate())
     replicated = DTensor.from_local(whole, mesh, held, run_check=False)
     return replicated.redistribute(placements=like.placements)
+
+
+def held_here(tensor: Tensor) -> tuple[tuple[int, int], ...] | None:
+    """The part of a sharded tensor that this process holds: along each axis, the first index and how many there are.
+
+    None where the part is no such box, as where some of its rows lie between those of another process.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert sharded(tensor)
+    if not all(isinstance(one, Replicate) or type(one) is Shard for one in tensor.placements):
+        return None
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    if 0 in shape:
+        offset = (0,) * len(shape)
+    return tuple(zip(offset, shape, strict=True))
+
+
+def divided(tensor: Tensor) -> set[int]:
+    """The axes along which a sharded tensor is divided among processes."""
+    from torch.distributed.tensor import Shard
+
+    assert sharded(tensor)
+    return {one.dim for one in tensor.placements if isinstance(one, Shard)}
+
+
+def placement(tensor: Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]]:
+    """The mesh of a sharded tensor, and how it is placed on that."""
+    assert sharded(tensor)
+    return tensor.device_mesh, tensor.placements
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds, any other tensor itself. Autograd goes through it."""
+    if not sharded(tensor):
+        return tensor
+    part: Tensor = tensor.to_local() if torch.is_grad_enabled() else tensor._local_tensor
+    return part
+
+
+def pooled(parts: Sequence[Tensor], like: Tensor, axes: Collection[int], by: Literal["sum", "max"]) -> list[Tensor]:
+    """Tensors of each process, summed over the processes among which `like` is divided along the axes; or the largest.
+
+    One all-reduce for all of them, for each dimension of the mesh that divides these axes; none where none does.
+    Every process of the mesh has to call it, with tensors of equal shapes. Autograd goes through sums.
+    """
+    from torch.distributed.tensor import Shard
+
+    assert sharded(like)
+    over = [by if isinstance(one, Shard) and one.dim in axes else None for one in like.placements]
+    if not any(over):
+        return list(parts)
+    total = _reduced(torch.cat([part.reshape(-1) for part in parts]), like, over)
+    each = torch.split_with_sizes(total, [part.numel() for part in parts])
+    return [one.view(part.shape) for one, part in zip(each, parts, strict=True)]
+
+
+def everywhere(flags: Tensor, like: Tensor) -> Tensor:
+    """Whether each is true in all processes of the mesh of `like`; the flags themselves where that is not sharded."""
+    if not sharded(like):
+        return flags
+    return _reduced(flags.to(torch.uint8), like, ["min"] * like.device_mesh.ndim).bool()
+
+
+def _reduced(tensor: Tensor, like: DTensor, over: Sequence[str | None]) -> Tensor:
+    """A tensor of each process reduced over the dimensions of the mesh for which there is a way to."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    held = [Replicate() if by is None else Partial(by) for by in over]
+    return DTensor.from_local(tensor, like.device_mesh, held, run_check=False).full_tensor()
 
 
 def reshard(model: nn.Module) -> None:

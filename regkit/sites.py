@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -131,6 +131,19 @@ def turned(kept: Tensor, transposed: bool, columns: Columns) -> Tensor:
     return kept.narrow(1, start, stop - start)
 
 
+class Form(NamedTuple):
+    """Where the tensor of an output is in what is observed of a call, as long as no padding is to be left out.
+
+    before: of a cell, where its h_{t-1} is; left out, the tensor is a padded sequence: (time, batch, features), or
+    batch first. directions: those that lie side by side in the features; what is "backward" runs against time.
+    """
+
+    role: str
+    before: str | None = None
+    batch_first: bool = False
+    directions: tuple[str, ...] = ("forward",)
+
+
 @dataclass(frozen=True)
 class OutputSite:
     """One output of one module, and the layers and directions in it that count."""
@@ -225,6 +238,13 @@ class Adapter(ABC):
         step: int,
     ) -> Sequence[Segment]:
         """The segments of one observed call. step: how many calls came before it under the same validity."""
+
+    def form(self, module: nn.Module, site: OutputSite) -> Form | None:
+        """Where the tensor of an output is in what `observe` keeps, if all that `segments` does is to lay that out.
+
+        Outputs of a form are reduced many at a time, without `segments`.
+        """
+        return None
 
     def examples(self) -> Sequence[Example]:
         """Modules that `regkit conformance` tries it on."""

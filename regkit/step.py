@@ -1,25 +1,52 @@
-"""One optimizer step."""
+"""One optimizer step, and what of the model its optimizer owns."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import CodeType
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regkit.ownership import Groups, Owned
+ParametersById = Mapping[int, nn.Parameter]
+"""The model's parameters that make a step one of the attachment's, by their ids."""
+
+Groups = Mapping[int, dict[str, Any]]
+"""The parameter group of each parameter, by its id."""
+
+
+class Owned:
+    """The parameters of an optimizer that are also the model's.
+
+    groups: of all parameters of the optimizer; ours: of the model's, which `leaves` lists and `ids` holds.
+    """
+
+    def __init__(self, here: ParametersById, groups: Groups) -> None:
+        self.here = here
+        self.ours: Groups = {key: groups[key] for key in here if key in groups}
+        self.groups = self.ours if len(self.ours) == len(groups) else groups  # often all is the model's
+        self.leaves = [here[key] for key in self.ours]
+        self.ids = frozenset(self.ours)
+
+    def among(self, here: ParametersById) -> Owned:
+        """This ownership, restricted to the parameters that the model has now."""
+        return self if here is self.here else Owned(here, self.groups)
+
+    def without(self, taken: Collection[int]) -> Owned:
+        """This ownership, less the parameters of these ids."""
+        return Owned({key: leaf for key, leaf in self.here.items() if key not in taken}, self.groups)
 
 
 @dataclass(eq=False)
 class Step:
-    """One optimizer step that owns parameters of ours.
+    """One optimizer step that owns parameters of the model.
 
-    optimizer: None for an update that is not made by a torch optimizer, inside `attachment.step()`.
-    owned: its parameters of ours; groups: the parameter group of each, by its id.
     scale: the loss scale still in the gradients; a fused optimizer divides by it itself.
     index: how many steps came before it.
-    trained: the ids of those that have a gradient, once gradients are complete.
+    trained: the ids of the parameters that have a gradient, once gradients are complete.
+    evaluations: how often gradients have been complete in it.
     """
 
     optimizer: Optimizer | None

@@ -20,207 +20,197 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regkit.engine import Engine
 from regkit.errors import AttachError, StepError
 from regkit.modes import uncompiled
-from regkit.ownership import Met, Owned, Ownership
+from regkit.program import ActiveStep, Program
 from regkit.rounds import StepCount
-from regkit.routine import Routine
 from regkit.shards import distributed, reshard, sharded
-from regkit.step import Step
-from regkit.work import Work
+from regkit.step import Owned
+
+
+class _Thread(threading.local):
+    """The steps that a thread is in, outermost first."""
+
+    def __init__(self) -> None:
+        self.running: list[ActiveStep] = []
 
 
 class Steps:
     """The optimizer steps of one attachment: hears of all, and acts on its own."""
 
-    def __init__(self, work: Work, optimizers: Iterable[Optimizer] | None) -> None:
+    def __init__(self, engine: Engine, optimizers: Iterable[Optimizer] | None) -> None:
         self.count = StepCount()
-        self._work = work
+        self._engine = engine
         self._only = None if optimizers is None else weakref.WeakSet(optimizers)
-        self._ownership = Ownership()
-        self._routines: dict[int, Routine] = {}  # by the optimizer's id, which each of them holds weakly
-        self._thread = threading.local()
-        self._open: set[weakref.ref[Step]] = set()
+        self._thread = _Thread()
+        self.open: set[weakref.ref[ActiveStep]] = set()
 
-    def _running(self, frame: FrameType) -> list[Step]:
+    def _running(self, frame: FrameType) -> list[ActiveStep]:
         """The steps that this thread is in, outermost first.
 
         A step that raised never ends, and would claim its parameters for ever. It is told by its frame: one that is
         not on the stack any more is over. `attachment.step()` has none, and always ends. A frame is told by its id and
         code, for to hold it would keep a batch alive; `before` sees to it that no new one is taken for it.
         """
-        running: list[Step] = getattr(self._thread, "running", [])
+        running = self._thread.running
         if running:
             on_stack = set()
             above: FrameType | None = frame
             while above is not None:
                 on_stack.add(_key(above))
                 above = above.f_back
-            for step in [step for step in running if step.frame is not None and step.frame not in on_stack]:
-                self._leave(running, step)
-        self._thread.running = running
+            self._end(running, lambda step: step.frame is not None and step.frame not in on_stack)
         return running
 
-    def _enter(self, running: list[Step], step: Step) -> None:
-        running.append(step)
-        self._open.add(weakref.ref(step, self._open.discard))  # as a WeakSet, which is Python and slow
+    def _end(self, running: list[ActiveStep], over: Callable[[ActiveStep], bool]) -> None:
+        for step in [step for step in running if over(step)]:
+            self._leave(running, step)
 
-    def _leave(self, running: list[Step], step: Step) -> None:
+    def _leave(self, running: list[ActiveStep], step: ActiveStep) -> None:
         if step in running:  # or it was entered in another thread, as asynchronous code may
             running.remove(step)
-        self._open.discard(weakref.ref(step))
+        self.open.discard(weakref.ref(step))
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
-        """Begin a step, if it is ours."""
-        model = self._work.hold()  # or it could be collected while its parameters are looked at
-        if model is None or self._repeated(optimizer, args, kwargs, frame):
+        """Begin a step, if it is one of the attachment's."""
+        engine = self._engine
+        model = engine.model()  # or it could be collected while its parameters are looked at
+        if model is None:
             return None
-        running = self._running(frame)
-        for over in [one for one in running if one.frame == _key(frame)]:
-            self._leave(running, over)  # its step raised, and this one's frame has come to be where that was
-        met = self._meet(model, optimizer)
-        if met is None:
-            return None
-        owned = met.owned
-        acts = self._concerns(optimizer) if owned.ours else True
-        for outer in running:
-            owned = owned.without(outer.groups)
+        running, key, count = self._thread.running, (id(frame), frame.f_code), self.count
+        if running:  # a step that raised may be among them, whose frame has been where this one's is now
+            self._end(self._running(frame), lambda step: step.frame == key)
+        last = engine.snapshots.last
+        program = None if last is None else last.programs.get(id(optimizer))
+        if program is None or not program.holds(optimizer):
+            program = self._program(model, optimizer)
+            if program is None:
+                return None
+        acts = self._only is None or not program.owned.ours or self._concerns(optimizer)
+        program = self._within(running, program, optimizer) if running else program
+        owned = program.owned
         if not running:
-            self._work.met(optimizer, owned.groups, acts)
+            engine.step_heard(optimizer, program, acts)
         if not owned.ours or not acts:
             return None
         # Both attributes are set by GradScaler around the step of an optimizer that unscales by itself, and only there.
         # Reading found_inf waits for the GPU; so does GradScaler itself at the step of every other optimizer.
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        index = count.count if count.stepped is owned.ids else count.index(owned.ids)
         skipped = found_inf is not None and bool(found_inf)
-        step = Step(optimizer, owned, scale, skipped, self.count.index(owned.ours), _key(frame))
+        step = ActiveStep(optimizer, owned, scale, skipped, index, key, program=program)
+        given = self._around(step, args, kwargs) if kwargs or len(args) > 1 else None
+        if given is None and not skipped:
+            engine.at_gradients(step)
+        running.append(step)
+        self.open.add(weakref.ref(step, self.open.discard))  # as a WeakSet, which is Python and slow
+        return given
+
+    def _around(self, step: ActiveStep, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Arguments with the work of the step behind their closure; None where there is no closure, or no work."""
         closure, put_back = _closure(args, kwargs)
-        if closure is None and not skipped:
-            self._at_gradients(step)
-            self._keep_in_mind(step, met)
-        self._enter(running, step)
-        return None if closure is None or skipped else put_back(_Closure(self, step, closure))
+        return None if closure is None or step.skipped else put_back(_Closure(self, step, closure))
 
-    def _repeated(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> bool:
-        """Begin the step as the one before it, if it is like that."""
-        routine = self._routines.get(id(optimizer))
-        if routine is None or len(args) > 1 or kwargs or getattr(self._thread, "running", True):
-            return False
-        found = routine.gradients(optimizer)
-        if found is None:
-            return False
-        owned, key = routine.met.owned, (id(frame), frame.f_code)
-        step = Step(optimizer, owned, None, False, self.count.index(owned.ours), key, owned.ids, 1)
-        if not self._work.repeat(step, routine, found):
-            return False
-        self._enter(self._thread.running, step)
-        return True
+    def _within(self, running: Iterable[ActiveStep], program: Program, optimizer: Optimizer) -> Program:
+        """What a step does that runs within others, to whom what they have in common belongs."""
+        owned = program.owned
+        for outer in running:
+            owned = owned.without(outer.groups)
+        return Program(optimizer, program.snapshot, owned)
 
-    def _keep_in_mind(self, step: Step, met: Met) -> None:
-        """Make a routine of a step, if it may be repeated."""
-        if step.owned is not met.owned or step.trained is not met.owned.ids or step.scale is not None:
-            return
-        known = self._routines.get(id(step.optimizer))
-        if known is None or not known.is_of(met):
-            self._routines = {key: one for key, one in self._routines.items() if one.met.alive}
-            routine = self._work.routine(step, met)
-            if routine is not None:
-                self._routines[id(step.optimizer)] = routine
-
-    def _meet(self, model: nn.Module, optimizer: Optimizer) -> Met | None:
-        """What it owns of ours; None where the model is not what it was, and is not trained by it either."""
-        last = self._ownership.last(optimizer)
-        # The step of another model's optimizer costs next to nothing, however much there is here.
-        if last is not None:
-            same = self._work.unchanged if last.owned.ours else self._work.as_ever
-            if same(last.owned.here):
-                return last
+    def _program(self, model: nn.Module, optimizer: Optimizer) -> Program | None:
+        """What an optimizer's steps do; None where the model is not what it was, and is not trained by it either."""
         if distributed() and any(sharded(p) for group in optimizer.param_groups for p in group["params"]):
             reshard(model)  # or what it owns might not be in the model at the moment
-        moved = self._work.moved()
+        moved = self._engine.moved()
         if moved is None:
-            here = self._work.here()
-            self.count.keep(here)
-            return last if last is not None and last.owned.here is here else self._ownership.meet(optimizer, here)
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) in owned for p in model.parameters()):
+            snapshot = self._engine.now()
+            self.count.keep(snapshot.parameters)
+            program = snapshot.programs.get(id(optimizer))
+            if program is None or not program.holds(optimizer):
+                program = snapshot.programs[id(optimizer)] = Program(optimizer, snapshot)
+            return program
+        owned_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) in owned_ids for p in model.parameters()):
             raise _replaced(moved)
         return None
 
-    def release(self) -> None:
-        """Hold no parameter any more."""
-        self._ownership.release()
-        self._routines = {}
-
     def _concerns(self, optimizer: Optimizer) -> bool:
-        """Whether the attachment was restricted to this optimizer, or to none."""
-        if self._only is None:
-            return True
+        """Whether the attachment was restricted to this optimizer."""
+        assert self._only is not None
         if not self._only:
             raise StepError("the optimizer that attach(optimizer=...) was restricted to is gone; attach anew")
         return optimizer in self._only
 
-    def _at_gradients(self, step: Step) -> None:
-        step.evaluations += 1
-        idle = [p for p in step.owned.leaves if p.grad is None or not p.requires_grad]
-        step.trained = step.owned.ids.difference(map(id, idle)) if idle else step.owned.ids
-        self._work.at_gradients(step)
+    def upcoming(self) -> int:
+        """The number of the step to come, for what is computed before it is known who makes it."""
+        return self.count.upcoming(self._engine.expected) if self.count.stepped else self.count.count
 
     def settled(self) -> None:
         """Whatever else is done before the step is done."""
-        self._work.settled()
+        mark = self._engine.watch.mark
+        if mark.gradient is not None:
+            mark.version, mark.renewed = mark.gradient._version, False
 
     def after(self, frame: FrameType) -> None:
         """End the step of this frame, if it was ours. Another step of the same optimizer may run within it."""
-        running: list[Step] = getattr(self._thread, "running", [])
-        key = id(frame), frame.f_code
+        running, key = self._thread.running, (id(frame), frame.f_code)
         if running and running[-1].frame != key:
             running = self._running(frame)
         if running and running[-1].frame == key:
-            step = running[-1]
-            self._leave(running, step)
-            self._end(step)
-
-    def _end(self, step: Step) -> None:
-        if not step.skipped:
-            try:
-                self._work.after(step)
-            finally:  # whatever fails behind it, the weights are updated
-                self.count.advance(step.owned.ours)
+            step = running.pop()
+            self.open.discard(weakref.ref(step))
+            count, ids = self.count, step.owned.ids
+            if not step.skipped:
+                try:
+                    self._engine.after(step)
+                finally:  # whatever fails behind it, the weights are updated
+                    if count.stepped is ids and not count.history:
+                        count.count += 1
+                    else:
+                        count.advance(ids)
 
     def inside(self) -> bool:
         """Whether a step that the attachment acts in is running, in whatever thread: backward passes have their own."""
-        if not self._open:
+        if not self.open:
             return False
         self._running(sys._getframe(1))  # which closes those that are over
-        return len(self._open) > 0
+        return len(self.open) > 0
 
     @uncompiled
-    def begin_by_hand(self, lr: float | Tensor | None) -> Step:
+    def begin_by_hand(self, lr: float | Tensor | None) -> ActiveStep:
         """Begin a step that no optimizer makes."""
         running = self._running(sys._getframe(1))
         if running:
             raise StepError("attachment.step() was entered within a step")
-        model = self._work.hold()
+        model = self._engine.model()
         if model is not None:
             reshard(model)
-        moved = self._work.moved()
+        moved = self._engine.moved()
         if moved is not None:
             raise _replaced(moved)
         group = {} if lr is None else {"lr": lr}
-        here = self._work.here()
+        snapshot = self._engine.now()
+        here = snapshot.parameters
         self.count.keep(here)
-        step = Step(None, Owned(here, dict.fromkeys(here, group)), None, False, self.count.index(here), None)
-        self._at_gradients(step)
-        self._work.settled()
-        self._enter(running, step)
+        owned = Owned(here, dict.fromkeys(here, group))
+        program = Program(None, snapshot, owned)
+        step = ActiveStep(None, owned, None, False, self.count.index(owned.ids), None, program=program)
+        self._engine.at_gradients(step)
+        self.settled()
+        running.append(step)
+        self.open.add(weakref.ref(step, self.open.discard))
         return step
 
-    def end_by_hand(self, step: Step, failed: bool) -> None:
+    def end_by_hand(self, step: ActiveStep, failed: bool) -> None:
         """End it. Where the update failed nothing is done and counted, as where an optimizer fails."""
         self._leave(self._running(sys._getframe(1)), step)
         if not failed:
-            self._end(step)
+            try:
+                self._engine.after(step)
+            finally:
+                self.count.advance(step.owned.ids)
 
 
 @dataclass(eq=False)
@@ -232,7 +222,7 @@ class ByHand:
 
     hooks: Steps
     lr: float | Tensor | None
-    step: Step | None = None
+    step: ActiveStep | None = None
 
     def __enter__(self) -> None:
         self.step = self.hooks.begin_by_hand(self.lr)
@@ -264,7 +254,7 @@ class _Closure:
     """A training closure with the work of a step behind it."""
 
     hooks: Steps
-    step: Step
+    step: ActiveStep
     closure: Callable[[], Any]
 
     def __call__(self) -> Any:
@@ -273,10 +263,14 @@ class _Closure:
     @uncompiled
     def _behind(self, loss: Any) -> Any:
         """Do the work. A line search gets the loss that goes with the gradients."""
-        self.step.owned = self.step.owned.among(self.hooks._work.here())
-        self.hooks._at_gradients(self.step)
+        step, engine = self.step, self.hooks._engine
+        if not step.program.snapshot.holds():
+            snapshot = engine.now()
+            step.owned = step.owned.among(snapshot.parameters)
+            step.program = Program(step.optimizer, snapshot, step.owned)
+        engine.at_gradients(step)
         self.hooks.settled()
-        if isinstance(self.step.optimizer, torch.optim.LBFGS) and loss is not None:
+        if isinstance(step.optimizer, torch.optim.LBFGS) and loss is not None:
             with torch.no_grad():
-                return loss + self.hooks._work.value(self.step)
+                return loss + engine.value(step)
         return loss

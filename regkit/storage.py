@@ -6,8 +6,9 @@ gradients and new values to the parameters behind it, its leaves, which are what
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from regkit.errors import AttachError
 from regkit.shards import share, whole
+
+Followed = Sequence["weakref.ref[nn.Module]"]
 
 View = Callable[[Tensor], Tensor]
 """From a whole weight to a view of the part that a rule is about."""
@@ -31,10 +34,28 @@ class Storage(ABC):
     limited: ClassVar[bool] = True
     """Whether there may be points that it cannot be brought to."""
 
+    constants: Sequence[Tensor] = ()
+    """The tensors that it takes for untrained."""
+
+    remembers: ClassVar[bool] = False
+    """Whether it may remember what it read."""
+
+    computed: ClassVar[bool] = False
+    """Whether other parameters than its leaves may have a part in what it reads."""
+
+    follows: Followed = ()
+    """The modules, beside the one that has the weight, whose parameters, buffers and children make it this storage."""
+
+    steady: bool = True
+    """Whether it is this storage for as long as these modules and its own have what they had."""
+
     @property
     def identity(self) -> tuple[int, ...]:
         """The ids of all that it is made of: equal for one weight under several names, and only there."""
         return tuple(map(id, self.leaves))
+
+    def forget(self) -> None:  # noqa: B027  # most remember nothing
+        """Read anew the next time."""
 
     @abstractmethod
     def read(self) -> Tensor:
@@ -42,6 +63,10 @@ class Storage(ABC):
 
     def outline(self) -> Tensor:
         """A tensor of the whole weight's shape and dtype, for which no processes need to communicate."""
+        return self.read()
+
+    def held(self) -> Tensor:
+        """A tensor with a number that is not finite where the weight has one: a sharded one if that can be."""
         return self.read()
 
     @abstractmethod
@@ -60,12 +85,12 @@ class Storage(ABC):
 class Plain(Storage):
     """A parameter."""
 
-    __slots__ = ("leaves",)
+    __slots__ = ("follows", "leaves")
 
     limited: ClassVar[bool] = False
 
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.leaves = (parameter,)
+    def __init__(self, parameter: nn.Parameter, follows: Iterable[nn.Module] = ()) -> None:
+        self.leaves, self.follows = (parameter,), weakly(follows)
 
     def read(self) -> Tensor:
         return self.leaves[0]
@@ -97,15 +122,27 @@ class Whole(Storage):
 class Sharded(Whole):
     """A parameter of which each process holds a part (a DTensor). It is read whole: every norm is of whole rows."""
 
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.leaves = (parameter,)
+    remembers: ClassVar[bool] = True
+
+    def __init__(self, parameter: nn.Parameter, follows: Iterable[nn.Module] = ()) -> None:
+        self.leaves, self.follows = (parameter,), weakly(follows)
         self._parameter = parameter
+        self._gathered: Tensor | None = None
 
     def read(self) -> Tensor:
-        return whole(self._parameter)
+        if torch.is_grad_enabled():
+            return whole(self._parameter)
+        if self._gathered is None:
+            self._gathered = whole(self._parameter)
+        return self._gathered
+
+    def forget(self) -> None:
+        self._gathered = None
 
     def outline(self) -> Tensor:
         return self._parameter
+
+    held = outline
 
     def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
         placed = self._placed(view, gradient)
@@ -114,17 +151,23 @@ class Sharded(Whole):
             grad.add_(share(placed, grad).to(grad.dtype), alpha=amount)
 
     def write(self, view: View, point: Tensor) -> None:
-        self._parameter.copy_(share(self._changed(view, point), self._parameter))
+        changed = self._changed(view, point)
+        self._parameter.copy_(share(changed, self._parameter))
+        self._gathered = changed
 
 
 class Masked(Storage):
     """A weight that acts as under · mask, a mask of 0 and 1: pruned (torch.nn.utils.prune), or wired by its module.
 
-    Where the mask is 0, what is under it is never changed.
+    Where the mask is 0, what is under it is never changed. way: the modules down to the one that the mask is registered
+    with; None where it is an attribute like any other, which cannot be followed.
     """
 
-    def __init__(self, under: Storage, mask: Tensor, name: str, how: str = "pruned") -> None:
-        self.leaves = under.leaves
+    def __init__(
+        self, under: Storage, mask: Tensor, name: str, way: Iterable[nn.Module] | None, how: str = "pruned"
+    ) -> None:
+        self.leaves, self.follows = under.leaves, (*under.follows, *weakly(way or ()))
+        self.steady, self.constants = under.steady and way is not None, (mask,)
         self._under, self._mask, self._name, self._how = under, mask, name, how
 
     @property
@@ -135,8 +178,22 @@ class Masked(Storage):
         weight = self._under.read()
         return weight * whole(self._mask).to(weight.dtype)
 
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]  # as what is under it
+        return self._under.remembers
+
+    @property
+    def computed(self) -> bool:  # type: ignore[override]  # and this
+        return self._under.computed
+
+    def forget(self) -> None:
+        self._under.forget()
+
     def outline(self) -> Tensor:
         return self._under.outline()
+
+    def held(self) -> Tensor:
+        return self._under.held()  # of NaN · 0, too, NaN comes
 
     def _acts(self, view: View) -> Tensor:
         return view(whole(self._mask).bool())
@@ -156,6 +213,11 @@ class Masked(Storage):
         if any(bool((out & (point != 0)).any()) for point in points):
             raise AttachError(f"{self._name} is {self._how}, and would not be zero any more where it is")
         self._under.prove(view, [self._filled(view, point) for point in points])
+
+
+def weakly(modules: Iterable[nn.Module]) -> Followed:
+    """References that keep no module alive."""
+    return tuple(map(weakref.ref, modules))
 
 
 def grad_of(parameter: nn.Parameter) -> Tensor:

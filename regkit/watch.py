@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Collection
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -48,35 +48,34 @@ class Watch:
     def __init__(self, find: Callable[[], tuple[str, nn.Module, nn.Parameter] | None]) -> None:
         self._find = find
         self.inside: Callable[[], bool] = bool  # never, until there are steps
-        self.mark: Mark | None = None
-        self._leaf: Tensor | None = None  # torch converts no sharded parameter that has a weak reference
+        self.open: Collection[object] = ()  # the steps that may be running
+        self.mark = Mark()
+        self.leaf: Tensor | None = None  # is watched; torch converts no sharded parameter that has a weak reference
         self._name = ""
         self._handles: list[RemovableHandle] = []  # on the parameter
         self._loading: tuple[weakref.ref[nn.Module], _Hook, RemovableHandle] | None = None  # on its module
         self._off = False
-        self._ever_heard = False
-        self.accept()
-
-    def accept(self) -> None:
-        """Take the weights as they will be at the next backward pass for granted."""
         self._version: int | None = None
         self._numbers: Tensor | None = None
-        self._moves = 0
-        self._looks = 0
+        self._moves = self._looks = 0
+        self.ever_heard = False
+        """Whether any step of what is watched was heard of."""
+        self.accepted = True
+        """Whether the weights as they will be at the next backward pass are taken for granted."""
 
     def arm(self) -> None:
         """Watch the parameter, or the one that is in its place by now."""
         found = None if self._off else self._find()
-        if found is None or found[2] is self._leaf:
+        if found is None or found[2] is self.leaf:
             return
         self._name, module, leaf = found
         hook = self._listen(module)
-        self._leaf = leaf
+        self.leaf = leaf
         self._handles = [leaf.register_hook(hook.look)]  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         if sharded(leaf):  # FSDP2 puts gradients where they belong past autograd, and calls these hooks itself
             handle = leaf.register_post_accumulate_grad_hook(hook.look)  # type: ignore[no-untyped-call]  # and this
             self._handles.append(handle)
-        self.accept()
+        self.accepted = True
 
     def _listen(self, module: nn.Module) -> _Hook:
         """Hear of state dicts that the module loads. Its hook stays while it is the module: it may be running now."""
@@ -90,52 +89,48 @@ class Watch:
             self._loading = weakref.ref(module), hook, handle
         return self._loading[1]
 
-    @property
-    def on_trained(self) -> bool:
-        """Whether what is watched is trained."""
-        return self._leaf is not None and self._leaf.requires_grad
-
     def disarm(self) -> None:
         """Watch nothing. May be called again."""
         for handle in self._handles:
             handle.remove()
         if self._loading is not None:
             self._loading[2].remove()
-        self._handles, self._loading, self._leaf, self._numbers = [], None, None, None
+        self._handles, self._loading, self.leaf, self._numbers = [], None, None, None
+        self.accepted = True
 
-    def heard(self, parameters: Mapping[int, Any], acts: bool) -> None:
-        """There is a step of these parameters. If the attachment does not act in it, its user said so."""
-        if id(self._leaf) in parameters:
-            self._ever_heard = True
-            self.accept()
-            if not acts:
-                self._off = True
-                self.disarm()
+    def give_up(self) -> None:
+        """The attachment does not act in the steps of what is watched: its user said so."""
+        self._off = True
+        self.disarm()
 
     def announced(self) -> None:
         """The weights have changed, or been replaced, and it is all right."""
-        self.accept()
+        self.accepted = True
         if self._handles:
             self.arm()
 
     def look(self) -> None:
         """A gradient arrives. Raises StepError where the weight has moved unheard once too often."""
-        if self.mark is not None:
+        if self.mark.gradient is not None:
             self.mark.passed()
-        leaf = self._leaf
-        if leaf is None or self.inside():
+        leaf = self.leaf
+        if self.accepted:
+            self._version = self._numbers = None
+            self._moves = self._looks = 0
+            self.accepted = False
+        if leaf is None or (self.open and self.inside()):
             self._version = self._numbers = None
             return
         before, self._version = self._version, leaf._version
         newer = before is not None and before != self._version
         if newer:
             self._numbers = None
-        if self._ever_heard:
+        if self.ever_heard:
             self._moves += newer
         else:
             self._moves += self._differs(leaf) or newer
         if self._moves >= _TIMES:
-            self.accept()
+            self.accepted = True
             raise StepError(f"{self._name} {_UNHEARD}")
 
     def _differs(self, leaf: Tensor) -> bool:

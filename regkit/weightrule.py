@@ -1,31 +1,49 @@
-"""A rule on weights: where its blocks are kept now, which of them go through list forms, and the trial of its kind."""
+"""A rule on weights: where its blocks are kept now, which of them are taken together, and the trial of its kind."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from regkit.batches import LOOPS, Batch, Compared, batched, own_forms
+from regkit.batches import Batch, Kept, Pick, Placed
 from regkit.binding import Binding
 from regkit.blocks import Block
-from regkit.census import Census
 from regkit.errors import PluginError
 from regkit.kinds import Constraint, Penalty
-from regkit.step import Step
+from regkit.snapshot import Snapshot, Snapshots
 from regkit.storage import Storage
-
-Kept = tuple[Block, Sequence[Storage]]
-"""A block, and where it is kept."""
+from regkit.trials import LOOPS, Compared, close, own_forms
 
 Live = tuple[Block, Sequence[Storage], list[Storage]]
-"""The same, with those storages that have a leaf to act on."""
+"""A block, where it is kept, and those storages that have a parameter to act on."""
 
 Part = TypeVar("Part", Batch, Kept, Live)
+
+
+class Work(NamedTuple):
+    """What a rule acts on where some parameters are trained: batches, with their gradients and signs, and the rest.
+
+    A sign is -1 where the optimizer goes up the gradient. all: whether that is every block of the rule.
+    """
+
+    batches: list[tuple[Batch, Pick, int]]
+    lone: list[Live]
+    all: bool
+
+    def leaves(self) -> set[int]:
+        """The ids of the parameters behind it."""
+        return {key for batch, _, _ in self.batches for key in batch.ids}.union(
+            id(leaf) for _, _, mine in self.lone for storage in mine for leaf in storage.leaves
+        )
+
+    def storages(self) -> set[Storage]:
+        """The storages through which it reads and writes."""
+        return {storage for _, _, mine in self.lone for storage in mine}
 
 
 @dataclass(eq=False)
@@ -37,24 +55,16 @@ class WeightRule(ABC):
 
     binding: Binding
     blocks: list[Block]
-    census: Census
+    snapshots: Snapshots
     whose: Mapping[Block, str] = field(default_factory=dict)
     at: Block | Batch | None = field(default=None, init=False)
-    _kept: list[Sequence[Storage]] = field(default_factory=list, init=False)
-    _distinct: list[Kept] = field(default_factory=list, init=False)
-    _batches: list[Batch] = field(default_factory=list, init=False)
-    _lone: list[Kept] = field(default_factory=list, init=False)
-    _version: int = field(default=-1, init=False)
-
-    def __post_init__(self) -> None:
-        kind = self.binding.kind
-        assert isinstance(kind, (Penalty, Constraint))
-        self._own = own_forms(kind)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that it acts on."""
+        snapshot = self.snapshots.now()
         for block in self.blocks:
-            yield from block.leaves()
+            for storage in snapshot.storages[block]:
+                yield from storage.leaves
 
     @abstractmethod
     def prove(self) -> None:
@@ -63,56 +73,57 @@ class WeightRule(ABC):
         Raises AttachError where a weight is not finite, or cannot be written as the rule needs.
         """
 
-    def trained_by(self, step: Step) -> set[int]:
-        """The ids of its parameters that this step trains."""
-        return {id(parameter) for parameter in self.parameters()} & step.trained
-
     def unfrozen(self) -> frozenset[int]:
         """The ids of its parameters that are not frozen."""
         return frozenset(id(parameter) for parameter in self.parameters() if parameter.requires_grad)
 
-    def release(self) -> None:
-        """Hold no parameter any more."""
-        self._kept, self._distinct, self._batches, self._lone, self._version = [], [], [], [], -1
-        for block in self.blocks:
-            block.release()
+    # --- where its blocks are ----------------------------------------------------------------------------------------
 
-    # --- where its blocks are now ------------------------------------------------------------------------------------
+    def placed(self, snapshot: Snapshot) -> Placed:
+        """Its blocks in a snapshot. What has been tied since attach() counts once, too."""
+        found = snapshot.placed.get(self)
+        if found is None:
+            first: dict[tuple[Hashable, ...], Kept] = {}
+            for block in self.blocks:
+                storages = snapshot.storages[block]
+                first.setdefault((self.whose.get(block), *block.place(storages)), (block, storages))
+            kind = self.binding.kind
+            assert isinstance(kind, (Penalty, Constraint))
+            # A kind without list forms is called for each block, and so an error of it can name that.
+            found = snapshot.placed[self] = Placed.of(list(first.values()), kind, together=bool(own_forms(kind)))
+        return found
 
-    def _resolve(self) -> None:
-        """Look up where each block is kept. What has been tied since attach() counts once, too."""
-        hold = True
-        for batch in self._batches:
-            hold = hold and batch.holds()
-        if hold and self._version == self.census.version:
-            return
-        kept = [block.storages() for block in self.blocks]
-        self._version = self.census.version if all(block.steady for block in self.blocks) else -1
-        if hold and kept == self._kept:
-            return
-        first: dict[tuple[Hashable, ...], Kept] = {}
-        for block, storages in zip(self.blocks, kept, strict=True):
-            first.setdefault((self.whose.get(block), *block.place(storages)), (block, storages))
-        self._kept, self._distinct = kept, list(first.values())
-        self._batches = batched(self._distinct) if self._own else []
-        together = {block for batch in self._batches for block in batch.blocks}
-        self._lone = [one for one in self._distinct if one[0] not in together]
+    def work(
+        self,
+        snapshot: Snapshot,
+        ids: frozenset[int],
+        numbers: Mapping[int, int] | None = None,
+        up: frozenset[int] = frozenset(),
+    ) -> Work:
+        """What these parameters make up.
+
+        numbers: of the parameters of a step, by their ids, where gradients are to be picked. up: of those that their
+        optimizer moves up the gradient.
+        """
+        placed = self.placed(snapshot)
+        signed = ((1, ids - up), (-1, ids & up)) if up else ((1, ids),)
+        batches = [
+            (batch, batch.picked(numbers) if numbers else list, sign)
+            for sign, some in signed
+            for one in placed.batches
+            if (batch := one.of(some)).blocks
+        ]
+        lone = [
+            (block, storages, mine)
+            for block, storages in placed.lone
+            if (mine := [storage for storage in storages if any(id(leaf) in ids for leaf in storage.leaves)])
+        ]
+        complete = sum(len(batch.blocks) for batch, _, _ in batches) + len(lone) == len(placed.distinct)
+        return Work(batches, lone, complete)
 
     def _each(self) -> Iterator[Kept]:
         """Each block with where it is kept now."""
-        self._resolve()
-        return self._at(self._distinct)
-
-    def _live(self, ids: frozenset[int], form: str = "") -> tuple[Iterator[Batch], Iterator[Live]]:
-        """What these parameters make up: what goes through a list form that the kind has of its own, and the rest."""
-        self._resolve()
-        own = form in self._own
-        together = [batch.of(ids) for batch in self._batches] if own else []
-        lone = [
-            (block, storages, [storage for storage in storages if any(id(leaf) in ids for leaf in storage.leaves)])
-            for block, storages in (self._lone if own else self._distinct)
-        ]
-        return self._at(batch for batch in together if batch.blocks), self._at(one for one in lone if one[2])
+        return self._at(self.placed(self.snapshots.now()).distinct)
 
     def _at(self, parts: Iterable[Part]) -> Iterator[Part]:
         for part in parts:
@@ -124,9 +135,7 @@ class WeightRule(ABC):
 
     def trial(self) -> Hashable:
         """What `prove` tries: equal for rules of which one may stand for all; None for one that nothing stands for."""
-        self._resolve()
-        limited = (one for one in self._distinct if any(storage.limited for storage in one[1]))
-        if self._lone if self._own else any(limited):
+        if self.placed(self.snapshots.now()).lone:
             return None
         weights = (block.weight(storages) for block, storages in self._each())
         looks = frozenset((w.shape, w.stride(), w.dtype, w.device) for w in weights)
@@ -148,6 +157,14 @@ class WeightRule(ABC):
                 yield torch.ones_like(w, device=device)
                 yield torch.zeros_like(w, device=device)
 
+    def _limited(self) -> Iterator[tuple[Block, Storage, Tensor]]:
+        """The storages that cannot be brought to every point, with their blocks and the weights that act now."""
+        for block, storages in self._at(self.placed(self.snapshots.now()).lone):
+            limited = [storage for storage in storages if storage.limited]
+            kept = block.weight(storages) if limited else None
+            if kept is not None and not kept.is_meta:
+                yield from ((block, storage, kept) for storage in limited)
+
     def _expect(self, method: str, result: object, shape: tuple[int, ...]) -> None:
         kind = type(self.binding.kind)
         whose = f"rule {self.binding.key!r}: {method} of {kind.__module__}.{kind.__qualname__} returns"
@@ -162,15 +179,8 @@ class WeightRule(ABC):
         kind = type(self.binding.kind)
         for form, ours, wanted in compared:
             for one, other in zip(ours, wanted, strict=True):
-                if one.shape != other.shape or not _close(one, other):
+                if one.shape != other.shape or not close(one, other):
                     raise PluginError(
                         f"rule {self.binding.key!r}: {form} of {kind.__module__}.{kind.__qualname__} does not do what "
                         f"the loop over its {LOOPS[form]} does, for weights of shape {tuple(other.shape)}"
                     )
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal up to rounding. Most are just equal, which is told in a tenth of the time."""
-    near = max(torch.finfo(of.dtype).eps for of in (one, other)) ** 0.5
-    now = one.to(other)
-    return torch.equal(now, other) or torch.allclose(now, other, near, near, equal_nan=True)

@@ -5,7 +5,7 @@ Nothing here is decided: a rule's kind, its sites and its factor come from the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,17 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
-from regkit.batches import Batch, compare_constraint, compare_penalty, samples
+from regkit.batches import Batch
 from regkit.blocks import Block
 from regkit.errors import PluginError, StepError, listing
 from regkit.kinds import Constraint, Penalty
 from regkit.ledger import Ledger
 from regkit.step import Step
-from regkit.storage import Storage
-from regkit.weightrule import WeightRule
-
-Repeated = list[tuple[Batch, Callable[[list[Tensor]], list[Tensor]]]]
-"""Batches, and what picks their gradients out of those of a step's leaves."""
+from regkit.storage import Sharded, Storage
+from regkit.trials import compare_constraint, compare_penalty, samples
+from regkit.weightrule import WeightRule, Work
 
 
 def _lr(step: Step, parameter: Tensor) -> float | Tensor:
@@ -50,15 +48,11 @@ class PenaltyRule(WeightRule):
             if self.addends:
                 self._prove_sum(w)
                 self._prove_sum(w * torch.linspace(-3, 3, w.numel()).view(w.shape).to(w))
-        for batch in self._at(self._batches):
+        for batch in self._at(self.placed(self.snapshots.now()).batches):
             self._agree(compare_penalty(self.penalty, samples(batch), self.binding.via == "loss"))
         if self.binding.via in ("proximal", "decoupled"):
-            for block, storages in self._each():
-                limited = [storage for storage in storages if storage.limited]
-                kept = block.weight(storages) if limited else None
-                if kept is not None and not kept.is_meta:
-                    for storage in limited:
-                        block.prove(storage, [kept * 0.5])
+            for block, storage, kept in self._limited():
+                block.prove(storage, [kept * 0.5])
 
     def _prove_sum(self, w: Tensor) -> None:
         wanted = sum((one.strength * one.gradient(w) for one in self.addends), start=torch.zeros(()))
@@ -91,25 +85,27 @@ class PenaltyRule(WeightRule):
 
     def _sum(self, ids: frozenset[int], amount: float) -> Tensor | None:
         total: Tensor | None = None
-        for value in self._values(ids):
+        for value in self._values(self.work(self.snapshots.now(), ids)):
             total = value if total is None else total + value.to(total.device)
         return None if total is None else total * amount
 
-    def _values(self, ids: frozenset[int]) -> Iterator[Tensor]:
-        batches, others = self._live(ids, "values")
-        for batch in batches:
-            yield self.penalty.values(batch.weights())
-        for block, storages, _ in others:
+    def _values(self, work: Work) -> Iterator[Tensor]:
+        for batch in self._at(batch for batch, _, _ in work.batches):
+            yield batch.value(self.penalty)
+        for block, storages, _ in self._at(work.lone):
             yield self.penalty.value(block.weight(storages))
 
-    def check(self, step: Step) -> None:
+    def check(self, work: Work, step: Step) -> None:
         """Raise StepError where a proximal or decoupled rule cannot act in this step, before anything is changed."""
-        for _, _, mine in self._live(step.trained)[1]:
-            if isinstance(step.optimizer, LBFGS) or step.evaluations > 1:
-                raise StepError(
-                    f"rule {self.binding.key!r} is {self.binding.via}, which needs a single gradient evaluation per "
-                    f"step; {step.by} evaluates its closure several times. Use via gradient"
-                )
+        if isinstance(step.optimizer, LBFGS) or step.evaluations > 1:
+            raise StepError(
+                f"rule {self.binding.key!r} is {self.binding.via}, which needs a single gradient evaluation per "
+                f"step; {step.by} evaluates its closure several times. Use via gradient"
+            )
+        for batch, _, _ in work.batches:
+            for parameter in batch.parameters:
+                _lr(step, parameter)
+        for _, _, mine in work.lone:
             # A decoupled rule decays each of two biases at its own rate; behind one weight there can be but one.
             for together in [mine] if self.binding.via == "proximal" else [[storage] for storage in mine]:
                 first, *others = [_lr(step, leaf) for leaf in _leaves(step, together)]
@@ -119,61 +115,68 @@ class PenaltyRule(WeightRule):
                         "learning rates"
                     )
 
-    def add_gradient(self, step: Step) -> None:
-        """grad += strength · factor · ∇Ω(w), times the scale that the gradients have."""
-        amount = self.amount(step.index)
-        if amount == 0:
+    def add_gradient(self, work: Work, step: Step, found: Sequence[Tensor]) -> None:
+        """grad += strength · factor · ∇Ω(w), times the scale that the gradients have.  found: the gradients."""
+        amount = self.penalty.strength if self.binding.schedule is None else self.amount(step.index)
+        if not amount:
             return
-        sign = _sign(step)
-        batches, others = self._live(step.trained, "add_gradients" if sign else "")
-        for batch in batches:
-            if step.scale is None:
-                batch.add_gradients(self.penalty, sign * amount)
-            else:
-                batch.add_scaled(self.penalty, sign * amount, step.scale)
-        for block, storages, mine in others:
-            gradient = self.penalty.gradient(block.weight(storages))
-            if step.scale is not None:
-                gradient = gradient * step.scale.to(gradient.device)
-            for storage in mine:
-                storage.add(block.view, gradient, list(_signed(step, storage, amount)))
-
-    def repeatable(self, leaves: Sequence[nn.Parameter], ids: frozenset[int]) -> Repeated | None:
-        """What `repeat` is for where a step trains these leaves: None where that is not batches alone."""
-        batches, others = self._live(ids, "add_gradients")
-        return None if any(others) else [(batch, batch.picked(leaves)) for batch in batches]
-
-    def repeat(self, work: Repeated, index: int, found: list[Tensor]) -> None:
-        """As add_gradient, where it is known what to act on, and gradients are neither scaled nor turned around.
-
-        found: the gradients of all the leaves.
-        """
-        amount = self.amount(index)
-        for batch, picked in work if amount else ():
+        for batch, pick, sign in work.batches:
             self.at = batch
-            self.penalty.add_gradients(batch.weights(), picked(found), amount)
+            gradients = pick(found)
+            if batch.sharded and not batch.lie_alike(gradients):
+                self._add_whole(batch, step, amount)
+                continue
+            # A list of one's own: what is a stranger's might change it.
+            own = [*gradients] if batch.whole else batch.views(gradients)
+            if step.scale is not None and own:
+                batch.add_scaled(self.penalty, own, sign * amount, step.scale)
+            elif own:
+                weights: list[Tensor] = [*batch.parameters] if batch.whole else batch.views(batch.parameters)
+                self.penalty.add_gradients(weights, own, sign * amount)
+        for block, storages, mine in work.lone:
+            self.at = block
+            self._add(step, amount, block, storages, mine)
         self.at = None
 
-    def decay(self, step: Step) -> None:
+    def _add(self, step: Step, amount: float, block: Block, storages: Sequence[Storage], mine: list[Storage]) -> None:
+        gradient = self.penalty.gradient(block.weight(storages))
+        if step.scale is not None:
+            gradient = gradient * step.scale.to(gradient.device)
+        for storage in mine:
+            storage.add(block.view, gradient, list(_signed(step, storage, amount)))
+
+    def _add_whole(self, batch: Batch, step: Step, amount: float) -> None:
+        """The same for gradients that are not sharded as their parameters are."""
+        for block, parameter in zip(batch.blocks, batch.parameters, strict=True):
+            storage: Storage = Sharded(parameter)
+            self._add(step, amount, block, [storage], [storage])
+
+    def decay(self, work: Work, step: Step) -> None:
         """w −= lr · strength · factor · ∇Ω(w), before the update, as torch's AdamW."""
         amount = self.amount(step.index)
-        if amount == 0:
+        if not amount:
             return
-        for block, storages, mine in self._live(step.trained)[1]:
+        for batch in self._at(batch for batch, _, _ in work.batches):
+            for parameter, w in batch.each():
+                w.copy_(w - self.penalty.gradient(w) * (_lr(step, parameter) * amount))
+        for block, storages, mine in self._at(work.lone):
             gradient = self.penalty.gradient(block.weight(storages))
             for storage in mine:
                 lr = _lr(step, _leaves(step, [storage])[0])
                 block.write(storage, block.view(storage.read()) - gradient * (lr * amount))
 
-    def shrink(self, step: Step) -> None:
+    def shrink(self, work: Work, step: Step) -> None:
         """w = prox(w, lr · strength · factor), after the update.
 
         For a sum of n trained parameters the step counts n times: moving each by δ/n costs ½‖δ‖²/n.
         """
         amount = self.amount(step.index)
-        if amount == 0:
+        if not amount:
             return
-        for block, storages, mine in self._live(step.trained)[1]:
+        for batch in self._at(batch for batch, _, _ in work.batches):
+            for parameter, w in batch.each():
+                w.copy_(self.penalty.prox(w, _lr(step, parameter) * amount))
+        for block, storages, mine in self._at(work.lone):
             size = _lr(step, _leaves(step, mine)[0]) * amount * len(mine)
             block.move(storages, mine, self.penalty.prox(block.weight(storages), size))
 
@@ -181,13 +184,6 @@ class PenaltyRule(WeightRule):
 def _leaves(step: Step, mine: Sequence[Storage]) -> list[nn.Parameter]:
     """The leaves that this step trains."""
     return [leaf for storage in mine for leaf in storage.leaves if id(leaf) in step.trained]
-
-
-def _sign(step: Step) -> int:
-    """1; -1 where the optimizer goes up the gradient, which turns what is added around; 0 where only some groups do."""
-    groups = () if step.optimizer is None else step.optimizer.param_groups
-    up = [group for group in groups if group.get("maximize")]
-    return 1 if not up else -1 if len(up) == len(groups) else 0
 
 
 def _signed(step: Step, storage: Storage, amount: float) -> Iterator[tuple[nn.Parameter, float]]:
@@ -210,16 +206,11 @@ class ConstraintRule(WeightRule):
         for w in self._samples():
             self._expect("project", constraint.project(w), tuple(w.shape))
             self._expect("violation", constraint.violation(w), ())
-        for batch in self._at(self._batches):
+        for batch in self._at(self.placed(self.snapshots.now()).batches):
             self._agree(compare_constraint(constraint, samples(batch)))
-        for block, storages in self._each():
-            limited = [storage for storage in storages if storage.limited]
-            kept = block.weight(storages) if limited else None
-            if kept is not None and not kept.is_meta:
-                # One of the points is far outside, so that the projection is sure to move it.
-                points = [constraint.project(kept), constraint.project(kept * 1e3)]
-                for storage in limited:
-                    block.prove(storage, points)
+        for block, storage, kept in self._limited():
+            # One of the points is far outside, so that the projection is sure to move it.
+            block.prove(storage, [constraint.project(kept), constraint.project(kept * 1e3)])
 
     @cached_property
     def constraint(self) -> Constraint:
@@ -232,39 +223,35 @@ class ConstraintRule(WeightRule):
         """The constraint, its bound scaled as the schedule says."""
         return self.constraint if self.binding.schedule is None else self.constraint.at(self.binding.factor(index))
 
-    def project(self, step: Step) -> None:
-        """Project the blocks that this step trains, if it is the N-th or if the N-th did not train them."""
-        if (step.index + 1) % self.binding.every == 0 and step.index != self._called:
-            self._called = step.index  # once, though several optimizers may take one step together
-            batch = self._all(step.trained)
-            self.due = set(self.blocks)
-            if batch is not None:
-                self.at = batch
-                self.at_step(step.index).project_(batch.weights())
-                self.at, self.due = None, set()
-        if self.due:
-            self._project(step.index, step.trained, self.due)
+    def project(self, work: Work, index: int, now: bool = False) -> None:
+        """Project what is to be acted on, if the step is the N-th or if the N-th did not train it.
 
-    def _all(self, ids: frozenset[int]) -> Batch | None:
-        """All of it, if that is one batch, and all of that has one of these ids."""
-        self._resolve()
-        if len(self._batches) != 1 or self._lone or "project_" not in self._own:
-            return None
-        return self._batches[0] if self._batches[0].ids <= ids else None
-
-    def _project(self, index: int, ids: frozenset[int], due: set[Block]) -> None:
-        """Project what of `due` is to be acted on, and take it out of there."""
-        constraint = self.at_step(index)
-        batches, others = self._live(ids, "project_")
-        for batch in batches:
-            ready = batch.among(due)
+        Where the N-th is a round of several optimizers, each of them moves what it trains, and that is projected.
+        now: whatever is due.
+        """
+        due: set[Block] | None = None
+        if not now and (index + 1) % self.binding.every:
+            due = self.due
+            if not due:
+                return
+        elif not now and index != self._called:
+            self._called, self.due = index, set(self.blocks)  # until they are projected: that may fail
+        constraint = self.constraint if self.binding.schedule is None else self.at_step(index)
+        for batch, _, _ in work.batches:
+            ready = batch if due is None else batch.among(due)
             if ready.blocks:
-                constraint.project_(ready.weights())
-                due -= ready.members
-        for block, storages, mine in others:
-            if block in due:
+                self.at = ready
+                ready.project(constraint)
+                if due is not None or not work.all:
+                    self.due -= ready.members
+        for block, storages, mine in work.lone:
+            if due is None or block in due:
+                self.at = block
                 block.move(storages, mine, constraint.project(block.weight(storages)))
-                due.discard(block)
+                self.due.discard(block)
+        if work.all and due is None:
+            self.due = set()
+        self.at = None
 
     def restore(self, count: int, due: Iterable[str]) -> None:
         """Go on after `count` steps, with the blocks of these names waiting."""
@@ -273,10 +260,13 @@ class ConstraintRule(WeightRule):
 
     def project_all(self, index: int) -> None:
         """Project every block that is not frozen."""
-        self._project(index, self.unfrozen(), set(self.blocks))
+        due = set(self.due)
+        self.project(self.work(self.snapshots.now(), self.unfrozen()), index, now=True)
+        self.due = due
 
     def violation(self, index: int) -> Tensor:
         """The largest violation over its blocks.  -> ()."""
-        constraint = self.at_step(index)
-        found = [constraint.violation(block.weight(storages)) for block, storages in self._each()]
+        constraint, placed = self.at_step(index), self.placed(self.snapshots.now())
+        found = [batch.violation(constraint) for batch in self._at(placed.batches)]
+        found += [constraint.violation(block.weight(storages)) for block, storages in self._at(placed.lone)]
         return torch.stack([one.to(found[0].device) for one in found]).amax()

@@ -10,6 +10,7 @@ from mutants_adapters import BATCH_FIRST, GRU, GRU_CELL, LSTM, LSTM_CELL, STACKE
 from regkit_standard.torch_rnn import CellAdapter, SequenceAdapter
 from torch.nn.utils.rnn import PackedSequence
 
+from regkit import Form
 from regkit.activity import Sequenced, Stepped, of_output, of_step
 
 # --- what is observed ------------------------------------------------------------------------------------------------
@@ -147,6 +148,56 @@ class OutputGivenAsCell(CellAdapter):
     def observe(self, *call):
         observed = super().observe(*call)
         return {**observed, "cell": observed["output"]}
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+
+@mutant(
+    BATCH_FIRST,
+    "form_is_what_segments_make",
+    r"of 'output', forward means \(3, 5, 4\) .*segments\(\) makes \(5, 3, 4\)",
+)
+class FormForgetsBatchFirst(SequenceAdapter):
+    def form(self, module, site):
+        found = super().form(module, site)
+        return found and found._replace(batch_first=False)
+
+
+@mutant(STACKED, "form_is_what_segments_make", r"segments\(\) makes 2 segments of 'output', forward and backward")
+class FormOfBothDirections(SequenceAdapter):
+    def form(self, module, site):
+        return Form("output") if site.role == "output" else None
+
+
+@mutant(LSTM, "form_is_what_segments_make", "of 'state', forward has other neighbours")
+class FormOfFinalStates(SequenceAdapter):
+    def form(self, module, site):
+        return Form(site.role)
+
+
+@mutant(LSTM_CELL, "form_is_what_segments_make", "of 'output', forward has other neighbours at call 1")
+class FormWithTheOtherStateBefore(CellAdapter):
+    def form(self, module, site):
+        return Form(site.role, "cell before")
+
+
+@mutant(GRU_CELL, "form_is_what_segments_make", "'output', which is no tensor of 3 dimensions")
+class FormOfASequenceForACell(CellAdapter):
+    def form(self, module, site):
+        return Form(site.role)
+
+
+@mutant(GRU_CELL, "form_is_what_segments_make", "names 'h before', which observe.. does not give")
+class FormNamesWhatIsNotThere(CellAdapter):
+    def form(self, module, site):
+        return Form(site.role, "h before")
+
+
+@mutant(LSTM, "form_is_what_segments_make", r"form\(\) gives 'output' for 'output', not a regkit.Form or None")
+class FormIsAName(SequenceAdapter):
+    def form(self, module, site):
+        return site.role if site.role == "output" else None
 
 
 # --- living on a model -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ class Huber(ActivityPenalty):
     """Huber's function of h: squared near 0, absolute beyond 1."""
 
     kind: Literal["huber"] = "huber"
+    separable: ClassVar[bool] = True
 
     def value(self, activity: Activity) -> Tensor:
         return activity.reduce(
@@ -26,6 +27,7 @@ class Excess(ActivityPenalty):
     """(|h| − 1)², where |h| is above 1: most of a state has no gradient."""
 
     kind: Literal["excess"] = "excess"
+    separable: ClassVar[bool] = True
 
     def value(self, activity: Activity) -> Tensor:
         return activity.reduce(lambda h: (h.abs() - 1).relu().square(), self.reduction)
@@ -35,6 +37,7 @@ class StateNorm(ActivityPenalty):
     """‖h_t‖, one number for each step."""
 
     kind: Literal["state_norm"] = "state_norm"
+    separable: ClassVar[bool] = True
 
     def value(self, activity: Activity) -> Tensor:
         return activity.reduce(lambda h: torch.linalg.vector_norm(h, dim=-1, keepdim=True), self.reduction)
@@ -44,6 +47,7 @@ class Log(ActivityPenalty):
     """log(h² + 1/2), which is below 0 near 0, and not 0 for what is masked."""
 
     kind: Literal["log"] = "log"
+    separable: ClassVar[bool] = True
     signed: ClassVar[bool] = True
 
     def value(self, activity: Activity) -> Tensor:
@@ -54,6 +58,7 @@ class Turn(ActivityPenalty):
     """1 − the cosine between neighbours in time."""
 
     kind: Literal["turn"] = "turn"
+    separable: ClassVar[bool] = True
     sequence: ClassVar[bool] = True
 
     def value(self, activity: Activity) -> Tensor:

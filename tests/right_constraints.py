@@ -10,6 +10,7 @@ from torch import Tensor
 from regkit import Constraint
 from regkit.activity import at_least_float32
 from regkit.fields import Positive
+from regkit.kinds import Separable
 
 
 class Box(Constraint):
@@ -20,6 +21,10 @@ class Box(Constraint):
 
     size: Positive = 0.3
     """The largest absolute value."""
+
+    @property
+    def separable(self) -> Separable:
+        return "elements"
 
     def project(self, w: Tensor) -> Tensor:
         return w.clamp(-self.size, self.size)
@@ -37,6 +42,10 @@ class Diamond(Constraint):
 
     size: Positive = 2.0
     """The largest sum."""
+
+    @property
+    def separable(self) -> Separable:
+        return "rows"
 
     def project(self, w: Tensor) -> Tensor:
         wide = at_least_float32(w)
@@ -59,6 +68,10 @@ class Centered(Constraint):
 
     kind: Literal["centered"] = "centered"
     ranks: ClassVar[tuple[int, ...]] = (2,)
+
+    @property
+    def separable(self) -> Separable:
+        return "rows"
 
     def project(self, w: Tensor) -> Tensor:
         wide = at_least_float32(w)
@@ -93,6 +106,10 @@ class Sparse(Constraint):
 
     kind: Literal["sparse"] = "sparse"
     ranks: ClassVar[tuple[int, ...]] = (2,)
+
+    @property
+    def separable(self) -> Separable:
+        return "rows"
 
     @property
     def convex(self) -> bool:

@@ -50,13 +50,36 @@ def test_large_outputs_go_through_in_pieces_and_small_ones_together_to_the_same_
     model, x = make(nn.LSTM, bidirectional=True)
     expected = by_autograd(lambda: gradients(model, document(KINDS), loop, x))
     for size in (1, 200, 400):
-        monkeypatch.setattr("regkit.reduction._ROOM", {True: size})
+        monkeypatch.setattr("regkit.reduction.ROOM", {True: size})
         same(gradients(model, document(KINDS), loop, x), expected)
     model, x = make(nn.GRUCell)
     expected = by_autograd(lambda: gradients(model, document(KINDS), cell, x))
     for size in (1, 200, 400):
-        monkeypatch.setattr("regkit.reduction._ROOM", {True: size})
+        monkeypatch.setattr("regkit.reduction.ROOM", {True: size})
         same(gradients(model, document(KINDS), cell, x), expected)
+
+
+@pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_tar_alone_on_a_layer_of_one_direction_without_padding_equals_the_loss_written_by_hand(layer, batch_first):
+    model, x = make(layer, batch_first=batch_first)
+    attachment = regkit.attach(model, document(["temporal"]))
+    weights = list(model.parameters())
+    h, _ = model(x)
+    time = h.transpose(0, 1) if batch_first else h
+    by_hand = 0.5 * (time[1:] - time[:-1]).square().mean()
+    ours = attachment.penalty()
+    torch.testing.assert_close(ours, by_hand, rtol=1e-12, atol=0)
+    for twice in (True, False):
+        found, wanted = (
+            torch.autograd.grad(one, weights, create_graph=twice, retain_graph=True) for one in (ours, by_hand)
+        )
+        same(list(found), list(wanted))
+        if twice:
+            norms = (torch.stack([g.square().sum() for g in some]).sum() for some in (found, wanted))
+            again = [list(torch.autograd.grad(norm, weights, retain_graph=True)) for norm in norms]
+            same(*again)
+    assert all(g.any() for g in found)
 
 
 def test_values_are_the_same_with_autograd_and_without():

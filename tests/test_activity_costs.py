@@ -52,7 +52,7 @@ def test_nor_is_anything_as_large_made_of_a_packed_sequence():
     seen = cost(["activity_l2", "temporal"], model, x, lambda result: [result[0].data])
     gradient = sum(lengths) * 1024 * 4
     assert seen.largest == gradient
-    assert seen.allocated <= 5 * gradient
+    assert seen.allocated <= 6 * gradient  # of its halves, which autograd puts together
 
 
 @pytest.mark.parametrize(("kinds", "most"), [(["activity_l2"], 12), (["activity_l2", "temporal"], 40)])

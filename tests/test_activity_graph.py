@@ -10,8 +10,6 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 import regkit
-from regkit import Activity, closed
-from regkit.activity import Sequenced
 
 
 def test_an_output_that_is_changed_in_place_after_penalty_is_still_found_out():
@@ -88,20 +86,14 @@ def test_anomaly_mode_and_autocast_around_the_backward_pass_change_nothing():
 def test_what_carries_a_tangent_forward_is_left_to_autograd():
     model, x = make(nn.RNN)
     attachment = regkit.attach(model, document(["activity_l2"]))
+    (recorder,) = attachment._rules.recorders
     with forward_ad.dual_level():
-        h, _ = model(x)
+        h, state = model(x)
         attachment.discard()
         direction = torch.randn_like(h)
-        dual = forward_ad.make_dual(h, direction)
-        (term,) = closed.evaluate([term_of(attachment, dual)])[1]
-        tangent = forward_ad.unpack_dual(term).tangent
+        recorder(model, (x,), {}, (forward_ad.make_dual(h, direction), state))
+        tangent = forward_ad.unpack_dual(attachment.penalty()).tangent
     torch.testing.assert_close(tangent, 0.5 * 2 * (h * direction).mean(), rtol=1e-12, atol=0)
-
-
-def term_of(attachment: regkit.Attachment, h: Tensor) -> tuple[closed.Term, closed.Seen]:
-    (rule,) = attachment._rules.activities
-    term = closed.Term(rule.binding.kind, rule.binding.kind.strength, lambda function, *args: function(*args))
-    return term, closed.Seen(Activity([Sequenced(h)]), lambda: [h])
 
 
 def test_a_backward_pass_of_many_gradients_at_once_is_left_to_autograd_too():

@@ -160,3 +160,33 @@ def test_a_line_search_on_one_network_may_pass_by_what_another_has_recorded():
         return loss
 
     critic.step(closure)
+
+
+def a_masked_loop(attachment: regkit.Attachment, cell: nn.GRUCell, mask: Tensor, h: Tensor) -> Tensor:
+    """TAR, by hand, of a loop that begins from h, which is a neighbour if it was computed."""
+    total, before, computed = torch.zeros(()), torch.ones_like(mask[0]), h.grad_fn is not None
+    for now in mask:
+        previous = h
+        with attachment.mask(now):
+            h = cell(torch.zeros(len(now), 3), h)
+        if computed:
+            total = total + ((h - previous).square() * (now & before)[:, None]).sum()
+        before, computed = now, True
+    return total
+
+
+def test_a_masked_loop_that_begins_from_an_encoders_state_does_not_know_the_batch_before():
+    cell, state = nn.GRUCell(3, 4), torch.randn(2, 4, requires_grad=True)
+    attachment = regkit.attach(cell, {"rules": [{"penalty": "temporal(1, reduction=sum)"}]})
+    mask = torch.tensor([[1, 1], [1, 0]]).bool()
+    for _ in range(2):
+        wanted = a_masked_loop(attachment, cell, mask, state * 1.0)
+        torch.testing.assert_close(attachment.penalty(), wanted)
+
+
+def test_the_last_batch_of_masked_loops_may_be_smaller():
+    cell = nn.GRUCell(3, 4)
+    attachment = regkit.attach(cell, {"rules": [{"penalty": "temporal(1, reduction=sum)"}]})
+    for batch in (2, 1):
+        wanted = a_masked_loop(attachment, cell, torch.ones(2, batch).bool(), torch.zeros(batch, 4))
+        torch.testing.assert_close(attachment.penalty(), wanted)

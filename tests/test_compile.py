@@ -152,7 +152,7 @@ def test_compiled_code_records_nothing_after_detach_and_for_the_next_attachment_
     x = batches[0][0]
     first = regkit.attach(model, SPEC)
     forward(x)
-    store = first._rules.recorders[0]._calls
+    store = first._rules.recorders[0].calls
     first.detach()
     for _ in range(2):
         forward(x)

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 from laws import ACTS, Case, each, make
-from mutants_activities import MUTANTS, Mutant, Right, RightChange, RootAtZero
+from mutants import Mutant as MutantOfAll
+from mutants_activities import MUTANTS as OF_OUTPUTS
+from mutants_activities import Mutant, Right, RightChange, RootAtZero
+from mutants_parts import ACTIVITIES as OF_PARTS
 from right_activities import RIGHT
 
 from regkit import ActivityPenalty
@@ -16,6 +19,7 @@ from regkit.testing.activities import LAWS, check_activity_penalty
 from regkit.testing.kinds import KIND_LAWS
 from regkit.testing.laws import Law
 
+MUTANTS = [*OF_OUTPUTS, *OF_PARTS]
 BUILT_IN = [entry.name for entry in default().entries("activity penalty")]
 
 
@@ -49,6 +53,11 @@ def test_a_wrong_activity_penalty_is_caught_by_the_law_that_tells_its_mistake(mu
     assert result.why
     for word in mutant.words:
         assert word in result.seen
+
+
+@pytest.mark.parametrize("mutant", OF_PARTS, ids=lambda mutant: mutant.kind.__name__)
+def test_a_penalty_that_is_no_sum_over_outputs_is_caught_by_no_other_law(mutant: MutantOfAll) -> None:
+    mutant.expect(check_activity_penalty(mutant.kind))
 
 
 def test_a_report_says_of_each_law_that_fails_what_was_seen_and_what_to_do() -> None:

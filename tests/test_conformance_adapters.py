@@ -48,6 +48,8 @@ def test_every_form_of_torchs_layers_keeps_every_law(layer, form):
     assert laws_of(report) >= {"segments_of_unbatched_input_are_right", "segments_of_packed_sequences_are_right"}
     assert laws_of(report) >= {"states_are_those_of_the_equations", "equations_are_the_modules_own"}
     assert ("gates_are_those_of_the_equations" in laws_of(report)) == (layer is not nn.RNN)
+    assert "form_is_what_segments_make" in laws_of(report)
+    assert report.hints == ()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -56,6 +58,7 @@ def test_every_form_of_torchs_cells_keeps_every_law(cell, bias):
     report = check_example(CELL, like(CELL, lambda: cell(3, 4, bias=bias)))
     assert report.passed, str(report)
     assert laws_of(report) >= {"segments_of_unbatched_input_are_right", "starts_only_at_the_beginning"}
+    assert "form_is_what_segments_make" in laws_of(report)
     assert "segments_of_packed_sequences_are_right" not in laws_of(report)
 
 
@@ -218,6 +221,12 @@ def test_a_wrong_adapter_is_caught_by_the_law_that_knows_why(name):
     seen = seen_by(check_example(mutant.adapter, mutant.example))
     assert mutant.law in seen, f"{mutant.law} holds; these do not: {seen}"
     assert re.search(mutant.words, seen[mutant.law]), seen[mutant.law]
+
+
+@pytest.mark.parametrize("name", [name for name in MUTANTS if name.startswith("Form")])
+def test_a_wrong_form_is_caught_by_no_other_law(name):
+    mutant = MUTANTS[name]
+    assert set(seen_by(check_example(mutant.adapter, mutant.example))) == {"form_is_what_segments_make"}
 
 
 def test_every_law_is_the_one_to_catch_some_mutant():

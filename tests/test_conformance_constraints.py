@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from laws import CONS, Case, each, make
+from mutants import Mutant as MutantOfAll
 from mutants_constraints import MUTANTS as OF_SETS
 from mutants_constraints import KerasEpsilon, Mutant, Right, Sphere
+from mutants_parts import CONSTRAINTS as OF_PARTS
+from mutants_parts import RIGHT as RIGHT_POOLS
 from mutants_projections import MUTANTS as OF_TENSORS
 from right_constraints import RIGHT
 
@@ -18,7 +21,7 @@ from regkit.testing.constraints import LAWS, check_constraint
 from regkit.testing.kinds import KIND_LAWS
 from regkit.testing.laws import Law
 
-MUTANTS = [*OF_SETS, *OF_TENSORS]
+MUTANTS = [*OF_SETS, *OF_TENSORS, *OF_PARTS]
 BUILT_IN = [entry.name for entry in default().entries("constraint")]
 
 
@@ -39,7 +42,7 @@ def test_every_constraint_of_the_table_keeps_every_law(case: Case) -> None:
     assert report.passed, str(report)
 
 
-@pytest.mark.parametrize("kind", [Right, Sphere, *RIGHT])
+@pytest.mark.parametrize("kind", [Right, Sphere, *RIGHT, *RIGHT_POOLS])
 def test_a_right_constraint_of_a_strangers_own_keeps_every_law(kind: type[Constraint]) -> None:
     report = check_constraint(kind)
     assert report.passed, str(report)
@@ -52,6 +55,11 @@ def test_a_wrong_constraint_is_caught_by_the_law_that_tells_its_mistake(mutant: 
     assert result.why
     for word in mutant.words:
         assert word in result.seen
+
+
+@pytest.mark.parametrize("mutant", OF_PARTS, ids=lambda mutant: mutant.kind.__name__)
+def test_what_is_said_wrongly_of_parts_is_caught_by_no_law_but_those_of_parts(mutant: MutantOfAll) -> None:
+    mutant.expect(check_constraint(mutant.kind))
 
 
 def test_a_report_says_of_each_law_that_fails_what_was_seen_and_what_to_do() -> None:

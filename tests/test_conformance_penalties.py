@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import mutants_gradients
 import mutants_kinds
+import mutants_parts
 import mutants_penalties
 import mutants_prox
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from regkit import Penalty, PluginError
 from regkit.activity import at_least_float32
+from regkit.kinds import Separable
 from regkit.registry import default
 from regkit.testing.penalties import LAWS, check_penalty
 
@@ -28,6 +30,7 @@ MUTANTS = [
     *mutants_penalties.MUTANTS,
     *mutants_gradients.MUTANTS,
     *mutants_prox.MUTANTS,
+    *mutants_parts.PENALTIES,
 ]
 
 
@@ -76,6 +79,10 @@ class Welsch(Penalty):
 
     kind: Literal["welsch"] = "welsch"
 
+    @property
+    def separable(self) -> Separable:
+        return "elements"
+
     def value(self, w: Tensor) -> Tensor:
         return -torch.expm1(-at_least_float32(w).square()).sum()
 
@@ -84,6 +91,10 @@ class Hinge(Penalty):
     """Σ(‖row‖ − 1)₊², with a kink, and without effect within the ball."""
 
     kind: Literal["hinge"] = "hinge"
+
+    @property
+    def separable(self) -> Separable:
+        return "rows"
 
     def value(self, w: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(at_least_float32(w).reshape(w.size(0), -1), dim=1)

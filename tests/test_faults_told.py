@@ -68,9 +68,13 @@ def test_what_a_plugin_raises_at_attach_is_told_and_nothing_is_attached(place, m
 @pytest.mark.parametrize("place", ["observe", "starts"])
 def test_an_adapter_that_cannot_read_a_call_is_told_with_the_module(place):
     model = nn.ModuleDict({"rnn": Layer(3, 4)})
-    attached(model, RULES["activity"])
+    attachment = attached(model, RULES["activity"])
     Fault.after[place] = 0
-    with pytest.raises(regkit.StepError, match=rf"rnn \(Layer\) .*adapter Reader cannot read.*'{place}'"):
+    # Where a sequence starts is only asked where calls count in time.
+    with (
+        attachment.lengths([2]),
+        pytest.raises(regkit.StepError, match=rf"rnn \(Layer\) .*adapter Reader cannot read.*'{place}'"),
+    ):
         model["rnn"](torch.randn(2, 1, 3))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import regkit
 from regkit import Constraint, Penalty
-from regkit.batches import batched
+from regkit.batches import Placed
 from regkit.blocks import Block
 
 
@@ -118,7 +118,8 @@ def test_blocks_that_have_numbers_in_common_are_never_together():
 
     def sizes(*sites: regkit.WeightSite) -> list[int]:
         blocks = [Block(site, model, None, "matrix") for site in sites]
-        return [len(batch.blocks) for batch in batched([(block, block.storages()) for block in blocks])]
+        placed = Placed.of([(block, block.storages()) for block in blocks], Noted(strength=1), together=True)
+        return [len(batch.blocks) for batch in placed.batches]
 
     assert sizes(forget, cell) == [2]
     assert sizes(whole, forget) == sizes(forget, straddling) == []

@@ -18,6 +18,8 @@ class ActivityL1(ActivityPenalty):
 
     kind: Literal["activity_l1"] = "activity_l1"
 
+    separable: ClassVar[bool] = True
+
     def value(self, activity: Activity) -> Tensor:
         return activity.reduce(torch.abs, self.reduction, lambda h, scratch: torch.abs(h, out=scratch(h)).sum())
 
@@ -31,6 +33,8 @@ class ActivityL2(ActivityPenalty):
 
     kind: Literal["activity_l2"] = "activity_l2"
 
+    separable: ClassVar[bool] = True
+
     def value(self, activity: Activity) -> Tensor:
         return activity.reduce(torch.square, self.reduction, _squares)
 
@@ -43,6 +47,8 @@ class ActivityL1L2(ActivityPenalty):
     """l1·|h| + l2·h², reduced over the valid outputs  (Keras ActivityRegularization, at `reduction` batch)."""
 
     kind: Literal["activity_l1_l2"] = "activity_l1_l2"
+
+    separable: ClassVar[bool] = True
 
     shorthand: ClassVar[tuple[str, ...]] = ("l1", "l2")
 
@@ -78,11 +84,14 @@ class Temporal(ActivityPenalty):
 
     kind: Literal["temporal"] = "temporal"
 
+    separable: ClassVar[bool] = True
+
     sequence: ClassVar[bool] = True
 
     def value(self, activity: Activity) -> Tensor:
         def total(h: Tensor, previous: Tensor, scratch: Callable[[Tensor], Tensor]) -> Tensor:
-            return _squares(torch.sub(h, previous, out=scratch(h)), scratch)
+            change = torch.sub(h, previous, out=scratch(h)).reshape(-1)
+            return torch.dot(change, change)
 
         return activity.reduce_pairs(lambda h, previous: (h - previous).square(), self.reduction, total)
 
@@ -98,6 +107,8 @@ class NormStabilizer(ActivityPenalty):
     """
 
     kind: Literal["norm_stabilizer"] = "norm_stabilizer"
+
+    separable: ClassVar[bool] = True
 
     sequence: ClassVar[bool] = True
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal, final
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import ClassVar, Final, Literal, final
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from regkit import Constraint, hookimpl
 from regkit.activity import at_least_float32
 from regkit.buckets import buckets, pieces, room
 from regkit.fields import Fraction, NonNegative, Positive
-from regkit.kinds import Layout
+from regkit.kinds import Layout, Separable
 
 Per = Literal["unit", "input", "cell", "matrix"]
+
+_POOLED: Final[dict[Per, tuple[int, ...]]] = {"unit": (1,), "input": (0,), "matrix": (0, 1)}
+"""The axes over which squares are summed. A cell's rows lie apart, gate by gate: they are no axis of a matrix."""
 
 
 def _grouped(w: Tensor, per: Per) -> Tensor:
@@ -30,10 +35,8 @@ def _grouped(w: Tensor, per: Per) -> Tensor:
 
 
 def _norms(w: Tensor, per: Per) -> Tensor:
-    """The 2-norms of the groups, in float32 or better, broadcastable to w, which is `_grouped`.
-
-    The norm of a group is the same to the last bit, whatever stands beside it and however it lies in memory.
-    """
+    """The 2-norms of the groups of w, which is `_grouped`, in float32 or better, and broadcastable to w. Each is the
+    same to the last bit, whatever stands beside a group and however it lies in memory."""
     if w.numel() <= (limit := room(w)):
         norms = _of_rows(w, per)
     else:
@@ -65,33 +68,59 @@ def _sum(w: Tensor, axis: int) -> Tensor:
     return w
 
 
-def _portions(weights: list[Tensor], per: Per) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """What to multiply: pieces of large weights, with whole groups in them; and copies of many small ones side by side,
-    with the weights to write them back into."""
+def _portions(weights: list[Tensor], per: Per) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Pieces of large weights, with whole groups in them; and copies of many small ones side by side, with these."""
     limit, axis = room(weights[0]), 1 if per == "cell" else 0
     together, large = buckets(weights, limit)
     for index in large:
-        yield from ((piece, []) for piece in pieces(weights[index], limit, axis))
+        yield from (([piece], []) for piece in pieces(weights[index], limit, axis))
     for some in together:
-        shapes: dict[torch.Size, list[Tensor]] = {}
-        for index in some:
-            shapes.setdefault(weights[index].shape, []).append(weights[index])
         alike: dict[tuple[int, ...], list[Tensor]] = {}
-        for shape, ws in shapes.items():
-            alike.setdefault((*shape[:axis], *shape[axis + 1 :]), []).extend(ws)
+        for w in (weights[index] for index in some):
+            alike.setdefault((*w.shape[:axis], *w.shape[axis + 1 :]), []).append(w)
         for ws in alike.values():
-            yield (ws[0], []) if len(ws) == 1 else (at_least_float32(torch.cat(ws, axis)), ws)
+            yield (ws, []) if len(ws) == 1 else ([at_least_float32(torch.cat(ws, axis))], ws)
 
 
-def _may_be_read(norms: Tensor) -> bool:
-    """Whether to look at numbers costs no time: a GPU would be waited for, and what is traced or fake has none."""
-    return type(norms) is Tensor and norms.device.type == "cpu" and not torch.compiler.is_compiling()
+def _side_by_side(rows: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Large matrices; and copies of many small ones of as many columns side by side, with these themselves."""
+    together, large = buckets(rows)
+    if large:
+        yield [rows[index] for index in large], []
+    for some in together:
+        alike: dict[int, list[Tensor]] = {}
+        for index in some:
+            alike.setdefault(rows[index].size(1), []).append(rows[index])
+        for ws in alike.values():
+            yield (ws, []) if len(ws) == 1 else ([torch.cat(ws)], ws)
+
+
+_FEW: Final = 2  # matrices are looked at one by one
 
 
 class _NormConstraint(Constraint):
     per: Per = "unit"
     """Whose norm: `unit`, the incoming weights of each gate unit (a torch row; Keras axis=0); `input`, a column (Keras
     axis=1); `cell`, all gate rows of one hidden unit; `matrix`, the whole. A bias' unit is one scalar."""
+
+    @property
+    def separable(self) -> Separable:
+        return "rows" if self.per == "unit" else None
+
+    @property
+    def pooled(self) -> tuple[int, ...] | None:
+        return _POOLED.get(self.per)
+
+    def sums(self, w: Tensor) -> Tensor:
+        return at_least_float32(w).square().sum(_POOLED[self.per], keepdim=True)
+
+    def project_given(self, w: Tensor, sums: Tensor) -> Tensor:
+        norms = sums.sqrt()
+        return (w * self._factors(norms, self._wanted(norms))).to(w.dtype)
+
+    def violation_given(self, w: Tensor, sums: Tensor) -> Tensor:
+        norms = sums.sqrt()
+        return (norms - self._nearest(norms)).abs().amax()
 
     @property
     def layout(self) -> Layout:
@@ -106,9 +135,8 @@ class _NormConstraint(Constraint):
         return self._nearest(norms)
 
     def _factors(self, norms: Tensor, wanted: Tensor) -> Tensor:
-        """What groups of these norms are multiplied by. A group already where it is wanted is multiplied by exactly 1;
-        one of norm zero, NaN or infinity too: by 0 an infinite one would lose the numbers in it that are finite. So is
-        one so near to zero that the factor overflows."""
+        """What groups of these norms are multiplied by: exactly 1 where a group is as wanted already, and where its
+        norm is zero, NaN, infinite (numbers in it may be finite), or so small that the factor would overflow."""
         factors = wanted / norms
         return torch.where((factors > 0) & (factors < math.inf), factors, 1.0)
 
@@ -118,16 +146,35 @@ class _NormConstraint(Constraint):
         return (groups * self._factors(norms, self._wanted(norms))).to(w.dtype).view(w.shape)
 
     def project_(self, weights: list[Tensor]) -> None:
-        for w, copied in _portions([_grouped(w, self.per) for w in weights], self.per):
-            norms = _norms(w, self.per)
+        axis = 1 if self.per == "cell" else 0
+        if by_rows := self.per == "unit" and weights[0].dtype in (torch.float32, torch.float64):
+            rows = [*weights]
+            for index, w in enumerate(weights):  # a comprehension would be a call more
+                if w.dim() == 1:
+                    rows[index] = w.unsqueeze(-1)
+            portions: Iterable[tuple[list[Tensor], list[Tensor]]]
+            portions = [(rows, [])] if len(rows) <= _FEW else _side_by_side(rows)
+        else:
+            portions = _portions([_grouped(w, self.per) for w in weights], self.per)
+        for some, copied in portions:
+            each = []
+            for w in some:
+                if by_rows and w.stride(-1) == 1:
+                    each.append(torch.linalg.vector_norm(w, dim=-1, keepdim=True))
+                else:
+                    each.append(_norms(w, self.per))
+            # The norms of all are looked at together: they are few numbers.
+            norms = each[0] if len(each) == 1 else torch.cat(each)
             wanted = self._wanted(norms)
-            if _may_be_read(norms) and torch.equal(norms, wanted):
+            if type(norms) is Tensor and norms.is_cpu and not is_compiling() and torch.equal(norms, wanted):
                 continue
-            w *= self._factors(norms, wanted)
+            factors = self._factors(norms, wanted)
+            parts = [factors] if len(each) == 1 else torch.split_with_sizes(factors, list(map(len, each)))
+            for w, part in zip(some, parts, strict=True):
+                w *= part
             if copied:
-                axis = 1 if self.per == "cell" else 0
-                parts = torch.split_with_sizes(w, [one.size(axis) for one in copied], axis)
-                torch._foreach_copy_(copied, parts)
+                sizes = list(map(Tensor.size, copied, repeat(axis)))
+                torch._foreach_copy_(copied, torch.split_with_sizes(some[0], sizes, axis))
 
     def violation(self, w: Tensor) -> Tensor:
         norms = _norms(_grouped(w, self.per), self.per)
@@ -156,6 +203,8 @@ class MaxNorm(_NormConstraint):
 
     def _nearest(self, norms: Tensor) -> Tensor:
         return norms.clamp(max=self.max_value)
+
+    _wanted = _nearest
 
 
 @final
@@ -231,6 +280,10 @@ class NonNegativity(Constraint):
     """No negative weight: max(w, 0)  (Keras NonNeg).  w: any shape -> same."""
 
     kind: Literal["non_negative"] = "non_negative"
+
+    @property
+    def separable(self) -> Separable:
+        return "elements"
 
     def project(self, w: Tensor) -> Tensor:
         return w.clamp(min=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import ClassVar, Literal, final
 
 import torch
@@ -13,6 +14,7 @@ from regkit import Penalty, hookimpl
 from regkit.activity import at_least_float32
 from regkit.buckets import buckets, pieces, room
 from regkit.fields import NonNegative
+from regkit.kinds import Separable
 
 
 def _l1(w: Tensor) -> Tensor:
@@ -24,7 +26,9 @@ def _l2(w: Tensor) -> Tensor:
     return at_least_float32(w).square().sum()
 
 
-Portion = tuple[list[Tensor], list[Tensor], "Tensor | None"]
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+Portion = tuple[Tensors, Tensors, "Tensor | None"]
 
 
 def _portions(weights: list[Tensor], gradients: list[Tensor]) -> Iterator[Portion]:
@@ -33,9 +37,12 @@ def _portions(weights: list[Tensor], gradients: list[Tensor]) -> Iterator[Portio
     The workspace is of the piece's shape, and the same memory for all: fresh memory is slower than the arithmetic.
     """
     limit = room(weights[0])
+    narrow = weights[0].dtype not in (torch.float32, torch.float64)
     together, large = buckets(weights, limit)
     for some in together:
-        yield [at_least_float32(weights[i]) for i in some], [gradients[i] for i in some], None
+        pick = itemgetter(*some) if len(some) > 1 else itemgetter(slice(some[0], some[0] + 1))
+        ws = pick(weights)
+        yield list(map(Tensor.float, ws)) if narrow else ws, pick(gradients), None
     work: Tensor | None = None
     for i in large:
         for w, g in zip(pieces(weights[i], limit), pieces(gradients[i], limit), strict=True):
@@ -45,7 +52,7 @@ def _portions(weights: list[Tensor], gradients: list[Tensor]) -> Iterator[Portio
             yield [w], [g], work[: w.numel()].view(w.shape)
 
 
-def _signs(weights: list[Tensor], work: Tensor | None) -> tuple[Tensor, ...]:
+def _signs(weights: Tensors, work: Tensor | None) -> tuple[Tensor, ...]:
     return torch._foreach_sign(weights) if work is None else (torch.sign(weights[0], out=work),)
 
 
@@ -68,6 +75,10 @@ def _soft_threshold(w: Tensor, threshold: float | Tensor) -> Tensor:
 
 class _Norm(Penalty):
     """l1·Σ|w| + l2·Σw² for some l1 and l2."""
+
+    @property
+    def separable(self) -> Separable:
+        return "elements"
 
     @property
     @abstractmethod

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from regkit import Adapter, Example, Output, OutputSite, StepError, Validity, Weight, hookimpl
+from regkit import Adapter, Example, Form, Output, OutputSite, StepError, Validity, Weight, hookimpl
 from regkit.activity import Segment, Stepped, of_output, of_step
 
 # The order in which torch stacks the gates in the rows of weight_ih and weight_hh.
@@ -137,6 +137,12 @@ class SequenceAdapter(Adapter):
         ]
         return [Stepped(h if len(kept) == len(places) else h[kept])]
 
+    def form(self, module: nn.Module, site: OutputSite) -> Form | None:
+        assert isinstance(module, nn.RNNBase)
+        if site.role != "output":
+            return None
+        return Form("output", batch_first=module.batch_first, directions=self._directions(module))
+
     def examples(self) -> Sequence[Example]:
         return [
             _example(lambda: nn.RNN(3, 4, 2, bidirectional=True)),
@@ -184,6 +190,9 @@ class CellAdapter(Adapter):
         step: int,
     ) -> Sequence[Segment]:
         return [of_step(observed[site.role], observed[f"{site.role} before"], valid, step)]
+
+    def form(self, module: nn.Module, site: OutputSite) -> Form:
+        return Form(site.role, f"{site.role} before")
 
     def examples(self) -> Sequence[Example]:
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -10,19 +11,21 @@ from torch import Tensor
 from regkit import Activity, ActivityPenalty
 from regkit.activity import Stepped
 from regkit.testing.activity_gradients import GRADIENT_LAWS
+from regkit.testing.activity_parts import ACTIVITY_PARTS
 from regkit.testing.activity_tensors import SCALES, TENSOR_LAWS, near, reduced
+from regkit.testing.hints import hints
 from regkit.testing.kinds import KIND_LAWS, report
 from regkit.testing.laws import Laws, Report, hold
 from regkit.testing.layouts import BOTH, LENGTHS, alone, batch, layouts, packed, padded, steps
 from regkit.testing.samples import HALVES
 
-LAWS: Final[Laws[ActivityPenalty]] = Laws(KIND_LAWS, TENSOR_LAWS, GRADIENT_LAWS)
+LAWS: Final[Laws[ActivityPenalty]] = Laws(KIND_LAWS, TENSOR_LAWS, GRADIENT_LAWS, ACTIVITY_PARTS)
 """What every activity penalty keeps."""
 
 
 def check_activity_penalty(penalty: ActivityPenalty | type[ActivityPenalty]) -> Report:
     """Try every law on an activity penalty; of a class, on each of its examples. Raises TypeError for anything else."""
-    return report(LAWS, ActivityPenalty, penalty)
+    return replace(report(LAWS, ActivityPenalty, penalty), hints=hints(penalty))
 
 
 @LAWS.add()

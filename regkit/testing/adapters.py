@@ -11,6 +11,7 @@ from regkit.sites import Adapter, Equations, Example
 from regkit.testing.adapter_case import Case, quiet
 from regkit.testing.adapter_contract import CONTRACT
 from regkit.testing.adapter_equations import EQUATIONS
+from regkit.testing.adapter_forms import FORMS
 from regkit.testing.adapter_outputs import OUTPUTS
 from regkit.testing.adapter_traces import TRACES
 from regkit.testing.adapter_weights import WEIGHTS
@@ -18,7 +19,7 @@ from regkit.testing.laws import Laws, Report
 
 __all__ = ["LAWS", "Case", "check_adapter", "check_example"]
 
-LAWS: Laws[Case] = Laws(CONTRACT, WEIGHTS, EQUATIONS, OUTPUTS, TRACES)
+LAWS: Laws[Case] = Laws(CONTRACT, WEIGHTS, EQUATIONS, OUTPUTS, FORMS, TRACES)
 """Every law of adapters."""
 
 

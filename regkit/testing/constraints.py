@@ -14,10 +14,12 @@ from regkit.testing.feasible import allowed, outside, starts, toward
 from regkit.testing.hints import hints
 from regkit.testing.kinds import KIND_LAWS, report
 from regkit.testing.laws import Laws, Report, hold
+from regkit.testing.pooled import POOLED_LAWS
 from regkit.testing.projections import PROJECTION_LAWS, named
 from regkit.testing.samples import random, shapes, weights
+from regkit.testing.separable import CONSTRAINT_PARTS
 
-LAWS: Final[Laws[Constraint]] = Laws(KIND_LAWS, PROJECTION_LAWS)
+LAWS: Final[Laws[Constraint]] = Laws(KIND_LAWS, PROJECTION_LAWS, CONSTRAINT_PARTS, POOLED_LAWS)
 """What every constraint keeps."""
 
 _SCALES: Final = (0.0, 1e-4, 1.0, 1e4)

@@ -29,8 +29,9 @@ from regkit.testing.samples import (
     strided,
     weights,
 )
+from regkit.testing.separable import PENALTY_PARTS
 
-LAWS: Final[Laws[Penalty]] = Laws(KIND_LAWS, GRADIENT_LAWS, PROX_LAWS)
+LAWS: Final[Laws[Penalty]] = Laws(KIND_LAWS, GRADIENT_LAWS, PROX_LAWS, PENALTY_PARTS)
 """What every penalty on weights keeps."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -13,6 +13,7 @@ from regkit import Constraint
 from regkit.testing.compiling import compiles
 from regkit.testing.feasible import starts
 from regkit.testing.laws import Laws, hold
+from regkit.testing.parts import Function, given_forms
 from regkit.testing.samples import HALVES, difference, random, shapes, strided, weights
 
 PROJECTION_LAWS: Final[Laws[Constraint]] = Laws()
@@ -40,11 +41,11 @@ def keeps_shape_and_dtype(constraint: Constraint) -> None:
 @PROJECTION_LAWS.add()
 def weight_is_left_alone(constraint: Constraint) -> None:
     """Projections are tried before anything is written, and violations only looked at. Change nothing in place in
-    `project` and `violation`: `clamp`, not `clamp_`; a copy, where you must write."""
+    `project`, `violation` and their like: `clamp`, not `clamp_`; a copy, where you must write."""
     for w in weights(constraint, 9.0):
         for form in (w, strided(w)):
             before = form.clone()
-            for name, function in (("project", constraint.project), ("violation", constraint.violation)):
+            for name, function in _pure(constraint):
                 version = form._version
                 function(form)
                 same = form._version == version and torch.equal(form, before)
@@ -58,7 +59,7 @@ def strides_do_not_matter(constraint: Constraint) -> None:
     """A gate's block is a view of a larger weight, and may be transposed. Use `reshape` or `flatten` where you use
     `view`, and dimensions rather than strides."""
     for w in weights(constraint, 3.0):
-        for name, function in (("project", constraint.project), ("violation", constraint.violation)):
+        for name, function in _pure(constraint):
             off = difference(function(strided(w)), function(w))
             hold(off < 1e-9, f"{name}() of {named(w)} as a view is off by {off:.3g} times its size")
 
@@ -92,13 +93,12 @@ def nan_is_never_hidden(constraint: Constraint) -> None:
     LinAlgError does not.)"""
     for w in weights(constraint):
         w.view(-1)[-1] = torch.nan
-        try:
-            violation, point = constraint.violation(w), constraint.project(w)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch has it, its types do not
-            continue
-        hold(violation.isnan(), f"violation() of {named(w)} with a NaN in it is {float(violation):g}")
-        last = point.reshape(-1)[-1]
-        hold(last.isnan(), f"project() of {named(w)} with a NaN in it makes {last.item():g} of it")
+        for name, function in _pure(constraint):
+            try:
+                last = function(w).reshape(-1)[-1]  # of the sums too it is the one with the NaN in it
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch has it, its types do not
+                continue
+            hold(last.isnan(), f"{name}() of {named(w)} with a NaN in it makes {last.item():g} of it")
 
 
 @PROJECTION_LAWS.add()
@@ -124,12 +124,12 @@ def halves_accumulate_in_float32(constraint: Constraint) -> None:
 def never_waits_for_the_device(constraint: Constraint) -> None:
     """Reading a number of a tensor back stops a GPU at every step of the optimizer. Avoid `float(t)`, `t.item()`,
     `t.numpy()`, `if t > 0` and boolean indexing; write `torch.where`, `clamp` and tensors without dimensions."""
-    for shape in shapes(constraint):
+    taken = shapes(constraint)
+    with FakeTensorMode():
         for name, function in _functions(constraint):
-            with FakeTensorMode():
-                w = torch.empty(shape, dtype=torch.float64, device="cpu")
+            for shape in taken:
                 try:
-                    function(w)
+                    function(torch.empty(shape, dtype=torch.float64, device="cpu"))
                 except Exception as error:  # whatever it meets without data: it is said in full
                     hold(False, f"{name}() of a fake weight {shape} raised {type(error).__name__}: {error}")
 
@@ -147,7 +147,7 @@ def stays_on_its_device(constraint: Constraint) -> None:
             hold(result.is_meta, f"{name}() of a weight {shape} on meta is on {result.device}")
 
 
-def _functions(constraint: Constraint) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+def _functions(constraint: Constraint) -> Iterator[tuple[str, Function]]:
     """What it computes of one weight, by name."""
 
     def project_(w: Tensor) -> Tensor:
@@ -155,9 +155,15 @@ def _functions(constraint: Constraint) -> Iterator[tuple[str, Callable[[Tensor],
             constraint.project_([w, torch.zeros_like(w)])
         return w
 
+    yield from _pure(constraint)
+    yield "project_", project_
+
+
+def _pure(constraint: Constraint) -> Iterator[tuple[str, Function]]:
+    """Those of its functions that write nothing, by name."""
     yield "project", constraint.project
     yield "violation", constraint.violation
-    yield "project_", project_
+    yield from given_forms(constraint)
 
 
 @PROJECTION_LAWS.add()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from regkit import Adapter, Example, Output, OutputSite, Segment, Validity, Weight, hookimpl
+from regkit import Adapter, Example, Form, Output, OutputSite, Segment, Validity, Weight, hookimpl
 from regkit.activity import of_step
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -68,6 +68,9 @@ class MinimalGatedAdapter(Adapter):
         step: int,
     ) -> Sequence[Segment]:
         return [of_step(observed["output"], observed["before"], valid, step)]
+
+    def form(self, module: nn.Module, site: OutputSite) -> Form:
+        return Form("output", "before")  # what `segments` makes one segment of, so that many can be reduced at once
 
     def examples(self) -> Sequence[Example]:
         example = Example(
