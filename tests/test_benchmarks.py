@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import regkit
 from regkit import hooks
 from tests.benchmarks import by_hand, report
+from tests.benchmarks import lab as lab_room
 from tests.benchmarks.__main__ import RESULTS, main
 from tests.benchmarks.bars import Bar
 from tests.benchmarks.lab import Lab, Run
 from tests.benchmarks.timing import Sample, beside, quartiles
-from tests.benchmarks.ways import WAYS, ways_of
+from tests.benchmarks.ways import WAYS, Way, ways_of
 from tests.benchmarks.workloads import Workload, workloads
 
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
 class Scripted:
-    """A step that takes what is written down, and says who was asked in what order."""
+    """A block of steps that takes what is written down, and says who was asked in what order."""
 
     def __init__(self, name: str, base: Scripted | None, seconds: Callable[[], float], asked: list[str]) -> None:
         self.name, self._base, self._seconds, self._asked = name, base, seconds, asked
@@ -33,22 +37,24 @@ class Scripted:
     def base(self) -> Scripted:
         return self._base or self
 
-    def step(self) -> Sample:
+    def block(self, steps: int) -> Sample:
         self._asked.append(self.name)
-        return self._seconds(), 0.0
+        return Sample(self._seconds(), 0.0, float(steps))
 
 
-def test_each_step_stands_between_two_of_its_base_so_that_a_drift_cancels():
+def test_each_block_of_steps_stands_between_two_of_its_base_so_that_a_drift_cancels():
     asked: list[str] = []
     clock = iter(range(1, 10**6))
-    bare = Scripted("bare", None, lambda: float(next(clock)), asked)  # everything gets slower by 1 at each step
+    bare = Scripted("bare", None, lambda: float(next(clock)), asked)  # everything gets slower by 1 at each block
     other = Scripted("other", None, lambda: float(next(clock)), asked)
     ways = [
         Scripted(name, base, lambda: float(next(clock)), asked)
         for name, base in zip("xyz", (bare, bare, other), strict=True)
     ]
-    found = beside(ways, 0.0, 6)
-    assert all(here[0] == base[0] for samples in found.values() for here, base in samples)
+    found = beside(ways, 3, 0.0, 6)
+    assert all(
+        here.seconds == base.seconds and here.faults == 3 for samples in found.values() for here, base in samples
+    )
     assert {len(samples) for samples in found.values()} == {6}
     for place, name in enumerate(asked):
         if name in "xyz":
@@ -80,7 +86,8 @@ def gradients_of(run: Run) -> list[Tensor]:
     handle = run.optimizer.register_step_pre_hook(
         lambda *_: seen.extend(w.grad.clone() for w in run.weights if w.grad is not None)
     )
-    run.step()
+    with run.acting():
+        run.step()
     handle.remove()
     return seen
 
@@ -98,12 +105,8 @@ SAME = [
 ]
 
 
-def done_by(lab: Lab, name: str, look: Callable[[Run], list[Tensor]]) -> list[Tensor]:
-    run = Run(lab, next(way for way in WAYS if way.name == name))
-    try:
-        return look(run)
-    finally:
-        run.close()
+def run_of(lab: Lab, name: str) -> Run:
+    return Run(lab, next(way for way in WAYS if way.name == name))
 
 
 def furthest(ours: list[Tensor], theirs: list[Tensor]) -> float:
@@ -112,19 +115,21 @@ def furthest(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 @pytest.mark.parametrize(
     ("workload", "ours", "theirs"),
-    [(name, *pair) for name in ("a", "e") for pair in SAME if name == "a" or not pair[0].startswith("AR")],
+    [(name, *pair) for name in ("a", "e", "f") for pair in SAME],
 )
 def test_penalties_that_are_compared_have_the_same_gradient(workload: str, ours: str, theirs: str):
     lab = Lab(tiny(workload))
-    bare = lab.base("Adam")
-    found = done_by(lab, ours, gradients_of)
-    assert furthest(found, done_by(lab, theirs, gradients_of)) < 1e-7
-    assert furthest(found, gradients_of(bare)) > 1e-4
+    found = gradients_of(run_of(lab, ours))
+    assert furthest(found, gradients_of(run_of(lab, theirs))) < 1e-7
+    assert furthest(found, gradients_of(lab.base("Adam"))) > 1e-4
 
 
-def weights_of(run: Run) -> list[Tensor]:
-    run.step()
-    return [w.detach().clone() for w in run.weights]
+def weights_of(run: Run, steps: int = 1) -> list[Tensor]:
+    """What the weights are after consecutive steps."""
+    with run.acting():
+        for _ in range(steps):
+            run.step()
+        return [w.detach().clone() for w in run.weights]
 
 
 @pytest.mark.parametrize(
@@ -141,12 +146,12 @@ def weights_of(run: Run) -> list[Tensor]:
 def test_constraints_that_are_compared_lead_to_the_same_weights(ours: str, theirs: str):
     """Keras' own with its epsilon, of 1e-7 beside a norm."""
     lab = Lab(tiny("a"))
-    found = done_by(lab, ours, weights_of)
-    assert furthest(found, done_by(lab, theirs, weights_of)) < 1e-6
+    found = weights_of(run_of(lab, ours))
+    assert furthest(found, weights_of(run_of(lab, theirs))) < 1e-6
     if ours != "A/A":
         assert furthest(found, weights_of(lab.base("Adam"))) > 1e-2
-        restored = done_by(lab, ours, weights_of)  # every step starts from the same weights: all rows violate again
-        assert furthest(found, restored) < 1e-5
+        again = weights_of(run_of(lab, ours), steps=3)  # the weights were put back at each: all rows violate again
+        assert furthest(found, again) < 1e-5
 
 
 def test_every_row_violates_where_the_row_says_so_and_none_where_it_says_that():
@@ -155,16 +160,55 @@ def test_every_row_violates_where_the_row_says_so_and_none_where_it_says_that():
         assert float(norms.min()) > by_hand.BOUND
 
 
-def test_what_is_asleep_adds_nothing_to_a_step():
+def test_after_its_block_nothing_of_a_way_is_left():
     lab = Lab(tiny("a"))
     bare = lab.base("Adam")
-    bare.step()
     alone = bare.counted().operations
-    runs = [Run(lab, way) for way in ways_of(lab.workload)]
-    assert bare.counted().operations == alone
-    assert not hooks._handles
-    for run in runs:
-        run.close()
+    for way in ways_of(lab.workload):
+        Run(lab, way).block(1)
+        assert bare.counted().operations == alone
+        assert not hooks._handles
+        assert all(group["weight_decay"] == 0 for group in bare.optimizer.param_groups)
+
+
+def test_within_a_block_a_document_is_attached_once_and_hears_every_step(monkeypatch: pytest.MonkeyPatch):
+    made: list[regkit.Attachment] = []
+    attach = regkit.attach
+
+    def seen(*given: Any) -> regkit.Attachment:
+        made.append(attach(*given))
+        return made[-1]
+
+    monkeypatch.setattr(regkit, "attach", seen)
+    run_of(Lab(tiny("a")), "L2: regkit").block(5)
+    assert [one.step_count for one in made] == [2 + 5]
+
+
+def test_the_time_in_which_weights_are_put_back_is_taken_off(monkeypatch: pytest.MonkeyPatch):
+    lab, hour = Lab(tiny("a")), [0]
+    copy = torch._foreach_copy_
+
+    def slow(*given: Any) -> None:
+        copy(*given)
+        hour[0] += 3600
+
+    monkeypatch.setattr(lab_room, "now", lambda: hour[0])
+    monkeypatch.setattr(torch, "_foreach_copy_", slow)
+    assert lab.base("Adam").block(3).seconds == 0
+    assert hour[0] == (1 + 2 + 3) * 3600
+    assert run_of(lab, "max-norm: renorm_ loop").alone(3) == 0
+
+
+def test_a_block_tells_of_the_pages_that_are_mapped_in_it():
+    kept = []
+
+    def map_memory(weights: Sequence[nn.Parameter]) -> None:
+        kept.append(mmap.mmap(-1, 64 * mmap.PAGESIZE))
+        for page in range(64):
+            kept[-1][page * mmap.PAGESIZE] = 1
+
+    assert Run(Lab(tiny("a")), Way("maps", loop=map_memory)).block(3).faults >= 64
+    assert len(kept) == 2 + 3
 
 
 # --- the benchmark runs ----------------------------------------------------------------------------------------------
@@ -173,7 +217,7 @@ def test_what_is_asleep_adds_nothing_to_a_step():
 def test_the_benchmark_runs_writes_what_it_says_and_every_row_is_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["--tiny", "--only", "a,d2,e,layers,sizes", "--output", str(tmp_path)]) == 0
+    assert main(["--tiny", "--only", "a,d2,e,f,layers,sizes", "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert (tmp_path / "costs.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
@@ -203,18 +247,20 @@ def test_the_benchmark_compares_with_keras(capsys: pytest.CaptureFixture[str]):
     assert re.search(r"Keras' regularized step / the same with regkit: [\d.]+, at least 2", capsys.readouterr().out)
 
 
-def test_what_cannot_be_told_from_nothing_is_shown_as_noise():
+def test_what_cannot_be_told_from_nothing_is_shown_as_noise_and_mapped_memory_beside_the_times():
     rows = {
-        "noise": {"share": [0.001, -0.002, 0.004, 9], "operations": 0},
+        "noise": {"share": [0.001, -0.002, 0.004, 9], "faults": [0.2, -3.0, 4.0, 9], "operations": 0},
         "cost": {"share": [0.021, 0.019, 0.022, 9], "floors": [1.0834, 1.0, 1.1, 9], "operations": 2},
+        "memory": {"share": [0.21, 0.19, 0.22, 9], "faults": [812.4, 800.0, 820.0, 9], "operations": 9},
     }
-    results = {"workloads": {"a": {"bare": {"Adam": [0.0055, 0.005, 0.006, 9]}, "rows": rows}}}
-    assert report.table(results).splitlines() == [
+    bare = {"bare": {"Adam": [0.0055, 0.005, 0.006, 9]}, "faults": {"Adam": [17.0, 17.0, 18.0, 9]}}
+    assert report.table({"workloads": {"a": {**bare, "rows": rows}}}).splitlines() == [
         "| | a |",
         "| --- | --- |",
-        "| bare step | 5.5 ms |",
+        "| bare step | 5.5 ms / 17 faults |",
         "| noise | ±0.30 % / 0 |",
         "| cost | 2.1 % / 1.08 / 2 |",
+        "| memory | 21 % / 9 / 812 faults |",
     ]
 
 

@@ -52,7 +52,7 @@ def _of(name: str, rows: Results) -> Iterator[Bar]:
         lower = median(other, field)
         return median(row, field) / lower if lower > 0 else math.inf
 
-    if name == "e":  # it is there for the parametrizations alone
+    if name in ("e", "f"):  # cells in a loop, for parametrizations and activity beside what is written by hand
         return
     yield Bar("L2, operations", name, rows[L2]["operations"], 4)
     if name in ("a", "d1"):  # whose weights are less than a bucket

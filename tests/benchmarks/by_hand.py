@@ -16,7 +16,7 @@ Loop = Callable[[Sequence[nn.Parameter]], None]
 """What is done to weights after the optimizer's step, without autograd."""
 
 Parametrize = Callable[[nn.Module], None]
-"""What makes an LSTM cell's recurrent weight a function of another, before training."""
+"""What makes a cell's recurrent weight a function of another, before training."""
 
 SMALL = 1e-3
 """The strength of every penalty on weights, and the `weight_decay` of optimizers."""
@@ -129,8 +129,8 @@ class _MaxNorm(nn.Module):
         return w * (BOUND / w.norm(dim=1, keepdim=True)).clamp(max=1)
 
 
-def _cells(net: nn.Module) -> list[nn.LSTMCell]:
-    return [one for one in net.modules() if isinstance(one, nn.LSTMCell)]
+def _cells(net: nn.Module) -> list[nn.RNNCellBase]:
+    return [one for one in net.modules() if isinstance(one, nn.RNNCellBase)]
 
 
 def max_norm_parametrized(net: nn.Module) -> None:

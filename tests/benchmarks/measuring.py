@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
 from functools import partial
 from statistics import median
 from typing import Any
@@ -20,36 +19,31 @@ Results = dict[str, Any]
 def measure(workload: Workload, ways: Sequence[Way], seconds: float, fewest: int) -> Results:
     """Times, shares, multiples and counts of each way, in so many seconds but in so many rounds at least.
 
-    bytes: of the weights. bare: seconds of the bare step of each optimizer. floors: seconds. rows: for each way
-    `step`, the seconds that it adds to a step; `share` of the bare step; `alone`, the seconds of its work alone;
-    `floors`, how many times its floor that is; `operations` and `allocated` bytes that it adds to a step.
+    bytes: of the weights. bare: seconds of the bare step of each optimizer; faults: the pages that are mapped in it.
+    floors: seconds. rows: for each way `step`, the seconds that it adds to a step; `share` of the bare step; `faults`
+    that it adds; `alone`, the seconds of its work alone; `floors`, how many times its floor that is; `operations` and
+    `allocated` bytes that it adds to a step.
     """
-    with ExitStack() as stack:
-        lab = Lab(workload)
-        runs = [stack.enter_context(closing(Run(lab, way))) for way in ways]
-        return _measure(lab, runs, seconds, fewest)
-
-
-def _measure(lab: Lab, runs: Sequence[Run], seconds: float, fewest: int) -> Results:
-    bases = {run.way.optimizer: run.base for run in runs}
-    for run in (*bases.values(), *runs):
-        run.step()  # states are made, first steps are over
-    bare = {optimizer: base.counted() for optimizer, base in bases.items()}
+    lab = Lab(workload)
+    runs = [Run(lab, way) for way in ways]
+    bare = {kind: lab.base(kind).counted() for kind in {run.way.optimizer: None for run in runs}}
     counts = {run.name: _added_counts(run, bare[run.way.optimizer]) for run in runs}
     stepping = [run for run in runs if run.way.calls is None]
-    steps = beside(stepping, seconds * 0.65, fewest)
+    pairs = beside(stepping, workload.steps, seconds * 0.65, fewest)
     alone, floors = _alone(lab, runs, seconds * 0.35, fewest)
-    seconds_of: dict[str, list[float]] = {optimizer: [] for optimizer in bases}
+    bases: dict[str, list[Sample]] = {kind: [] for kind in bare}
     for run in stepping:
-        seconds_of[run.way.optimizer] += [base[0] for _, base in steps[run.name]]
+        bases[run.way.optimizer] += [base for _, base in pairs[run.name]]
     return {
-        "title": lab.workload.title,
+        "title": workload.title,
         "bytes": sum(w.nbytes for w in lab.weights),
-        "bare": {optimizer: quartiles(samples) for optimizer, samples in seconds_of.items()},
+        "steps": workload.steps,
+        "bare": {kind: quartiles([one.seconds for one in samples]) for kind, samples in bases.items()},
+        "faults": {kind: quartiles([one.faults for one in samples]) for kind, samples in bases.items()},
         "floors": {name: quartiles(samples) for name, samples in floors.items()},
         "rows": {
             run.name: {
-                **_added(run.way, steps.get(run.name, [])),
+                **_added(run.way, pairs.get(run.name, [])),
                 **_multiples(run.way, alone.get(run.name, []), floors),
                 **counts[run.name],
             }
@@ -59,9 +53,9 @@ def _measure(lab: Lab, runs: Sequence[Run], seconds: float, fewest: int) -> Resu
 
 
 def _added_counts(run: Run, bare: Counted) -> Results:
-    """Where only outputs are acted on, there is nothing else in what is counted."""
+    """Where its work was done apart from a step, there is nothing else in what is counted."""
     with_it = run.counted()
-    less = Counted() if run.way.outputs else bare
+    less = Counted() if run.apart else bare
     return {"operations": with_it.operations - less.operations, "allocated": with_it.allocated - less.allocated}
 
 
@@ -69,11 +63,9 @@ def _alone(
     lab: Lab, runs: Sequence[Run], seconds: float, fewest: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """The seconds of each way's work alone, and of the floors, taken in turns; of ways that add nothing, none."""
-    flat, gradients = lab.gradients()
-    working = [run for run in runs if run.way.works_alone]
+    flat = lab.make_gradients()
+    working = [run for run in runs if run.way.works_alone and (run.apart or not run.way.outputs)]
     bare = lab.base("Adam")
-    for run in (bare, *working):
-        run.have(gradients)
     calls = max(1, min(8, 4_000_000 // sum(w.nbytes for w in lab.weights)))
     floors = Floors(lab, flat).all()
     turns = {run.name: partial(run.alone, run.way.calls or calls) for run in working}
@@ -102,7 +94,8 @@ def _added(way: Way, pairs: Sequence[tuple[Sample, Sample]]) -> Results:
     part = 1 if way.at_step else 0
     return {
         "step": quartiles([here[part] - base[part] for here, base in pairs]),
-        "share": quartiles([(here[part] - base[part]) / base[0] for here, base in pairs]),
+        "share": quartiles([(here[part] - base[part]) / base.seconds for here, base in pairs]),
+        "faults": quartiles([here.faults - base.faults for here, base in pairs]),
     }
 
 

@@ -19,15 +19,15 @@ from tests.benchmarks.workloads import growing_layers, growing_sizes, workloads
 
 Results = dict[str, Any]
 
-PARTS = ("a", "b", "c", "d1", "d2", "e", "layers", "sizes", "keras")
+PARTS = ("a", "b", "c", "d1", "d2", "e", "f", "layers", "sizes", "keras")
 """The workloads by name, the growth curves, and Keras."""
 
 
 def measure_all(parts: Sequence[str], pace: float, tiny: bool) -> Results:
     """Measure these parts. pace: what their times are multiplied by; tiny: in sizes that only show that it runs."""
-    fewest = 5 if pace >= 1 else 2
+    fewest, shorter = (3, 1) if pace >= 1 else (2, 2)
     results: Results = {"conditions": conditions(), "workloads": {}}
-    for workload in workloads(tiny):
+    for workload in workloads(tiny, shorter):
         if workload.name in parts:
             _say(workload.title)
             results["workloads"][workload.name] = measure(workload, ways_of(workload), pace * workload.seconds, fewest)

@@ -46,13 +46,13 @@ SHOWN: Final = (
 
 
 def table(results: Results, rows: Sequence[str] | None = None) -> str:
-    """Each way by workload: share of the bare step / multiple of the floor / operations added."""
+    """Each way by workload: share of the bare step / multiple of the floor / operations / page faults added."""
     workloads = results["workloads"]
     names = list(dict.fromkeys(row for one in workloads.values() for row in one["rows"])) if rows is None else rows
     lines = [
         f"| | {' | '.join(workloads)} |",
         f"|{' --- |' * (len(workloads) + 1)}",
-        f"| bare step | {' | '.join(_milliseconds(one['bare']['Adam'][0]) for one in workloads.values())} |",
+        f"| bare step | {' | '.join(map(_bare, workloads.values()))} |",
     ]
     lines += [
         f"| {row} | {' | '.join(_cell(one['rows'].get(row)) for one in workloads.values())} |"
@@ -60,6 +60,15 @@ def table(results: Results, rows: Sequence[str] | None = None) -> str:
         if any(row in one["rows"] for one in workloads.values())
     ]
     return "\n".join(lines)
+
+
+def _bare(workload: Results) -> str:
+    return _milliseconds(workload["bare"]["Adam"][0]) + _faults(workload.get("faults", {}).get("Adam"))
+
+
+def _faults(faults: Sequence[float] | None) -> str:
+    """The median, where they were counted and it is one in a step at least."""
+    return f" / {faults[0]:.0f} faults" if faults is not None and abs(faults[0]) >= 1 else ""
 
 
 def _cell(row: Results | None) -> str:
@@ -70,7 +79,7 @@ def _cell(row: Results | None) -> str:
         f"{row['floors'][0]:.3g}" if "floors" in row else "",
         str(row["operations"]),
     ]
-    return " / ".join(part for part in parts if part)
+    return " / ".join(part for part in parts if part) + _faults(row.get("faults"))
 
 
 def _percent(share: Sequence[float]) -> str:
@@ -132,9 +141,12 @@ def full(results: Results) -> str:
         lines = [f"| {of} | bare step | {' | '.join(rows)} |", f"|{' --- |' * (len(rows) + 2)}"]
         for size, one in curve.items():
             cells = " | ".join(_cell(one["rows"][row]) for row in rows)
-            lines.append(f"| {size} | {_milliseconds(one['bare']['Adam'][0])} | {cells} |")
+            lines.append(f"| {size} | {_bare(one)} | {cells} |")
         parts.append("\n".join(lines))
-    parts += ["Cells: share of the bare step / multiple of the floor / operations added.", conditions(results)]
+    parts += [
+        "Cells: share of the bare step / multiple of the floor / operations / page faults added.",
+        conditions(results),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -119,7 +119,7 @@ def ways_of(workload: Workload) -> list[Way]:
     return [
         way
         for way in WAYS
-        if not (way.outputs and workload.cells)
+        if not (way.outputs and workload.cells and not workload.loops)
         and (way.parametrize is None or workload.loops)
         and (way.parametrize is not by_hand.orthogonal_by_geotorch or find_spec("geotorch"))
     ]
