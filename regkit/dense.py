@@ -206,9 +206,8 @@ class Dense(Activity):
             raise PluginError(f"a slope at {tuple(later.shape)} has another shape")
         numbers = later.numel() // max(h.size(-1), 1) if per_row else later.numel()
         share = times / max(numbers if reduction == "mean" else h.size(1) if reduction == "batch" else 1, 1)
-        first = first * amount
-        g[1:].add_(first, alpha=share)
+        g[1:].addcmul_(first, amount, value=share)
         if second is None:
-            g[:-1].sub_(first, alpha=share)
+            g[:-1].addcmul_(first, amount, value=-share)
         else:
             g[:-1].addcmul_(second, amount, value=share)

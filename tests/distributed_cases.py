@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 
+import distributed_collectives as collectives
 import distributed_silence as silence
 import distributed_spreads as spreads
 import distributed_tasks as tasks
 from distributed_workers import Case, CaseTask, Rules, Task, World
 
 STRENGTH, BOUND = 0.05, 0.5
+GATES_OF_PARTS = ["forget", "output"]
 L2 = {"name": "l2", "penalty": {"kind": "l2", "strength": STRENGTH}}
 MAX_NORM = {"name": "max-norm", "constraint": {"kind": "max_norm", "max_value": BOUND}}
 L1 = {"name": "l1", "penalty": {"kind": "l1", "strength": STRENGTH}, "via": "proximal"}
@@ -30,6 +32,21 @@ BIASES = {"name": "biases", "target": {"role": "bias", "bias": "effective"}, "pe
 BY_LOSS = {"name": "by loss", "target": {"role": "kernel"}, "penalty": "orthogonal(0.05)", "via": "loss"}
 AR = {"name": "ar", "penalty": {"kind": "activity_l2", "strength": 2.0}}
 TAR = {"name": "tar", "penalty": {"kind": "temporal", "strength": 1.0}}
+
+RECURRENT, MATRICES = {"role": "recurrent"}, {"role": ["kernel", "recurrent"]}
+IN_PARTS: Rules = [
+    {"name": "l1 of gates", "target": {**MATRICES, "gate": GATES_OF_PARTS}, "penalty": "l1(0.05)"},
+    {"name": "elastic net", "target": MATRICES, "penalty": "l1_l2(0.02, 0.05)", "via": "proximal"},
+    {"name": "decay", "target": {"role": "bias"}, "penalty": "l2(0.1)", "via": "decoupled"},
+    {"name": "by loss", "target": RECURRENT, "penalty": "l2(0.05)", "via": "loss"},
+    {"name": "inputs", "target": MATRICES, "constraint": {"kind": "max_norm", "max_value": 0.8, "per": "input"}},
+    {"name": "one gate", "target": {**RECURRENT, "gate": GATES_OF_PARTS[0]}, "constraint": "max_norm(0.5)"},
+    {"name": "matrix", "target": RECURRENT, "constraint": {"kind": "min_max_norm", "max_value": 1.5, "per": "matrix"}},
+    {"name": "units", "target": MATRICES, "constraint": {"kind": "min_max_norm", "min_value": 0.3, "max_value": 0.7}},
+    {"name": "signs", "target": {"role": "bias"}, "constraint": "non_negative", "every": 2},
+]
+"""Rules on shards, and on sums over them, of every way in which they act."""
+IN_PARTS_WITHOUT_GATES = [rule for rule in IN_PARTS if "gate" not in rule["target"]]
 
 DOCUMENTS: dict[str, Rules] = {
     "L2": [L2],
@@ -73,6 +90,11 @@ FSDP2 = {
     "shards of columns": Case(spreads.fsdp_by_columns, ALL, hidden=4),
     "max-norm, columns": Case(spreads.fsdp_by_columns, [MAX_NORM], hidden=4),
     "copies of shards": Case(spreads.fsdp_hybrid, ALL, (4,)),
+    "in parts": Case(spreads.fsdp, IN_PARTS, BOTH),
+    "in parts, a process with no rows": Case(spreads.fsdp, IN_PARTS_WITHOUT_GATES, (4,), layer="RNN", hidden=3),
+    "in parts, a shard for each layer": Case(spreads.fsdp_by_layer, IN_PARTS, layer="LSTMCell"),
+    "in parts, columns": Case(spreads.fsdp_by_columns, IN_PARTS, hidden=4),
+    "in parts, copies of shards": Case(spreads.fsdp_hybrid, IN_PARTS, (4,)),
 }
 COMPUTED = {
     "weight_norm": Case(spreads.fsdp, ALL, computed="weight_norm"),
@@ -91,11 +113,15 @@ TENSOR_PARALLEL = {
     "columns": Case(spreads.tensor_parallel_columns, ALL, attach_first=False, layer="MatmulCell"),
     "attached before": Case(spreads.tensor_parallel_rows, ALL, layer="MatmulCell"),
     "max-norm, columns": Case(spreads.tensor_parallel_columns, [MAX_NORM], layer="MatmulCell"),
+    "in parts, rows": Case(spreads.tensor_parallel_rows, IN_PARTS, BOTH, layer="MatmulCell"),
+    "in parts, columns": Case(spreads.tensor_parallel_columns, IN_PARTS, layer="MatmulCell"),
     "pruned": Case(spreads.tensor_parallel_rows, ALL, layer="MatmulCell", computed="pruned"),
 }
 FSDP2_AND_TENSOR_PARALLEL = {
     "rows": Case(spreads.fsdp_and_rows, ALL, (4,), attach_first=False, layer="MatmulCell"),
     "columns": Case(spreads.fsdp_and_columns, ALL, (4,), layer="MatmulCell"),
+    "in parts, rows": Case(spreads.fsdp_and_rows, IN_PARTS, (4,), layer="MatmulCell"),
+    "in parts, columns": Case(spreads.fsdp_and_columns, IN_PARTS, (4,), layer="MatmulCell"),
 }
 ZERO = {
     "attached before": Case(spreads.ddp_and_zero, ALL),
@@ -115,7 +141,12 @@ CASES = {
 def _tasks(size: int) -> dict[str, Task]:
     rows = CASES.items()
     cases = {f"{row}: {name}": case for row, named in rows for name, case in named.items() if size in case.sizes}
-    return {**{name: CaseTask(case) for name, case in cases.items()}, **tasks.of_size(size), **silence.of_size(size)}
+    return {
+        **{name: CaseTask(case) for name, case in cases.items()},
+        **tasks.of_size(size),
+        **silence.of_size(size),
+        **collectives.of_size(size),
+    }
 
 
 @cache
