@@ -207,18 +207,19 @@ _placements = attrgetter("placements")
 
 
 class Placed(NamedTuple):
-    """The blocks of a rule in a snapshot, what is tied once: all, those that are live views of parameters, the rest."""
+    """The blocks of a rule in a snapshot, what is tied once: those that are live views of parameters, and the rest."""
 
-    distinct: list[Kept]
     batches: list[Batch]
     lone: list[Kept]
+    number: int
+    """How many blocks there are."""
 
     @classmethod
     def of(cls, distinct: list[Kept], kind: Penalty | Constraint, together: bool) -> Placed:
         """Blocks by how they are kept. together: whether many of them are one batch, and each its own else."""
         batches = list(_batched(distinct, kind, together))
         live = {block for batch in batches for block in batch.blocks}
-        return cls(distinct, batches, [one for one in distinct if one[0] not in live])
+        return cls(batches, [one for one in distinct if one[0] not in live], len(distinct))
 
 
 def _batched(distinct: Iterable[Kept], kind: Penalty | Constraint, together: bool) -> Iterator[Batch]:

@@ -159,10 +159,10 @@ def rules_of(plan: Plan, model: nn.Module) -> Rules:
     modules = dict(model.named_modules(remove_duplicate=False))
     recorders = _recorders(plan, modules)
     paths = dict.fromkeys(site.path for binding in plan.bindings for site in binding.sites)
-    blocks: dict[Block, Binding] = {}
+    bound: list[tuple[Binding, list[Block]]] = []
     watched = _trained(plan, model, modules)
     everything = Parameters(model) if recorders else ()
-    snapshots = Snapshots(blocks, watched, links(model, paths), everything)
+    snapshots = Snapshots(bound, watched, links(model, paths), everything)
     penalties: list[PenaltyRule] = []
     constraints: list[ConstraintRule] = []
     activities: list[ActivityRule] = []
@@ -173,7 +173,7 @@ def rules_of(plan: Plan, model: nn.Module) -> Rules:
             activities.append(ActivityRule(binding, places))
             continue
         own = [_block(site, modules, kind.layout) for site in binding.weights]
-        blocks.update(dict.fromkeys(own, binding))
+        bound.append((binding, own))
         if isinstance(kind, Penalty):
             penalties.append(PenaltyRule(binding, own, snapshots))
         else:

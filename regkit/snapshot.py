@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any, Final
@@ -32,6 +32,21 @@ _FSDP1: Final = "torch.distributed.fsdp._flat_param"
 _group: Final[Any] = getattr(torch.distributed, "group", None)  # there wherever FSDP1 is
 
 
+def _looked_up(
+    bound: Iterable[tuple[Binding, Sequence[Block]]],
+) -> tuple[dict[Block, Sequence[Storage]], Collection[Storage]]:
+    """Where each block is kept, and all storages. Raises AttachError, which names a rule, where one is nowhere."""
+    known: dict[Hashable, Storage] = {}
+    found: dict[Block, Sequence[Storage]] = {}
+    for binding, blocks in bound:
+        try:
+            for block in blocks:
+                found[block] = block.storages(known)
+        except AttachError as error:
+            raise AttachError(f"rule {binding.key!r} ({binding.kind.describe()}): {error}") from error
+    return found, known.values()
+
+
 class Snapshot:
     """A model as it was when the snapshot was taken.
 
@@ -40,26 +55,19 @@ class Snapshot:
     """
 
     def __init__(self, source: Snapshots) -> None:
-        self._known: dict[Hashable, Storage] = {}
-        self.storages = {block: self._looked_up(block, binding) for block, binding in source.blocks.items()}
-        self.cached = [one for one in self._known.values() if one.remembers]
-        self._constants = [mask for one in self._known.values() for mask in one.constants]
-        self._steady = all(one.steady for one in self._known.values())
-        followed = {id(one()): one for storage in self._known.values() for one in storage.follows}
+        self.storages, found = _looked_up(source.bound)
+        self.cached = [one for one in found if one.remembers]
+        self._constants = [mask for one in found for mask in one.constants]
+        self._steady = all(one.steady for one in found)
+        followed = {id(one()): one for storage in found for one in storage.follows}
         self._remember_modules(source.modules, list(followed.values()), source.links)
-        leaves = {id(p): p for one in self._known.values() for p in one.leaves}
+        leaves = {id(p): p for one in found for p in one.leaves}
         self._ruled = list(leaves.values())
         self._dtypes, self._devices = list(map(_dtype, self._ruled)), list(map(Tensor.get_device, self._ruled))
         leaves.update((id(p), p) for p in source.everything)
         self.parameters = leaves
         self.placed: dict[Hashable, Placed] = {}
         self.programs: dict[int, Any] = {}  # each a Program, of a room above
-
-    def _looked_up(self, block: Block, binding: Binding) -> Sequence[Storage]:
-        try:
-            return block.storages(self._known)
-        except AttachError as error:
-            raise AttachError(f"rule {binding.key!r} ({binding.kind.describe()}): {error}") from error
 
     def _remember_modules(
         self, bound: Sequence[weakref.ref[nn.Module]], followed: Sequence[weakref.ref[nn.Module]], links: Iterable[Link]
@@ -136,18 +144,19 @@ class Snapshot:
 class Snapshots:
     """Takes snapshots of a model, of which the last one is kept.
 
-    blocks: of every rule, with what that is; modules: those whose parameters make a step the attachment's; links: down
-    to all modules that rules are bound to; everything: all of the model's parameters, where activity rules need them.
+    bound: the blocks of every rule on weights; modules: those whose parameters make a step the attachment's; links:
+    down to all modules that rules are bound to; everything: all of the model's parameters, where activity rules need
+    them.
     """
 
     def __init__(
         self,
-        blocks: Mapping[Block, Binding],
+        bound: Sequence[tuple[Binding, Sequence[Block]]],
         modules: Iterable[nn.Module],
         links: Sequence[Link],
         everything: Parameters | tuple[()],
     ) -> None:
-        self.blocks, self.links, self.everything = blocks, links, everything
+        self.bound, self.links, self.everything = bound, links, everything
         self.modules = [weakref.ref(module) for module in {id(one): one for one in modules}.values()]
         self.last: Snapshot | None = None
 

@@ -118,12 +118,15 @@ class WeightRule(ABC):
             for block, storages in placed.lone
             if (mine := [storage for storage in storages if any(id(leaf) in ids for leaf in storage.leaves)])
         ]
-        complete = sum(len(batch.blocks) for batch, _, _ in batches) + len(lone) == len(placed.distinct)
+        complete = sum(len(batch.blocks) for batch, _, _ in batches) + len(lone) == placed.number
         return Work(batches, lone, complete)
 
     def _each(self) -> Iterator[Kept]:
         """Each block with where it is kept now."""
-        return self._at(self.placed(self.snapshots.now()).distinct)
+        snapshot = self.snapshots.now()
+        placed = self.placed(snapshot)
+        live = ((block, snapshot.storages[block]) for batch in placed.batches for block in batch.blocks)
+        return self._at((*live, *placed.lone))
 
     def _at(self, parts: Iterable[Part]) -> Iterator[Part]:
         for part in parts:

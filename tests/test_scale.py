@@ -68,6 +68,21 @@ def test_memory_per_binding_is_bounded(document: Document, plan_bytes: int, atta
     attachment.detach()
 
 
+def test_a_weight_takes_little_over_a_kilobyte_once_it_is_stepped(traced: Callable[[], int]):
+    """With its place in the plan. Measured in torch 2.13 on CPython 3.11: 1196 bytes."""
+    model = cells(200)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    before = traced()
+    attachment = regkit.attach(model, regkit.load(rules({})))
+    optimizer.step()
+    optimizer.step()
+    assert (traced() - before) / 800 <= 1200
+    attachment.detach()
+
+
 def test_the_garbage_collector_gets_few_objects_for_each_weight():
     """It goes through all there are again and again, while they are being made and for as long as they are there."""
     regkit.attach(cells(1), rules({})).detach()  # what is imported and made once
@@ -97,6 +112,8 @@ def test_after_detach_nothing_of_hundreds_of_cells_is_held_and_they_are_as_they_
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+    for cell in model["cells"]:  # whose dicts keep the room that a hook had in them
+        cell.register_forward_hook(lambda *_: None, with_kwargs=True).remove()
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     before = traced()
     attachment = regkit.attach(model, REALISTIC)
@@ -106,11 +123,11 @@ def test_after_detach_nothing_of_hundreds_of_cells_is_held_and_they_are_as_they_
     attachment.detach()
     del attachment
     model["cells"][0].zero_grad()
-    assert traced() - before < attached / 8  # a dict of torch's keeps the room that a hook had in it
+    assert traced() - before < attached / 50
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     assert not any(module._forward_hooks for module in model.modules())
     parts = [weakref.ref(one) for one in (*model.modules(), *model.parameters())]
-    del model, optimizer, parameter
+    del model, optimizer, parameter, cell
     gc.collect()
     assert not [one for one in parts if one() is not None]
 
