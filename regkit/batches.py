@@ -146,7 +146,9 @@ class Shards(Batch):
         """The rows of each block in what is held of its parameter: where they start, how many they are."""
         found = []
         for block, parameter in zip(self.blocks, self.parameters, strict=True):
-            offset, count = (held_here(parameter) or ((0, 0),))[0]
+            held = held_here(parameter)
+            assert held is not None  # or it would be in no such batch
+            offset, count = held[0]
             first = 0 if block.as_kept else block.site.start - offset
             last = count if block.as_kept else first + block.site.rows
             start = min(max(first, 0), count)

@@ -108,16 +108,29 @@ class Block:
         first = self.view(storages[0].read())
         return first if len(storages) == 1 else first + self.view(storages[1].read())
 
+    def shares(self, mine: Sequence[Storage]) -> int | Tensor:
+        """How many of the storages can be changed, for each number of the block where that is not the same for all."""
+        free = [storage.free(self.view) for storage in mine]
+        if all(one is None for one in free):
+            return len(mine)
+        first = next(one for one in free if one is not None)
+        return sum((torch.ones_like(first) if one is None else one).double() for one in free)
+
     def move(self, storages: Sequence[Storage], mine: Sequence[Storage], point: Tensor) -> None:
         """Make the weight that acts equal to a point, by changing those in `mine`.
 
         For a sum a + b the change is shared equally, which is the nearest pair: ‖Δa‖² + ‖Δb‖² is least under a given
-        Δa + Δb where Δa = Δb.
+        Δa + Δb where Δa = Δb. What is pruned in one half takes no share. Raises AttachError where none can take any.
         """
         if len(storages) == 1:
             self.write(storages[0], point)
             return
-        share = (point - self.weight(storages)) / len(mine)
+        change, shares = point - self.weight(storages), self.shares(mine)
+        if isinstance(shares, Tensor):
+            if bool(((shares == 0) & (change != 0)).any()):
+                raise AttachError(f"{self.name} cannot be set to a point: where it would change, all of it is pruned")
+            shares = shares.clamp(min=1)
+        share = change / shares
         points = [self.view(storage.read()) + share for storage in mine]  # before any is written: they may be tied
         for storage, moved in zip(mine, points, strict=True):
             self.write(storage, moved)

@@ -192,7 +192,8 @@ class Engine:
                 rule.add_gradient(work, step, found)
             for rule, work in jobs.decays:
                 rule.decay(work, step)
-                snapshot.written(work.leaves(), work.storages())
+                if snapshot.cached:
+                    snapshot.written(work.leaves(), work.storages())
             complete = True
         except Exception as error:  # a kind is a stranger's code: anything can come out
             assert rule is not None

@@ -168,7 +168,7 @@ class Snapshots:
         return last
 
     def fresh(self) -> Snapshot:
-        """The same, with nothing remembered of weights as they were."""
+        """The model as it is, with nothing remembered of weights that are computed or gathered."""
         snapshot = self.now()
         snapshot.forget()
         return snapshot

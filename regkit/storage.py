@@ -77,6 +77,10 @@ class Storage(ABC):
     def write(self, view: View, point: Tensor) -> None:
         """Make the viewed part equal to a point. Raises AttachError, and changes nothing, where that cannot be."""
 
+    def free(self, view: View) -> Tensor | None:
+        """Which numbers of the viewed part can be changed; None if all can."""
+        return None
+
     def prove(self, view: View, points: Sequence[Tensor]) -> None:
         """Raise AttachError where `write` cannot make the viewed part equal to points like these."""
         return
@@ -200,6 +204,9 @@ class Masked(Storage):
 
     def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
         self._under.add(view, torch.where(self._acts(view), gradient, 0.0), amounts)
+
+    def free(self, view: View) -> Tensor:
+        return self._acts(view)
 
     def _filled(self, view: View, point: Tensor) -> Tensor:
         """The point, and where the mask is 0 what is under it."""

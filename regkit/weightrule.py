@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -160,13 +160,15 @@ class WeightRule(ABC):
                 yield torch.ones_like(w, device=device)
                 yield torch.zeros_like(w, device=device)
 
-    def _limited(self) -> Iterator[tuple[Block, Storage, Tensor]]:
-        """The storages that cannot be brought to every point, with their blocks and the weights that act now."""
+    def _prove_writable(self, points: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        """Raise AttachError where a weight cannot be brought to points like these. points: from the weight as it is."""
         for block, storages in self._at(self.placed(self.snapshots.now()).lone):
-            limited = [storage for storage in storages if storage.limited]
-            kept = block.weight(storages) if limited else None
-            if kept is not None and not kept.is_meta:
-                yield from ((block, storage, kept) for storage in limited)
+            for storage in storages:
+                if storage.limited:
+                    # Of a sum each half takes a share, which depends on the other: there, any other point will do.
+                    w = block.weight(storages) if len(storages) == 1 else block.view(storage.read())
+                    if not w.is_meta:
+                        block.prove(storage, points(w) if len(storages) == 1 else [w * 0.5])
 
     def _expect(self, method: str, result: object, shape: tuple[int, ...]) -> None:
         kind = type(self.binding.kind)

@@ -51,8 +51,7 @@ class PenaltyRule(WeightRule):
         for batch in self._at(self.placed(self.snapshots.now()).batches):
             self._agree(compare_penalty(self.penalty, samples(batch), self.binding.via == "loss"))
         if self.binding.via in ("proximal", "decoupled"):
-            for block, storage, kept in self._limited():
-                block.prove(storage, [kept * 0.5])
+            self._prove_writable(lambda w: [w * 0.5])
 
     def _prove_sum(self, w: Tensor) -> None:
         wanted = sum((one.strength * one.gradient(w) for one in self.addends), start=torch.zeros(()))
@@ -105,7 +104,13 @@ class PenaltyRule(WeightRule):
         for batch, _, _ in work.batches:
             for parameter in batch.parameters:
                 _lr(step, parameter)
-        for _, _, mine in work.lone:
+        for block, storages, mine in work.lone:
+            whole = self.binding.via == "proximal" and len(storages) > 1 and self.penalty.separable != "elements"
+            if whole and isinstance(block.shares(mine), Tensor):
+                raise StepError(
+                    f"rule {self.binding.key!r} is proximal, on a sum of which a part is pruned, and "
+                    f"{self.penalty.kind} does not act on each number alone. Use via gradient"
+                )
             # A decoupled rule decays each of two biases at its own rate; behind one weight there can be but one.
             for together in [mine] if self.binding.via == "proximal" else [[storage] for storage in mine]:
                 first, *others = [_lr(step, leaf) for leaf in _leaves(step, together)]
@@ -168,7 +173,8 @@ class PenaltyRule(WeightRule):
     def shrink(self, work: Work, step: Step) -> None:
         """w = prox(w, lr · strength · factor), after the update.
 
-        For a sum of n trained parameters the step counts n times: moving each by δ/n costs ½‖δ‖²/n.
+        For a sum of n trained parameters the step counts n times: moving each by δ/n costs ½‖δ‖²/n. What is pruned in
+        one of them does not count there.
         """
         amount = self.amount(step.index)
         if not amount:
@@ -177,7 +183,8 @@ class PenaltyRule(WeightRule):
             for parameter, w in batch.each():
                 w.copy_(self.penalty.prox(w, _lr(step, parameter) * amount))
         for block, storages, mine in self._at(work.lone):
-            size = _lr(step, _leaves(step, mine)[0]) * amount * len(mine)
+            shares = block.shares(mine) if len(storages) > 1 else 1
+            size = _lr(step, _leaves(step, mine)[0]) * amount * shares
             block.move(storages, mine, self.penalty.prox(block.weight(storages), size))
 
 
@@ -208,9 +215,8 @@ class ConstraintRule(WeightRule):
             self._expect("violation", constraint.violation(w), ())
         for batch in self._at(self.placed(self.snapshots.now()).batches):
             self._agree(compare_constraint(constraint, samples(batch)))
-        for block, storage, kept in self._limited():
-            # One of the points is far outside, so that the projection is sure to move it.
-            block.prove(storage, [constraint.project(kept), constraint.project(kept * 1e3)])
+        # One of the points is far outside, so that the projection is sure to move it.
+        self._prove_writable(lambda w: [constraint.project(w), constraint.project(w * 1e3)])
 
     @cached_property
     def constraint(self) -> Constraint:

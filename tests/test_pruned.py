@@ -139,3 +139,85 @@ def test_a_constraint_that_would_fill_what_is_pruned_is_refused(make_model):
     with pytest.raises(regkit.AttachError, match=r"rule 'it' .*rnn: weight_hh_l0 is pruned, and would not be zero any"):
         regkit.attach(model, rule(constraint="at_least"), registry=regkit.Registry([Plugin()]))
     assert_bitwise_equal(before, snapshot(model))
+
+
+# --- a sum of which one half is pruned -------------------------------------------------------------------------------
+
+
+def half_pruned(first: float = 1.0, second: float = -3.0) -> tuple[nn.LSTM, Tensor]:
+    """An LSTM with biases of these numbers, the first half of bias_ih pruned; and where bias_ih acts."""
+    model = nn.LSTM(3, 4)
+    with torch.no_grad():
+        model.bias_ih_l0.fill_(first)
+        model.bias_hh_l0.fill_(second)
+    acts = torch.arange(16) >= 8
+    prune.custom_from_mask(model, "bias_ih_l0", acts)
+    return model, acts
+
+
+def stepped_alone(model: nn.LSTM, rule: dict[str, object], lr: float = 0.5) -> regkit.Attachment:
+    """Take a step without gradients from a loss under a rule on the effective biases."""
+    attachment = regkit.attach(model, {"rules": [{"target": {"role": "bias", "bias": "effective"}, **rule}]})
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.SGD(model.parameters(), lr=lr).step()
+    return attachment
+
+
+def test_a_sum_of_biases_is_projected_by_the_half_that_is_not_pruned():
+    model, acts = half_pruned()
+    attachment = stepped_alone(model, {"constraint": "non_negative"})
+    assert float(attachment.violations()["rules/0"]) == 0
+    torch.testing.assert_close(model.bias_ih_l0_orig.detach(), torch.where(acts, 2.0, 1.0))
+    torch.testing.assert_close(model.bias_hh_l0.detach(), torch.where(acts, -2.0, 0.0))
+
+
+def test_the_proximal_step_of_a_sum_counts_once_where_one_half_is_pruned():
+    """a + b = −2, and b = −3 alone: moving both by δ/2 costs ¼δ², and moving one by δ costs ½δ²."""
+    model, acts = half_pruned()
+    stepped_alone(model, {"penalty": "l1(0.1)", "via": "proximal"})
+    threshold = torch.where(acts, 2 * 0.05, 0.05)
+    wanted = torch.where(acts, -2.0, -3.0) + threshold
+    acting = (model.bias_ih_l0_orig * model.bias_ih_l0_mask + model.bias_hh_l0).detach()
+    torch.testing.assert_close(acting, wanted)
+
+
+def test_a_sum_that_is_pruned_in_both_halves_stays_where_it_is_allowed_and_is_an_error_where_it_is_not():
+    model, _ = half_pruned()
+    prune.custom_from_mask(model, "bias_hh_l0", torch.arange(16) >= 4)
+    attachment = stepped_alone(model, {"constraint": "non_negative"})
+    assert float(attachment.violations()["rules/0"]) == 0
+    attachment.detach()
+    model, _ = half_pruned()
+    model.bias_hh_l0.requires_grad_(False)
+    with pytest.raises(regkit.AttachError, match="where it would change, all of it is pruned"):
+        stepped_alone(model, {"constraint": "non_negative"})
+
+
+class Norm(regkit.Penalty):
+    """‖w‖, whose proximal operator looks at all of it."""
+
+    kind: Literal["test_norm"] = "test_norm"
+
+    def value(self, w: Tensor) -> Tensor:
+        return w.norm()
+
+    def prox(self, w: Tensor, step: float | Tensor) -> Tensor:
+        return w * (1 - step / w.norm().clamp(min=1e-9)).clamp(min=0)
+
+
+def test_a_proximal_step_that_looks_at_all_numbers_is_refused_on_a_sum_of_which_a_part_is_pruned():
+    class Plugin:
+        @regkit.hookimpl
+        def regkit_penalties(self) -> list[type[regkit.Penalty]]:
+            return [Norm]
+
+    model, _ = half_pruned()
+    registry = regkit.Registry(plugins=[Plugin()])
+    rule = {"target": {"role": "bias", "bias": "effective"}, "penalty": "test_norm(0.1)", "via": "proximal"}
+    attachment = regkit.attach(model, {"rules": [rule]}, registry=registry)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(regkit.StepError, match="does not act on each number alone"):
+        torch.optim.SGD(model.parameters(), lr=0.5).step()
+    attachment.detach()
