@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress, repeat
 from operator import attrgetter, itemgetter
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,6 @@ class Batch:
 
     blocks: list[Block] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
-
-    sharded: ClassVar[bool] = False
-    """Whether this process holds parts of the parameters alone."""
 
     @property
     def name(self) -> str:
@@ -89,10 +86,6 @@ class Batch:
         """Each parameter, and the live view of its block."""
         return zip(self.parameters, self.views(self.parameters), strict=True)
 
-    def lie_alike(self, gradients: Sequence[Tensor]) -> bool:
-        """Whether gradients are held as the parameters are."""
-        return True
-
     def value(self, penalty: Penalty) -> Tensor:
         """The sum of a penalty's values at unit strength.  -> ()."""
         return penalty.values(self.views(self.parameters))
@@ -135,8 +128,6 @@ class Shards(Batch):
     The kind needs to see no more than that, or sums over it.
     """
 
-    sharded: ClassVar[bool] = True
-
     @cached_property
     def whole(self) -> bool:
         return False
@@ -167,6 +158,7 @@ class Shards(Batch):
         return ((parameter, part) for parameter, part in pairs if part.numel())
 
     def lie_alike(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether gradients are held as the parameters are."""
         return list(map(_placements, gradients)) == list(map(_placements, self.parameters))
 
     def value(self, penalty: Penalty) -> Tensor:

@@ -91,39 +91,22 @@ class Recorder:
         self.clear()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        calls = self.calls
-        if (
-            self._adapter is None
-            or torch.compiler.is_compiling()
+        calls, compiling = self.calls, torch.compiler.is_compiling()
+        ordinary = not (
+            compiling
             or calls.timed
             or _current_graph_task_id() != -1
             or peek_interpreter_stack() is not None
             or "_is_replica" in module.__dict__
             or _is_tracing()
-        ):
-            self._record(module, args, kwargs, result)
+            or _symbolic_trace._is_fx_tracing_flag
+        )
+        if self._adapter is None or (not ordinary and modes.is_rehearsal(self.title, compiling)):
             return
         try:
             observed = self._adapter.observe(module, args, kwargs, result)
         except Exception as error:  # a subclass may return what it likes; its user must learn what does not fit
             raise self._unreadable(error) from error
-        versions: dict[str, tuple[Tensor, int]] = {}
-        for role, one in observed.items():
-            data = one.data if type(one) is PackedSequence else one
-            if isinstance(data, Tensor) and data.requires_grad and type(data) is not FakeTensor:
-                versions[role] = data, data._version
-        self._thread = get_ident()
-        if versions and not _symbolic_trace._is_fx_tracing_flag:
-            with calls.lock:
-                calls.last = (Call(observed, versions, module.training, False), calls.last)
-
-    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """The same, where anything is out of the ordinary."""
-        compiling = torch.compiler.is_compiling()
-        if self._adapter is None or modes.is_rehearsal(self.title, compiling):
-            return
-        observed = self.observe(module, args, kwargs, result)
-        starts = self.starts(observed)
         carries = False
         versions: dict[str, tuple[Tensor, int]] = {}
         for role, one in observed.items():
@@ -133,14 +116,29 @@ class Recorder:
                 # Compiled code cannot be asked for the versions of tensors: changes in place go unchecked there.
                 if not compiling:
                     versions[role] = data, data._version
-        if not compiling:
-            modes.check(module, self.title, carries)
+        if ordinary:
             self._thread = get_ident()
-        if not carries:  # what no gradient can reach (evaluation under no_grad) is no training data
-            if self.calls.timed and self._steps:
-                self.calls.add(Call(None, {}, module.training, starts), compiling)
-            return
-        self.calls.add(Call(observed, versions, module.training, starts), compiling)
+            if carries:
+                with calls.lock:
+                    calls.last = (Call(observed, versions, module.training, False), calls.last)
+        else:
+            self._add(module, observed if carries else None, versions, self.starts(observed))
+
+    def _add(
+        self,
+        module: nn.Module,
+        observed: Mapping[str, Any] | None,
+        versions: Mapping[str, tuple[Tensor, int]],
+        starts: bool,
+    ) -> None:
+        """Store a call where anything is out of the ordinary; None: no gradient reaches what it put out."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            modes.check(module, self.title, observed is not None)
+            self._thread = get_ident()
+        # What no gradient can reach (evaluation under no_grad) is no training data.
+        if observed is not None or (self.calls.timed and self._steps):
+            self.calls.add(Call(observed, versions, module.training, starts), compiling)
 
     def observe(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
-from regkit.batches import Batch
+from regkit.batches import Batch, Shards
 from regkit.blocks import Block
 from regkit.errors import PluginError, StepError, listing
 from regkit.kinds import Constraint, Penalty
@@ -128,7 +128,7 @@ class PenaltyRule(WeightRule):
         for batch, pick, sign in work.batches:
             self.at = batch
             gradients = pick(found)
-            if batch.sharded and not batch.lie_alike(gradients):
+            if isinstance(batch, Shards) and not batch.lie_alike(gradients):
                 self._add_whole(batch, step, amount)
                 continue
             # A list of one's own: what is a stranger's might change it.
