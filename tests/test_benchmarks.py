@@ -242,6 +242,13 @@ def test_the_benchmark_runs_writes_what_it_says_and_every_row_is_there(
     assert capsys.readouterr().out == printed
 
 
+def test_the_first_step_is_measured_and_has_a_bar(capsys: pytest.CaptureFixture[str]):
+    main(["--tiny", "--only", "first", "--check"])
+    told = capsys.readouterr().out
+    assert "The first step: 20 rules" in told
+    assert "the first step of 40 rules / of 20" in told
+
+
 def test_the_benchmark_compares_with_keras(capsys: pytest.CaptureFixture[str]):
     main(["--tiny", "--only", "keras", "--check"])
     assert re.search(r"Keras' regularized step / the same with regkit: [\d.]+, at least 2", capsys.readouterr().out)

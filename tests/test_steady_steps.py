@@ -265,3 +265,17 @@ def test_more_or_fewer_units_are_all_under_a_rule_on_the_whole_weight(units: int
     w = model.weight_ih_l0.view(4, units, 3).detach()
     norms = w.norm(dim=-1) if per == "unit" else w.transpose(0, 1).flatten(1).norm(dim=-1)
     assert torch.allclose(norms, torch.full_like(norms, 0.1))
+
+
+def test_a_weight_that_is_lost_between_steps_is_an_error_that_names_the_rule_on_it():
+    """At a step and in a report alike; of two rules, the one that is on the weight."""
+    cell = nn.GRUCell(3, 4)
+    kernel = {"name": "kernels", "target": {"role": "kernel"}, "penalty": "l2(0.1)"}
+    bound = {"name": "bound", "target": {"role": "recurrent"}, "constraint": "max_norm(1)"}
+    attachment = regkit.attach(cell, {"rules": [kernel, bound]})
+    optimizer = prepared(cell)
+    optimizer.step()
+    del cell._parameters["weight_hh"]
+    for look in (optimizer.step, attachment.values, attachment.violations, attachment.apply_constraints):
+        with pytest.raises(regkit.AttachError, match=r"^rule 'bound' \(max_norm\(.*the model: weight_hh is missing"):
+            look()

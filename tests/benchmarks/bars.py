@@ -36,6 +36,10 @@ class Bar:
 def bars(results: Results) -> list[Bar]:
     """Every bar whose workload was measured."""
     found = [bar for name, one in results["workloads"].items() for bar in _of(name, one["rows"])]
+    if "first step" in results:
+        *_, half, whole = results["first step"]
+        taken = results["first step"][whole] / results["first step"][half]
+        found.append(Bar(f"the first step of {whole} rules / of {half}", "first", taken, 2.5))
     if "keras" in results:
         found.append(
             Bar("Keras' regularized step / the same with regkit", "keras", results["keras"]["times"][0], 2, False)

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
+from tests.benchmarks.first_step import measure_first_step
 from tests.benchmarks.measuring import measure
 from tests.benchmarks.ways import GROWING, WAYS, ways_of
 from tests.benchmarks.workloads import growing_layers, growing_sizes, workloads
 
 Results = dict[str, Any]
 
-PARTS = ("a", "b", "c", "d1", "d2", "e", "f", "layers", "sizes", "keras")
-"""The workloads by name, the growth curves, and Keras."""
+PARTS = ("a", "b", "c", "d1", "d2", "e", "f", "layers", "sizes", "first", "keras")
+"""The workloads by name, the growth curves, the first step, and Keras."""
 
 
 def measure_all(parts: Sequence[str], pace: float, tiny: bool) -> Results:
@@ -39,6 +40,9 @@ def measure_all(parts: Sequence[str], pace: float, tiny: bool) -> Results:
             results.setdefault("curves", {})[of] = {
                 str(size): measure(one, ways, pace * one.seconds, fewest) for size, one in growing(tiny).items()
             }
+    if "first" in parts:
+        _say("the first step")
+        results["first step"] = measure_first_step(tiny)
     if "keras" in parts:
         from tests.benchmarks.keras_step import measure_keras  # it takes seconds to import
 

@@ -117,6 +117,12 @@ def keras(results: Results) -> str:
     return f"A whole step with L2, max-norm and activity L2 ({found['title']}): {steps}."
 
 
+def first_step(results: Results) -> str:
+    """What a first step takes; nothing where that was not measured."""
+    taken = ", ".join(f"{count} rules {_milliseconds(one)}" for count, one in results.get("first step", {}).items())
+    return f"The first step: {taken}." if taken else ""
+
+
 def readme(results: Results) -> str:
     """What stands between the marks in README."""
     parts = [table(results, SHOWN), titles(results), keras(results), f"Measured on: {conditions(results)}"]
@@ -135,7 +141,7 @@ def put_into(path: Path, results: Results) -> None:
 
 def full(results: Results) -> str:
     """All of it, as Markdown."""
-    parts = [table(results), titles(results), keras(results)]
+    parts = [table(results), titles(results), first_step(results), keras(results)]
     for of, curve in results.get("curves", {}).items():
         rows = list(next(iter(curve.values()))["rows"])
         lines = [f"| {of} | bare step | {' | '.join(rows)} |", f"|{' --- |' * (len(rows) + 2)}"]
