@@ -180,7 +180,8 @@ class Intake:
             self._told(terms[0].where, error)
         if not segments:
             return
-        source = Recorded(Activity(segments))
+        activity = Activity(segments)
+        source = Recorded(activity)
         if sources is not None and source.device is not None:
             source.terms = [term for term in terms if term.kind.offers_gradients]
             terms = [term for term in terms if not term.kind.offers_gradients]
@@ -188,7 +189,7 @@ class Intake:
                 sources.append(source)
         for kind, amount, number, where in terms:
             try:
-                value = kind.value(source.whole)
+                value = kind.value(activity)
             except Exception as error:  # a kind is a stranger's code: anything can come out
                 self._told(where, error)
             sums.append(value * amount)

@@ -41,7 +41,12 @@ _roots = attrgetter("roots")
 class Source(ABC):
     """An activity with the terms that are of it, and the roots: the recorded tensors that gradients leave through."""
 
-    roots: Sequence[Tensor]
+    roots: list[Tensor]
+    """None once `evaluate` is through: autograd saves them, and frees them with the graph."""
+
+    size: int = 0
+    """How many roots there were then."""
+
     terms: list[Term]
 
     copied: bool = False
@@ -67,28 +72,30 @@ class Recorded(Source):
     """
 
     def __init__(self, activity: Activity) -> None:
-        self.whole, self.terms = activity, []
+        self.terms = []
         self.device: torch.device | None = None
-        self.roots: list[Tensor] = []
-        self._numbers: dict[int, int] = {}
+        roots: list[Tensor] = []
+        numbers: dict[int, int] = {}
+
+        def numbered(tensor: Tensor) -> int:
+            number = numbers.setdefault(id(tensor), len(roots))
+            if number == len(roots):
+                roots.append(tensor)
+            return number
+
+        self.roots = roots
         self._segments: list[Segment] = []
         for segment in activity.segments:
-            numbered = segment.at(self._number)
-            if numbered is None:
+            without = segment.at(numbered)
+            if without is None:
                 return
-            self._segments.append(numbered)
-        device = self.roots[0].device if self.roots else None
-        if all(type(one) in (Tensor, nn.Parameter) and one.device == device for one in self.roots):
+            self._segments.append(without)
+        device = roots[0].device if roots else None
+        if all(type(one) in (Tensor, nn.Parameter) and one.device == device for one in roots):
             self.device = device
 
-    def _number(self, tensor: Tensor) -> int:
-        number = self._numbers.setdefault(id(tensor), len(self.roots))
-        if number == len(self.roots):
-            self.roots.append(tensor)
-        return number
-
     def activity(self, tensors: Sequence[Tensor]) -> Activity:
-        def placed(number: Any) -> Tensor:  # what `_number` gave
+        def placed(number: Any) -> Tensor:  # what it was numbered
             tensor: Tensor = tensors[number]
             return tensor
 
@@ -132,6 +139,8 @@ def evaluate(sources: Sequence[Source], told: Told, values: list[tuple[int, Tens
         finally:
             torch._C._set_grad_enabled(True)
         roots = list(chain.from_iterable(map(_roots, some)))
+        for source in some:
+            source.size, source.roots = len(source.roots), []
         # What `apply` itself adds to this one is for transforms, and none is on.
         apply = super(torch.autograd.Function, _Closed).apply
         total: Tensor = apply(some, values[first:], told, len(roots), *roots, *copies)  # type: ignore[no-untyped-call]  # torch leaves it so
@@ -168,7 +177,7 @@ class _Closed(torch.autograd.Function):
             return None, None, None, None, *found, *[None] * len(copies)
         root = copy = 0
         for source in ctx.sources:
-            own = roots[root : root + len(source.roots)]
+            own = roots[root : root + source.size]
             root += len(own)
             if source.copied:
                 own = copies[copy : copy + 1]
@@ -202,7 +211,7 @@ def _by_autograd(sources: Sequence[Source], roots: Sequence[Tensor], slope: Tens
     ends = [0]
     outputs = []
     for source in sources:
-        ends.append(ends[-1] + len(source.roots))
+        ends.append(ends[-1] + source.size)
         activity = source.activity(source.copy(views[ends[-2] : ends[-1]]))
         for kind, amount, _, where in source.terms:
             try:

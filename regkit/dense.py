@@ -69,8 +69,8 @@ class Group(Source):
     def parts(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         (gradient,) = gradients
         if self.form.before is None:
-            return gradient.chunk(len(self.roots), 0 if self.form.batch_first else 1)
-        count = len(self.roots) // self.steps
+            return gradient.chunk(self.size, 0 if self.form.batch_first else 1)
+        count = self.size // self.steps
         parts = gradient.view(self.steps, count, -1, gradient.size(-1))
         return parts.transpose(0, 1).flatten(0, 1).unbind() if count > 1 else parts[:, 0].unbind()
 
@@ -103,7 +103,8 @@ def gather(entries: Sequence[tuple[Entry, Form]]) -> tuple[list[Group], list[Ent
             tensors = _chain(entry.recorder, form, records)
         elif len(records) == 1 and records[0].validity is None and records[0].observed is not None:
             h = records[0].observed[form.role]
-            if type(h) is Tensor and h.dim() == 3 and h.requires_grad:
+            still = getattr(entry.recorder.reference(), "batch_first", False) is form.batch_first
+            if still and type(h) is Tensor and h.dim() == 3 and h.requires_grad:
                 tensors = (h,)
             for data, version in records[0].versions.values():
                 if data._version != version:

@@ -203,6 +203,7 @@ class Engine:
             if jobs.marked is not None:
                 mark.leaf, mark.gradient = step.owned.leaves[jobs.marked], found[jobs.marked]
                 mark.version, mark.renewed, mark.complete = mark.gradient._version, False, complete
+                mark.trained = jobs.trained
             if snapshot.cached:
                 snapshot.forget()  # or what was gathered would stay until the next step
 
@@ -257,6 +258,8 @@ class Engine:
         _set_grad(False)
         rule: WeightRule | None = None
         try:
+            if snapshot.cached:
+                snapshot.forget()  # the update has changed them, and may have read them
             for rule, work in jobs.proximal:
                 rule.shrink(work, step)
                 if snapshot.cached:

@@ -11,13 +11,15 @@ from regkit.step import Step
 class Mark:
     """That gradients hold what a step added to them: the first of them, as it was then. gradient: None where none do.
 
-    complete: whether all was added, or something failed before. version: the gradient's, then.
+    complete: whether all was added, or something failed before. version: the gradient's, then. trained: the parameters
+    whose gradients they are.
     """
 
     leaf: nn.Parameter | None = None
     gradient: Tensor | None = None
     complete = renewed = False
     version = 0
+    trained: frozenset[int] = frozenset()
 
     def passed(self) -> None:
         """A backward pass is about to reach it: it makes a new gradient if that was zeroed, and else adds to it."""
@@ -35,9 +37,10 @@ class Mark:
             or id(leaf) not in step.trained
         ):
             return False
-        if self.complete and gradient._version == self.version:
+        if self.complete and gradient._version == self.version and self.trained == step.trained:
             return True
         raise StepError(
-            "the last step failed, and penalties are in its gradients already, which are not as they were then; call "
+            "the last step failed, and penalties are in its gradients already, which are not as they were then, or are "
+            "stepped with others now; call "
             "zero_grad(set_to_none=True) and run the backward pass again"
         )

@@ -96,10 +96,7 @@ class Program:
             self._optimizer = weakref.ref(optimizer, lambda _: programs.pop(key, None))
 
     def holds(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer has the parameters that it had, in the same groups, and the model, too.
-
-        The step of another model's optimizer costs next to nothing, however much there is here.
-        """
+        """Whether the optimizer has the parameters that it had, in the same groups, and the model, too."""
         groups = optimizer.param_groups
         return (
             self._optimizer() is optimizer
@@ -107,7 +104,7 @@ class Program:
             and all(map(is_, groups, self._groups))
             and list(map(len, map(_params, groups))) == self._sizes
             and all(map(is_, chain.from_iterable(map(_params, groups)), self._parameters))
-            and (self.snapshot.holds() if self.owned.ours else self.snapshot.first_holds())
+            and self.snapshot.holds()
         )
 
 

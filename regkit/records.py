@@ -46,7 +46,7 @@ class Recorder:
     """The forward hook of one module, and its store."""
 
     def __init__(self, module: nn.Module | None = None, adapter: Adapter | None = None, name: str = "") -> None:
-        self._module = (lambda: None) if module is None else weakref.ref(module)
+        self.reference = (lambda: None) if module is None else weakref.ref(module)
         self.parameters = () if module is None else Parameters(module)
         self._adapter = adapter
         self._handle: RemovableHandle | None = None
@@ -69,12 +69,12 @@ class Recorder:
 
     def alive(self) -> nn.Module | None:
         """The module that it records, None where that is gone."""
-        return self._module()
+        return self.reference()
 
     @property
     def module(self) -> nn.Module:
         """The module that it records."""
-        module = self._module()
+        module = self.reference()
         if module is None:
             raise RegkitError("the model that this attachment was on is gone")
         return module
@@ -198,7 +198,7 @@ class Recorder:
             return []
         if len(records) > 1:
             self.refuse(records)
-        module = self._module() or self.module
+        module = self.reference() or self.module
         found: list[Segment] = []
         for record in records:
             self.refuse_changes(record)

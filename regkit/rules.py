@@ -141,8 +141,9 @@ class Rules:
 
     def loss_terms(self, index: int) -> list[Tensor]:
         """The penalties of weights that go through the loss at a step."""
-        self.snapshots.fresh()
+        snapshot = self.snapshots.fresh()
         values = [named(rule, rule.value, index) for rule in self.by_loss]
+        snapshot.forget()
         return [value for value in values if value is not None]
 
 

@@ -135,7 +135,8 @@ class Form(NamedTuple):
     """Where the tensor of an output is in what is observed of a call, as long as no padding is to be left out.
 
     before: of a cell, where its h_{t-1} is; left out, the tensor is a padded sequence: (time, batch, features), or
-    batch first. directions: those that lie side by side in the features; what is "backward" runs against time.
+    batch first, as the module's attribute `batch_first` says. directions: those that lie side by side in the features;
+    what is "backward" runs against time.
     """
 
     role: str

@@ -121,14 +121,6 @@ class Snapshot:
         except AttributeError:  # a module is gone
             return False
 
-    def first_holds(self) -> bool:
-        """Whether the first module is what it was: a sample, since what replaces parameters seldom replaces one."""
-        module = self._modules[0]() if self._modules else None
-        if module is None or module._parameters is not self._own[0]:
-            return False
-        size, own = self._sizes[0], self._own[0]
-        return list(own) == self._names[:size] and all(map(is_, own.values(), self._values))
-
     def forget(self) -> None:
         """Have weights that are computed, or gathered, made anew at the next reading."""
         for one in self.cached:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from activity_forms import KINDS, by_autograd, document, gradients, make, padded, same, whole
@@ -113,3 +115,37 @@ def test_a_functional_call_has_the_gradients_of_the_weights_it_was_given():
     h = functional_call(model, free, x)[0]
     ours = torch.autograd.grad(attachment.penalty(), list(free.values()), retain_graph=True)
     same(list(ours), list(torch.autograd.grad(0.5 * h.square().mean(), list(free.values()))))
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.LSTMCell])
+def test_what_the_penalty_is_of_goes_with_the_graph_though_the_loss_is_kept(layer):
+    """A list of losses, as loops keep it, holds no batch."""
+    model = layer(3, 4)
+    attachment = regkit.attach(model, {"rules": [{"penalty": "activity_l2(1)"}, {"penalty": "temporal(1)"}]})
+    result = model(torch.randn(5, 3))
+    seen = weakref.ref(result[0])
+    loss = attachment.penalty()
+    loss.backward()
+    del result
+    assert seen() is None
+
+
+def test_outputs_that_are_saved_elsewhere_are_held_nowhere_else():
+    model = nn.LSTM(3, 4)
+    attachment = regkit.attach(model, {"rules": [{"penalty": "activity_l2(1)"}]})
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: one.detach().clone(), lambda one: one):
+        h, state = model(torch.randn(5, 2, 3))
+        seen, loss = weakref.ref(h), attachment.penalty()
+    del h, state
+    assert seen() is None
+    loss.backward()
+
+
+def test_a_module_whose_layout_is_changed_is_read_as_it_is_laid_out_now():
+    model = nn.GRU(3, 4)
+    attachment = regkit.attach(model, {"rules": [{"penalty": "temporal(1)"}]})
+    model(torch.randn(5, 2, 3))
+    attachment.penalty()
+    model.batch_first = True
+    h, _ = model(torch.randn(2, 5, 3))
+    torch.testing.assert_close(attachment.penalty(), (h[:, 1:] - h[:, :-1]).square().mean())

@@ -279,3 +279,59 @@ def test_a_weight_that_is_lost_between_steps_is_an_error_that_names_the_rule_on_
     for look in (optimizer.step, attachment.values, attachment.violations, attachment.apply_constraints):
         with pytest.raises(regkit.AttachError, match=r"^rule 'bound' \(max_norm\(.*the model: weight_hh is missing"):
             look()
+
+
+def test_a_weight_that_comes_to_be_shared_with_what_another_optimizer_trains_is_regularized():
+    """Before, the optimizer was a stranger's, whose steps are none of the attachment's."""
+    student, teacher = nn.ModuleList([nn.RNN(3, 3), nn.RNN(3, 3)]), nn.RNN(3, 3)
+    student.requires_grad_(False)
+    regkit.attach(student, {"rules": [{"penalty": "l2(1)"}]})
+    optimizer = prepared(teacher)
+    optimizer.step()
+    student[1].weight_hh_l0 = teacher.weight_hh_l0
+    teacher.weight_hh_l0.grad = torch.zeros(3, 3)
+    optimizer.step()
+    torch.testing.assert_close(teacher.weight_hh_l0.grad, 2 * teacher.weight_hh_l0.detach() / (1 - 0.02))
+
+
+def test_gradients_of_a_failed_step_that_another_optimizer_steps_with_its_own_are_an_error():
+    """Penalties are in some of them already, and not in the others."""
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    cells = nn.ModuleList([nn.RNNCell(3, 3), nn.RNNCell(3, 3)])
+    regkit.attach(cells, {"rules": [{"penalty": "l2(1)"}]})
+    both, one = prepared(cells), SGD(cells[0].parameters(), lr=0.1)
+    one.register_step_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        one.step()
+    with pytest.raises(regkit.StepError, match="the last step failed, and penalties are in its gradients already"):
+        both.step()
+
+
+def test_a_computed_weight_that_the_optimizer_reads_in_its_step_is_read_anew_behind_it():
+    """As where a loss with a penalty in it is evaluated within a step."""
+
+    class Doubled(nn.Module):
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            return 2 * w
+
+        def right_inverse(self, w: torch.Tensor) -> torch.Tensor:
+            return w / 2
+
+    class Looking(SGD):
+        def step(self, closure: Any = None) -> None:
+            attachment.penalty()
+            super().step()
+
+    cell = nn.RNNCell(3, 4)
+    parametrize.register_parametrization(cell, "weight_hh", Doubled())
+    by_loss = {"target": {"role": "recurrent"}, "penalty": "l2(0.1)", "via": "loss"}
+    attachment = regkit.attach(cell, {"rules": [by_loss, {"target": {"role": "recurrent"}, "constraint": "unit_norm"}]})
+    optimizer = Looking(cell.parameters(), lr=1.0)
+    (cell(torch.ones(2, 3)).sum() + attachment.penalty()).backward()
+    raw = cell.parametrizations.weight_hh.original
+    moved = 2 * (raw - raw.grad).detach()
+    optimizer.step()
+    torch.testing.assert_close(cell.weight_hh.detach(), nn.functional.normalize(moved))
