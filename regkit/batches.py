@@ -73,6 +73,10 @@ class Batch:
     def _these(self, taken: list[bool]) -> Batch:
         return type(self)(list(compress(self.blocks, taken)), list(compress(self.parameters, taken)))
 
+    def outlines(self) -> list[Tensor]:
+        """Tensors of the shapes of whole blocks, which every process has, whatever is in them."""
+        return self.views(self.parameters)
+
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Views of the blocks in their weights, or in the gradients of these. Made anew, for `.data` may be another."""
         if self.whole:
@@ -146,6 +150,10 @@ class Shards(Batch):
             found.append((start, max(min(last, count) - start, 0)))
         return found
 
+    def outlines(self) -> list[Tensor]:
+        pairs = zip(self.blocks, self.parameters, strict=True)
+        return [local(parameter).new_empty(block.site.shape) for block, parameter in pairs]
+
     def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Views of what is held of each block in its weight, or in its gradient: of nothing, too."""
         return [local(one).narrow(0, start, rows) for one, (start, rows) in zip(tensors, self._held, strict=True)]
@@ -173,7 +181,8 @@ class Shards(Batch):
         """The sum, or the largest, of what processes have of a scalar; None of nothing, which is 0.  -> ()."""
         like = self.parameters[0]
         dtype = torch.promote_types(like.dtype, torch.float32)
-        mine = torch.zeros((), dtype=dtype, device=like.device) if part is None else part.to(dtype)
+        # Nothing, too, is a function of the parameter: a value is part of the loss of every process.
+        mine = local(like).narrow(0, 0, 0).sum(dtype=dtype) if part is None else part.to(dtype)
         (whole,) = pooled([mine], like, range(like.dim()), by)
         return whole
 

@@ -23,7 +23,7 @@ def own_forms(kind: Penalty | Constraint) -> set[str]:
 def samples(batch: Batch) -> list[Tensor]:
     """Ones, zeros and ramps up to 1 and 100, of each shape among its weights but for sizes above 8, which are cut."""
     found: list[Tensor] = []
-    small = (w[(slice(8),) * w.dim()] for w in batch.views(batch.parameters))
+    small = (w[(slice(8),) * w.dim()] for w in batch.outlines())
     for w in {w.shape: w for w in small}.values():
         like = torch.ones_like(w, device="cpu" if w.is_meta else None)
         ramp = torch.linspace(-1, 1, like.numel(), dtype=like.dtype, device=like.device).view(like.shape)

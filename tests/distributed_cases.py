@@ -48,6 +48,16 @@ IN_PARTS: Rules = [
 """Rules on shards, and on sums over them, of every way in which they act."""
 IN_PARTS_WITHOUT_GATES = [rule for rule in IN_PARTS if "gate" not in rule["target"]]
 
+ONE_GATE: Rules = [
+    {"name": "added", "target": {**RECURRENT, "gate": "forget"}, "penalty": "l1(0.05)"},
+    {"name": "by loss", "target": {**RECURRENT, "gate": "output"}, "penalty": "l2(0.05)", "via": "loss"},
+    {"name": "proximal", "target": {**RECURRENT, "gate": "input"}, "penalty": "l1(0.05)", "via": "proximal"},
+    {"name": "decay", "target": {**RECURRENT, "gate": "cell"}, "penalty": "l2(0.1)", "via": "decoupled"},
+    {"name": "matrix", "target": {**RECURRENT, "gate": "cell"}, "constraint": "max_norm(0.6, per=matrix)"},
+    {"name": "units", "target": {**RECURRENT, "gate": "forget"}, "constraint": "max_norm(0.3)"},
+]
+"""Rules on one gate alone, of which a process may hold nothing."""
+
 DOCUMENTS: dict[str, Rules] = {
     "L2": [L2],
     "max-norm": [MAX_NORM],
@@ -91,6 +101,9 @@ FSDP2 = {
     "max-norm, columns": Case(spreads.fsdp_by_columns, [MAX_NORM], hidden=4),
     "copies of shards": Case(spreads.fsdp_hybrid, ALL, (4,)),
     "in parts": Case(spreads.fsdp, IN_PARTS, BOTH),
+    "in parts, attached after": Case(spreads.fsdp, IN_PARTS, attach_first=False),
+    "one gate": Case(spreads.fsdp, ONE_GATE, BOTH),
+    "one gate, attached after": Case(spreads.fsdp, ONE_GATE, BOTH, attach_first=False),
     "in parts, a process with no rows": Case(spreads.fsdp, IN_PARTS_WITHOUT_GATES, (4,), layer="RNN", hidden=3),
     "in parts, a shard for each layer": Case(spreads.fsdp_by_layer, IN_PARTS, layer="LSTMCell"),
     "in parts, columns": Case(spreads.fsdp_by_columns, IN_PARTS, hidden=4),
