@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from laws import REDUCTIONS
 from torch import Tensor, nn
 
 import regkit
-from regkit import Activity
 
 LSTM, GRU_CELL = nn.LSTM, nn.GRUCell
 
@@ -186,63 +185,6 @@ def test_two_directions_and_two_layers_of_one_module_may_each_have_a_rule():
     same(list(found), [2 * torch.cat([halves[0], 3 * halves[1]], -1), 2 * torch.cat([5 * layers[0], 7 * layers[1]])])
 
 
-class Rises(regkit.ActivityPenalty):
-    """max(h_t − h_{t−1}, 0)²: the one kind here that knows which of two steps is the later."""
-
-    kind: Literal["rises"] = "rises"
-    sequence: ClassVar[bool] = True
-    separable: ClassVar[bool] = True
-
-    def value(self, activity: Activity) -> Tensor:
-        return activity.reduce_pairs(lambda later, before: (later - before).relu().square(), self.reduction)
-
-    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
-        activity.add_pair_slopes(
-            gradients, lambda later, before: (later - before).relu(), amount, self.reduction, times=2
-        )
-
-
-class Length(regkit.ActivityPenalty):
-    """‖h_t‖², one number for each step of each sequence."""
-
-    kind: Literal["length"] = "length"
-    separable: ClassVar[bool] = True
-
-    def value(self, activity: Activity) -> Tensor:
-        return activity.reduce(lambda h: h.square().sum(-1, keepdim=True), self.reduction)
-
-    def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
-        activity.add_slopes(gradients, lambda h: h, amount, self.reduction, times=2, per_row=True)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True}])
-@pytest.mark.parametrize("kind", [Rises, Length])
-def test_a_strangers_kind_knows_the_order_of_time_and_how_many_rows_there_are(
-    kind: type[regkit.ActivityPenalty], options: dict[str, Any], reduction: str
-):
-    registry = regkit.Registry()
-    registry.register(kind)
-    model = nn.ModuleList([LSTM(3, 4, **options), LSTM(3, 4, **options)]).double()
-    name = kind.model_fields["kind"].default
-    document = {"rules": [{"penalty": {"kind": name, "reduction": reduction, "strength": 1.0}}]}
-    attachment = regkit.attach(model, document, registry=registry)
-    outputs = [module(sequence())[0] for module in model]
-    wanted = torch.zeros((), dtype=torch.float64)
-    for h in outputs:
-        halves = h.chunk(2, -1) if options else [h]
-        straight = [half.flip(0) if number else half for number, half in enumerate(halves)]
-        parts = [(one[1:] - one[:-1]).relu().square() for one in straight]
-        if kind is Length:
-            parts = [one.square().sum(-1) for one in straight]
-        number = {"mean": sum(one.numel() for one in parts), "batch": 4, "sum": 1}[reduction]
-        wanted = wanted + sum(one.sum() for one in parts) / number
-    total = attachment.penalty()
-    torch.testing.assert_close(total, wanted)
-    ours, theirs = (torch.autograd.grad(one, outputs, retain_graph=True) for one in (total, wanted))
-    same(list(ours), list(theirs))
-
-
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
@@ -266,3 +208,17 @@ def test_a_state_that_is_changed_in_place_before_the_cell_goes_on_from_it_is_an_
     cell(second, h)
     with pytest.raises(regkit.StepError, match="output of the model was changed in place"):
         attachment.penalty()
+
+
+def test_a_cell_that_begins_from_a_state_that_was_computed_has_that_for_a_neighbour():
+    cell = GRU_CELL(3, 4).double()
+    attachment = regkit.attach(cell, {"rules": [{"penalty": "temporal(1, reduction=sum)"}]})
+    before = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    start = before.tanh()
+    states = [start]
+    for x in sequence(steps=3):
+        states.append(cell(x, states[-1]))
+    by_hand = torch.stack(states).diff(dim=0).square().sum()
+    total = attachment.penalty()
+    torch.testing.assert_close(total, by_hand)
+    same(*(list(torch.autograd.grad(one, [before], retain_graph=True)) for one in (total, by_hand)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
 import regkit
+from regkit.ledger import Ticket
 
 AR = {"rules": [{"name": "ar", "penalty": "activity_l2(1)"}]}
 TAR = {"rules": [{"name": "tar", "penalty": "temporal(1)"}]}
@@ -190,3 +193,106 @@ def test_the_last_batch_of_masked_loops_may_be_smaller():
     for batch in (2, 1):
         wanted = a_masked_loop(attachment, cell, torch.ones(2, batch).bool(), torch.zeros(batch, 4))
         torch.testing.assert_close(attachment.penalty(), wanted)
+
+
+STATES = {"rules": [{"target": {"role": "state"}, "penalty": "activity_l2(1)"}]}
+
+
+@pytest.mark.parametrize("rules", [AR, STATES])
+def test_calls_in_two_modes_are_an_error_and_calls_in_evaluation_mode_alone_are_none(rules):
+    """As where a part of a model is trained in evaluation mode from the first step to the last."""
+    model = nn.GRU(3, 4)
+    attachment = regkit.attach(model, rules)
+    for first in (True, False):
+        for training in (first, False):
+            model.train(training)
+            model(torch.randn(5, 2, 3))
+        if first:
+            with pytest.raises(regkit.StepError, match="1 of 2 recorded outputs of the model were made in eval mode"):
+                attachment.penalty()
+            attachment.discard()
+        else:
+            assert attachment.penalty() > 0
+
+
+def test_a_final_state_that_is_changed_in_place_before_it_is_penalized_is_an_error():
+    model = nn.GRU(3, 4)
+    attachment = regkit.attach(model, STATES)
+    model(torch.randn(5, 2, 3))[1].mul_(2)
+    with pytest.raises(regkit.StepError, match="state of the model was changed in place"):
+        attachment.penalty()
+
+
+def test_outputs_from_before_a_step_of_others_and_from_after_it_are_not_penalized_together():
+    model = nn.ModuleDict({"rnn": nn.GRU(3, 4), "head": nn.Linear(4, 1)})
+    attachment = regkit.attach(model, AR)
+    model["rnn"](torch.randn(5, 2, 3))
+    model["head"](torch.randn(2, 4)).sum().backward()
+    SGD(model["head"].parameters(), lr=0.1).step()
+    model["rnn"](torch.randn(5, 2, 3))
+    with pytest.raises(regkit.StepError, match="from before an optimizer's step and from after it"):
+        attachment.penalty()
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_a_forward_pass_behind_the_penalty_is_not_covered_by_it(looked_at):
+    model = nn.GRU(3, 4)
+    attachment = regkit.attach(model, AR)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    (model(torch.randn(5, 2, 3))[0].sum() + attachment.penalty()).backward()
+    model(torch.randn(5, 2, 3))
+    if looked_at:
+        attachment.values()
+    with pytest.raises(regkit.StepError, match="not consumed before the optimizer's step"):
+        optimizer.step()
+
+
+def test_outputs_that_were_discarded_after_a_step_of_others_are_forgotten_altogether():
+    model = nn.ModuleDict({"rnn": nn.GRU(3, 4), "head": nn.Linear(4, 1)})
+    attachment = regkit.attach(model, AR)
+    model["rnn"](torch.randn(5, 2, 3))
+    model["head"](torch.randn(2, 4)).sum().backward()
+    SGD(model["head"].parameters(), lr=0.1).step()
+    attachment.discard()
+    outputs = [model["rnn"](torch.randn(5, 2, 3))[0] for _ in range(2)]
+    torch.testing.assert_close(attachment.penalty(), torch.cat(outputs).square().mean())
+
+
+def around_a_frozen_module() -> tuple[nn.ModuleList, list[torch.optim.Optimizer]]:
+    """A model whose middle is not trained, though what is before it is, through it."""
+    model = nn.ModuleList([nn.Linear(3, 3), nn.LSTM(3, 4).requires_grad_(False), nn.Linear(4, 1)])
+    return model, [SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)]
+
+
+def test_the_outputs_of_a_frozen_module_between_two_optimizers_must_be_in_the_loss():
+    model, optimizers = around_a_frozen_module()
+    attachment = regkit.attach(model, AR)
+    model[2](model[1](model[0](torch.randn(2, 2, 3)))[0]).sum().backward()
+    with pytest.raises(regkit.StepError, match="not consumed"):
+        optimizers[0].step()
+    attachment.penalty()  # is thrown away
+    model[2].zero_grad()
+    optimizers[1].step()  # trains nothing
+    with pytest.raises(regkit.StepError, match="was not part of a loss that was backpropagated"):
+        optimizers[0].step()
+
+
+def test_a_frozen_module_need_not_be_run_in_a_step_of_others():
+    model, optimizers = around_a_frozen_module()
+    attachment = regkit.attach(model, AR)
+    for _ in range(2):
+        model[0](torch.randn(2, 2, 3)).sum().backward()
+        optimizers[0].step()
+    assert attachment.step_count == 2
+
+
+def test_of_the_penalties_on_a_frozen_module_none_is_kept_for_long():
+    model, optimizers = around_a_frozen_module()
+    attachment = regkit.attach(model, AR)
+    for _ in range(6):
+        (model[2](model[1](model[0](torch.randn(2, 2, 3)))[0]).sum() + attachment.penalty()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    gc.collect()
+    assert sum(type(one) is Ticket for one in gc.get_objects()) == 1

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from kept_weights import REGISTRY, UNITS, make, part, rules
+from kept_weights import REGISTRY, make, part, rules
 from resting import L2, Times, begun, step
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.optim import SGD, Optimizer
+from wrapped import WeightDropout
 
 import regkit
 
@@ -127,62 +129,37 @@ def test_a_weight_that_moves_between_its_penalty_and_the_step_is_read_as_it_is_e
         torch.testing.assert_close(raw.grad, torch.full((4, 4), 1.0 + 20.0))
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_mask_that_is_replaced_acts_from_the_next_step_on():
-    cell = nn.RNNCell(3, 4)
-    prune.identity(cell, "weight_hh")
-    optimizer = begun(cell)
-    cell.weight_hh_mask = torch.eye(4)
-    step(cell, optimizer)
-    torch.testing.assert_close(cell.weight_hh_orig.grad, cell.weight_hh_orig.detach() * torch.eye(4))
-
-
-def test_a_mask_that_is_an_attribute_like_any_other_is_looked_up_at_each_step():
-    """No table of the module's has it, so that nothing could tell when it is another."""
-    model = make("wired")
-    mask = model.wiring
-    del model.wiring
-    model.wiring = mask
-    assert "wiring" not in model._buffers
+def test_a_parametrized_weight_of_a_module_in_a_module_that_is_replaced_is_read_where_it_is_now():
+    model, other = make("turned", "parametrized"), make("turned", "parametrized")
     optimizer = begun(model, rules("gradient", "kernel", None), registry=REGISTRY)
-    model.wiring = 1 - mask
-    step(model, optimizer)
-    wanted = 0.1 * model.maps.w.detach() * (1 - mask)
-    torch.testing.assert_close(part(model.maps.w.grad, "kernel", None), part(wanted, "kernel", None).double())
-
-
-def test_a_mask_of_a_module_in_a_module_may_be_replaced():
-    model = make("side by side", "pruned")
-    optimizer = begun(model, rules("gradient", "kernel", None), registry=REGISTRY)
-    model.maps.w_mask = torch.zeros_like(model.maps.w_mask)
-    step(model, optimizer)
-    assert not model.maps.w_orig.grad.any()
-
-
-def test_a_mask_over_a_weight_whose_module_is_replaced_acts_on_the_new_one():
-    model = make("wired")
-    optimizer = begun(model, rules("gradient", "kernel", None), registry=REGISTRY)
-    old, model.maps = model.maps, nn.Module()
-    model.maps.w = nn.Parameter(torch.ones(2 * UNITS, old.w.size(1), dtype=torch.float64))
+    model.maps = other.maps
+    raw = model.maps.parametrizations.w.original
+    nn.init.constant_(raw, 0.5)
     optimizer.param_groups[0]["params"][:] = model.parameters()
     step(model, optimizer)
-    torch.testing.assert_close(
-        part(model.maps.w.grad, "kernel", None), part(0.1 * model.wiring.double(), "kernel", None)
-    )
+    assert bool(raw.grad.any())
 
 
-def test_of_two_weights_of_one_parameter_each_has_its_own_mask():
-    """They are two weights as long as the masks are two, though one parameter is behind both."""
-    model = nn.ModuleList([nn.RNNCell(3, 4), nn.RNNCell(3, 4)])
-    model[1].weight_hh = model[0].weight_hh
-    for cell, rows in zip(model, (torch.eye(4), torch.ones(4, 4)), strict=True):
-        prune.custom_from_mask(cell, "weight_hh", rows)
-    begun(model)
-    raw = model[0].weight_hh_orig
-    assert model[1].weight_hh_orig is raw
-    torch.testing.assert_close(raw.grad, raw.detach() * (1 + torch.eye(4)))
+@pytest.mark.parametrize("rule", [{"penalty": "l2(0.5)"}, {"constraint": "max_norm(1)"}])
+def test_a_weight_that_was_computed_for_a_step_is_not_held_until_the_next(rule: Any):
+    """Nor for a report: of a large model the weights would be held twice."""
+    made: list[weakref.ref[Tensor]] = []
+
+    class Made(Times):
+        def forward(self, w: Tensor) -> Tensor:
+            result = super().forward(w)
+            made.append(weakref.ref(result))
+            return result
+
+    cell = nn.RNNCell(3, 4)
+    parametrize.register_parametrization(cell, "weight_hh", Made(2.0))
+    attachment = regkit.attach(cell, {"rules": [{"target": {"role": "recurrent"}, **rule}]})
+    optimizer = SGD(cell.parameters(), lr=0.0)
+    for act in (lambda: step(cell, optimizer), attachment.values, attachment.violations, attachment.apply_constraints):
+        act()
+        gc.collect()
+        assert all(one() is None for one in made)
+    assert made
 
 
 # --- names and places ------------------------------------------------------------------------------------------------
@@ -197,6 +174,16 @@ def test_a_parameter_that_goes_by_another_name_is_pruned_from_the_next_step_on()
     assert next(reversed(cell._parameters)) == "bias_hh_orig"
     step(cell, optimizer)
     torch.testing.assert_close(cell.bias_hh_orig.grad, cell.bias_hh_orig.detach() * mask)
+
+
+def test_a_raw_weight_that_a_wrapper_keeps_may_be_replaced_in_the_wrapper():
+    """The module that the rule is on has no parameter that is another."""
+    wrapper = WeightDropout(nn.LSTM(3, 4), 0.5)
+    optimizer = begun(wrapper)
+    wrapper.weight_hh_l0_raw = nn.Parameter(torch.ones(16, 4))
+    optimizer.param_groups[0]["params"][:] = wrapper.parameters()
+    step(wrapper, optimizer)
+    torch.testing.assert_close(wrapper.weight_hh_l0_raw.grad, torch.ones(16, 4))
 
 
 class Nested(nn.Module):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import regkit
-from regkit.ledger import Ticket
 
 AR = {"rules": [{"name": "ar", "penalty": "activity_l2(1)"}]}
 L2 = {"rules": [{"name": "l2", "penalty": "l2(0.1)"}]}
@@ -254,37 +253,6 @@ def test_steps_of_another_branch_neither_need_a_penalty_nor_use_one_up(rule):
     model["a"](x)[0].sum().backward()
     with pytest.raises(regkit.StepError, match=r"not consumed|not part of the loss"):
         ruled.step()
-
-
-def around_a_frozen_module() -> tuple[nn.ModuleList, list[torch.optim.Optimizer]]:
-    """A model whose middle is not trained, though what is before it is, through it."""
-    model = nn.ModuleList([nn.Linear(3, 3), nn.LSTM(3, 4).requires_grad_(False), nn.Linear(4, 1)])
-    return model, [Adam(model[0].parameters()), Adam(model[2].parameters())]
-
-
-def test_the_outputs_of_a_frozen_module_between_two_optimizers_must_be_in_the_loss():
-    model, optimizers = around_a_frozen_module()
-    attachment = regkit.attach(model, AR)
-    model[2](model[1](model[0](torch.randn(2, 2, 3)))[0]).sum().backward()
-    with pytest.raises(regkit.StepError, match="not consumed"):
-        optimizers[0].step()
-    attachment.penalty()  # is thrown away
-    model[2].zero_grad()
-    optimizers[1].step()  # trains nothing
-    with pytest.raises(regkit.StepError, match="was not part of a loss that was backpropagated"):
-        optimizers[0].step()
-
-
-def test_of_the_penalties_on_a_frozen_module_none_is_kept_for_long():
-    model, optimizers = around_a_frozen_module()
-    attachment = regkit.attach(model, AR)
-    for _ in range(6):
-        (model[2](model[1](model[0](torch.randn(2, 2, 3)))[0]).sum() + attachment.penalty()).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    gc.collect()
-    assert sum(type(one) is Ticket for one in gc.get_objects()) == 1
 
 
 class Searching(SGD):
