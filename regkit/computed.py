@@ -65,7 +65,7 @@ class Parametrized(Computed):
         self._originals: list[Tensor] = [getattr(parametrization, f"original{suffix}") for suffix in suffixes]
         self.leaves = tuple(one for one in self._originals if isinstance(one, nn.Parameter))
         self._parametrization, self._name = parametrization, name
-        self.follows = weakly((*follows, *parametrization.modules()))
+        self.follows = weakly((*follows, parametrization))
 
     @property
     def identity(self) -> tuple[int, ...]:

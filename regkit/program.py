@@ -100,9 +100,8 @@ class Program:
         groups = optimizer.param_groups
         return (
             self._optimizer() is optimizer
-            and len(groups) == len(self._groups)
-            and all(map(is_, groups, self._groups))
             and list(map(len, map(_params, groups))) == self._sizes
+            and all(map(is_, groups, self._groups))
             and all(map(is_, chain.from_iterable(map(_params, groups)), self._parameters))
             and self.snapshot.holds()
         )

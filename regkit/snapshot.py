@@ -78,10 +78,10 @@ class Snapshot:
         """
         self._modules = list({id(module): one for one in (*bound, *followed) if (module := one()) is not None}.values())
         self._followed = followed
-        self._own = [*map(_own, map(_alive, self._modules)), *map(_buffers, map(_alive, followed))]
-        self._sizes = list(map(len, self._own))
-        self._names = list(chain.from_iterable(self._own))
-        self._values = list(chain.from_iterable(map(dict.values, self._own)))
+        tables = [*map(_own, map(_alive, self._modules)), *map(_buffers, map(_alive, followed))]
+        self._sizes = list(map(len, tables))
+        self._names = list(chain.from_iterable(tables))
+        self._values = list(chain.from_iterable(map(dict.values, tables)))
         self._child_counts = list(map(len, map(_children, map(_alive, followed))))
         within = [
             Link(module, name, name)
@@ -106,7 +106,6 @@ class Snapshot:
                 now += map(_buffers, map(_alive, self._followed))
             return (
                 self._steady
-                and all(map(is_, now, self._own))
                 and list(map(len, now)) == self._sizes
                 and all(map(is_, chain.from_iterable(map(dict.values, now)), self._values))
                 and list(chain.from_iterable(now)) == self._names

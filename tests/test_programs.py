@@ -197,3 +197,36 @@ def test_a_weight_that_is_frozen_between_steps_keeps_the_gradient_that_it_has():
     cell.weight_hh.requires_grad_(True)
     step(cell, optimizer)
     torch.testing.assert_close(cell.weight_hh.grad, cell.weight_hh.detach())
+
+
+def test_a_step_that_is_taken_again_after_it_was_done_adds_its_penalties_again():
+    """It is another step, though no backward pass was between: of one that failed, they would be there already."""
+    cell = nn.RNNCell(3, 4)
+    optimizer = begun(cell)
+    step(cell, optimizer)
+    optimizer.step()
+    torch.testing.assert_close(cell.weight_hh.grad, 2 * cell.weight_hh.detach())
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_step_that_is_skipped_leaves_finite_gradients_as_they_are(with_closure: bool):
+    """A fused optimizer skips it by itself where GradScaler has found an overflow in any gradient."""
+    cell = nn.RNNCell(3, 4)
+    attachment = regkit.attach(cell, L2)
+    optimizer = SGD(cell.parameters(), lr=0.0, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+    for parameter in cell.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(lambda: 0.0) if with_closure else optimizer.step()
+    assert not cell.weight_hh.grad.any()
+    assert attachment.step_count == 0
+
+
+def test_the_gradient_of_each_step_is_scaled_as_the_schedule_says():
+    cell = nn.RNNCell(3, 4)
+    schedule = {"kind": "linear", "start": 0.0, "end": 1.0, "steps": 2}
+    optimizer = begun(cell, {"rules": [{**L2["rules"][0], "schedule": schedule}]})
+    assert not cell.weight_hh.grad.any()
+    for factor in (0.5, 1.0, 1.0):
+        step(cell, optimizer)
+        torch.testing.assert_close(cell.weight_hh.grad, factor * cell.weight_hh.detach())
