@@ -151,12 +151,14 @@ def _chain(recorder: Recorder, form: Form, records: Sequence[Call | Record]) -> 
 class Dense(Activity):
     """One sequence without padding that runs forward, in float32 or better and small enough to be reduced at once."""
 
+    segments: tuple[Sequenced]
+
     def reduce(
         self, f: Callable[[Tensor], Tensor], reduction: Reduction = "mean", total: Total | None = None
     ) -> Tensor:
         if total is None or torch.is_grad_enabled():
             return super().reduce(f, reduction, total)
-        h: Tensor = self.segments[0].h  # type: ignore[attr-defined]  # it is a Sequenced
+        h = self.segments[0].h
         by = h.numel() if reduction == "mean" else h.size(1) if reduction == "batch" else 1
         return total(h, scratch=torch.empty_like) / max(by, 1)
 
@@ -165,7 +167,7 @@ class Dense(Activity):
     ) -> Tensor:
         if total is None or torch.is_grad_enabled():
             return super().reduce_pairs(f, reduction, total)
-        h: Tensor = self.segments[0].h  # type: ignore[attr-defined]  # it is a Sequenced
+        h = self.segments[0].h
         later = h[1:]
         by = later.numel() if reduction == "mean" else h.size(1) if reduction == "batch" else 1
         return total(later, h[:-1], scratch=torch.empty_like) / max(by, 1)
@@ -180,13 +182,13 @@ class Dense(Activity):
         times: float = 1.0,
         per_row: bool = False,
     ) -> None:
-        h: Tensor = self.segments[0].h  # type: ignore[attr-defined]  # it is a Sequenced
+        h = self.segments[0].h
         found = slope(h)
         if found.shape != h.shape:
             raise PluginError(f"a slope at {tuple(h.shape)} has the shape {tuple(found.shape)}")
         numbers = h.numel() // max(h.size(-1), 1) if per_row else h.numel()
         by = numbers if reduction == "mean" else h.size(1) if reduction == "batch" else 1
-        gradients.segments[0].h.addcmul_(found, amount, value=times / max(by, 1))  # type: ignore[attr-defined]
+        gradients.segments[0].h.addcmul_(found, amount, value=times / max(by, 1))  # type: ignore[attr-defined]  # it is a Dense, too
 
     def add_pair_slopes(
         self,
@@ -198,8 +200,8 @@ class Dense(Activity):
         times: float = 1.0,
         per_row: bool = False,
     ) -> None:
-        h: Tensor = self.segments[0].h  # type: ignore[attr-defined]  # it is a Sequenced
-        g: Tensor = gradients.segments[0].h  # type: ignore[attr-defined]
+        h = self.segments[0].h
+        g: Tensor = gradients.segments[0].h  # type: ignore[attr-defined]  # it is a Dense, too
         later = h[1:]
         found = slope(later, h[:-1])
         first, second = (found, None) if isinstance(found, Tensor) else found
