@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from types import FrameType
 from typing import Any, Final, Protocol
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -77,8 +78,10 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | Non
             uncompiled_given: tuple[Any, Any] | None = _uncompiled_before(optimizer, args, kwargs)
             return uncompiled_given
         frame = sys._getframe(1)
-    if _STATES in sys.modules and _rehearsed(frame):
-        return None
+    if _STATES in sys.modules:  # whose rehearsals are at learning rate 0
+        lr = optimizer.param_groups[0].get("lr") if optimizer.param_groups else None
+        if (isinstance(lr, Tensor) or not lr) and _rehearsed(frame):
+            return None
     listeners = _listeners
     if len(listeners) == 1:
         return listeners[0].before(optimizer, args, kwargs, frame)

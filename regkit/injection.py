@@ -141,7 +141,7 @@ class _Pass:
             return None  # a gradient is only looked at, and carries nothing away
         if self.gradients is None:
             self._injector.compute()
-        gradients, self.gradients = self.gradients, None
+        gradients, self.gradients, self.leaves = self.gradients, None, []
         self._injector.delivered(self)
         return gradients
 

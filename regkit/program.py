@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -90,7 +89,7 @@ class Program:
         self.owned = owned
         self.jobs: Jobs | None = None
         self.met = False
-        self._optimizer: Any = int
+        self._optimizer: weakref.ref[Optimizer] | None = None
         if optimizer is not None:
             key, programs = id(optimizer), snapshot.programs
             self._optimizer = weakref.ref(optimizer, lambda _: programs.pop(key, None))
@@ -99,7 +98,8 @@ class Program:
         """Whether the optimizer has the parameters that it had, in the same groups, and the model, too."""
         groups = optimizer.param_groups
         return (
-            self._optimizer() is optimizer
+            self._optimizer is not None
+            and self._optimizer() is optimizer
             and list(map(len, map(_params, groups))) == self._sizes
             and all(map(is_, groups, self._groups))
             and all(map(is_, chain.from_iterable(map(_params, groups)), self._parameters))

@@ -22,11 +22,11 @@ from regkit.binding import Binding
 from regkit.blocks import Block
 from regkit.errors import AttachError
 from regkit.modules import Link, Parameters
-from regkit.shards import marked
+from regkit.shards import marked, sharded
 from regkit.storage import Storage
 
 _own, _children, _buffers = map(attrgetter, ("_parameters", "_modules", "_buffers"))
-_dtype, _requires_grad = attrgetter("dtype"), attrgetter("requires_grad")
+_dtype, _requires_grad, _placements = map(attrgetter, ("dtype", "requires_grad", "placements"))
 _alive: Final[Callable[[Any], Any]] = weakref.ref.__call__
 _FSDP1: Final = "torch.distributed.fsdp._flat_param"
 _group: Final[Any] = getattr(torch.distributed, "group", None)  # there wherever FSDP1 is
@@ -63,7 +63,10 @@ class Snapshot:
         self._remember_modules(source.modules, list(followed.values()), source.links)
         leaves = {id(p): p for one in found for p in one.leaves}
         self._ruled = list(leaves.values())
-        self._dtypes, self._devices = list(map(_dtype, self._ruled)), list(map(Tensor.get_device, self._ruled))
+        self._types, self._dtypes = list(map(type, self._ruled)), list(map(_dtype, self._ruled))
+        self._devices = list(map(Tensor.get_device, self._ruled))
+        self._sharded = list(filter(sharded, self._ruled))
+        self._placements = list(map(_placements, self._sharded))
         leaves.update((id(p), p) for p in source.everything)
         self.parameters = leaves
         self.placed: dict[Hashable, Placed] = {}
@@ -112,8 +115,10 @@ class Snapshot:
                 and all(map(is_, map(dict.get, map(_children, map(_alive, self._parents)), self._leaves), children))
                 and not any(map(is_, children, repeat(None)))
                 and list(map(len, map(_children, map(_alive, self._followed)))) == self._child_counts
+                and list(map(type, self._ruled)) == self._types
                 and list(map(_dtype, self._ruled)) == self._dtypes
                 and list(map(Tensor.get_device, self._ruled)) == self._devices
+                and list(map(_placements, self._sharded)) == self._placements
                 and not any(map(_requires_grad, self._constants))
                 and not (_FSDP1 in sys.modules and _group.WORLD is not None and any(map(marked, self._ruled)))
             )
@@ -126,9 +131,13 @@ class Snapshot:
             one.forget()
 
     def written(self, leaves: Collection[int], by: Collection[Storage]) -> None:
-        """Have weights made anew of which the parameters of these ids have a part, which were written by `by` alone."""
+        """Have weights made anew of which the parameters of these ids have a part, as they were written.
+
+        by: the storages that have written; what these have gathered is as it is now. What is computed may go by more
+        than its leaves, and two may go by the same.
+        """
         for one in self.cached:
-            if one not in by and (one.computed or any(id(leaf) in leaves for leaf in one.leaves)):
+            if one.computed or (one not in by and any(id(leaf) in leaves for leaf in one.leaves)):
                 one.forget()
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_spreads import Net, Spread, fsdp, fsdp_by_columns, make_net, tensor_parallel_columns
-from distributed_workers import Rules, Task, batches, loss_of
+from distributed_spreads import Net, Spread, fsdp, fsdp_by_columns, make_net, mesh, tensor_parallel_columns
+from distributed_workers import Rules, Task, batches, full, loss_of
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import regkit
@@ -108,6 +110,27 @@ def nan_in_one_shard(at: str, folder: Path) -> str | None:
     return None
 
 
+def placed_otherwise(folder: Path) -> dict[str, float]:
+    """What a penalty and a constraint make of a weight that is placed in another way from one step to the next."""
+    net = nn.RNN(4, 4, bias=False)
+    over = mesh()
+    for name, weight in list(net.named_parameters()):
+        setattr(net, name, nn.Parameter(distribute_tensor(torch.ones_like(weight), over, [Shard(0)])))
+    rules = [{"name": "l2", "penalty": "l2(1)", "target": RECURRENT}, ball("unit", name="ball", target=RECURRENT)]
+    with regkit.attach(net, {"rules": rules}) as attachment:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        moved = nn.Parameter(distribute_tensor(torch.full((4, 4), 3.0), over, [Replicate()]))
+        torch.utils.swap_tensors(net.weight_hh_l0, moved)
+        value = float(attachment.values()["l2"])
+        net.weight_hh_l0.grad = torch.zeros_like(net.weight_hh_l0)
+        optimizer.step()
+        norms = full(net.weight_hh_l0).norm(dim=1)
+        return {"value": value, "norm": float(norms.max()), "violation": float(attachment.violations()["ball"])}
+
+
 SPREADS: dict[str, tuple[Callable[[Net], Spread], str]] = {
     "rows": (fsdp, "LSTM"),
     "columns": (fsdp_by_columns, "LSTM"),
@@ -125,4 +148,5 @@ def of_size(size: int) -> dict[str, Task]:
         for name, rules in documents.items()
         for how, (spread, layer) in SPREADS.items()
     }
+    found["placed_otherwise"] = placed_otherwise
     return {**found, **{f"nan at {at}": partial(nan_in_one_shard, at) for at in ("attach", "a step")}}

@@ -67,3 +67,11 @@ def test_a_nan_in_the_shard_of_one_process_is_told_in_all(at: str, says: str):
     assert found[0] == found[1]
     assert "NaN or infinite numbers in rnn.weight_hh_l0" in found[0]
     assert says in found[0]
+
+
+@pytest.mark.works_with("Tensor parallel")
+def test_a_weight_that_is_placed_otherwise_between_two_steps_is_seen_as_it_is_placed_now():
+    for found in world(2).found("placed_otherwise"):
+        assert found["value"] == pytest.approx(16 * 9)
+        assert found["norm"] == pytest.approx(0.4)
+        assert found["violation"] == pytest.approx(0, abs=1e-6)

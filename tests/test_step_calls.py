@@ -90,19 +90,19 @@ def calls_of_a_training_step(net: nn.Module, rules: list[Any]) -> int:
 @pytest.mark.parametrize(
     ("net", "rules", "most"),
     [
-        ("one LSTM", [L2], 12),
-        ("one LSTM", [BALL], 16),
+        ("one LSTM", [L2], 15),
+        ("one LSTM", [BALL], 18),
         ("one LSTM", [AR], 37),
-        ("one LSTM", [AR, TAR], 42),
-        ("one LSTM", [L2, BALL, AR], 45),
-        ("64 GRUs", [L2], 12),
-        ("64 GRUs", [AR], 165),
-        ("64 GRUs", [AR, TAR], 170),
-        ("a cell in a loop", [AR], 104),
-        ("a cell in a loop", [AR, TAR], 109),
-        ("1,000 cells", [L2], 12),
-        ("1,000 cells", [L1], 19),
-        ("1,000 cells", [BALL], 21),
+        ("one LSTM", [AR, TAR], 43),
+        ("one LSTM", [L2, BALL, AR], 46),
+        ("64 GRUs", [L2], 15),
+        ("64 GRUs", [AR], 197),
+        ("64 GRUs", [AR, TAR], 203),
+        ("a cell in a loop", [AR], 120),
+        ("a cell in a loop", [AR, TAR], 126),
+        ("1,000 cells", [L2], 15),
+        ("1,000 cells", [L1], 21),
+        ("1,000 cells", [BALL], 25),
     ],
 )
 def test_a_steady_training_step_calls_few_functions(net: str, rules: list[Any], most: int):
@@ -133,7 +133,7 @@ def test_a_step_of_computed_weights_looks_nothing_up_anew(computed: Callable[[nn
     model = cells(100)
     for cell in list(model["cells"])[:2]:
         computed(cell, "weight_hh")
-    assert calls_of_a_training_step(model, [L2, BALL]) <= 148
+    assert calls_of_a_training_step(model, [L2, BALL]) <= 160
 
 
 def test_the_first_step_is_as_much_work_for_each_of_2000_rules_as_for_each_of_200():

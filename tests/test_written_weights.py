@@ -102,3 +102,21 @@ def test_a_sharded_weight_under_two_names_is_gathered_anew_where_it_was_written_
     assert attachment.step_count == 1
     units = model.one.weight_hh.full_tensor().view(3, 4, 4).norm(dim=(0, 2))
     torch.testing.assert_close(units, torch.full((4,), left))
+
+
+def test_two_weights_of_one_parameter_are_both_as_the_last_rule_left_it():
+    """Each is another function of it: what a rule wrote through the second, the next is to read in the first."""
+    model = nn.ModuleList([nn.RNNCell(2, 2), nn.RNNCell(2, 2)])
+    for cell, times in zip(model, (1.0, 4.0), strict=True):
+        parametrize.register_parametrization(cell, "weight_hh", Times(times))
+    raw = model[1].parametrizations.weight_hh.original = model[0].parametrizations.weight_hh.original
+    recurrent = {"role": "recurrent"}
+    ball = {"target": recurrent, "constraint": "max_norm(1)"}
+    attachment = regkit.attach(
+        model, {"rules": [ball, {"target": {**recurrent, "module": "0"}, "constraint": "non_negative"}]}
+    )
+    with torch.no_grad():
+        raw.copy_(torch.tensor([[3.0, 4.0], [3.0, -4.0]]))
+    step(model, SGD(model.parameters(), lr=0.0))
+    torch.testing.assert_close(raw.detach(), torch.tensor([[0.15, 0.2], [0.15, 0.0]]))
+    assert max(map(float, attachment.violations().values())) < 1e-6
