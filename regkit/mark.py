@@ -40,6 +40,6 @@ class Mark:
         if self.complete and gradient._version == self.version and self.trained == step.trained:
             return True
         raise StepError(
-            "the last step failed, and penalties are in its gradients already, which are stepped with others now, or are "
-            "not as they were then; call zero_grad(set_to_none=True) and run the backward pass again"
+            "the last step failed, and penalties are in its gradients already, which are stepped with others now, or "
+            "are not as they were then; call zero_grad(set_to_none=True) and run the backward pass again"
         )
