@@ -95,8 +95,7 @@ class ActivityRule:
             if ids := trained.get(recorder):
                 reason = recorder.missing(ids, self.binding.optional)
                 if reason is not None:
-                    what = f"rule {self.binding.key!r} ({self.binding.kind.describe()})"
-                    raise StepError(f"{what} on {recorder.title} {reason}")
+                    raise StepError(f"{self.binding.label} on {recorder.title} {reason}")
 
 
 class Intake:

@@ -73,6 +73,11 @@ class Binding:
         return _REACH[self.via]
 
     @property
+    def label(self) -> str:
+        """The rule's key and kind, for the sentence of an error."""
+        return f"rule {self.key!r} ({self.kind.describe()})"
+
+    @property
     def title(self) -> str:
         """The kind, its options and its schedule."""
         return self.kind.describe() + (f" × {self.schedule.describe()}" if self.schedule else "")

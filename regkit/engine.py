@@ -288,6 +288,6 @@ class Engine:
         for rule, mine in jobs.losses:
             reason = rule.ledger.missing(mine)
             if reason is not None:
-                raise StepError(f"rule {rule.binding.key!r} ({rule.binding.kind.describe()}) {reason}")
+                raise StepError(f"{rule.binding.label} {reason}")
         for rule, work in (*jobs.proximal, *jobs.decays):
             rule.check(work, step)

@@ -16,7 +16,6 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
 from regkit import modes
-from regkit.activityrule import Intake
 from regkit.calls import Call
 from regkit.errors import StepError
 from regkit.ledger import Ticket
@@ -24,6 +23,9 @@ from regkit.records import Recorder, data_of
 
 Scale = float | Callable[[], float | Tensor]
 """What the loop multiplies its loss by before the backward pass: a number, or a function that is asked each time."""
+
+Take = Callable[[int], Sequence[Tensor]]
+"""Consumes the recorded outputs of an injector: penalties at a step, () each, of which the sum joins the loss."""
 
 _UNREACHED: Final = (
     "put out what no backward pass reached, so that the penalty of it was carried nowhere; run forward passes that are "
@@ -36,15 +38,15 @@ class Injector(Recorder):
 
     def __init__(self, *of: Any) -> None:
         super().__init__(*of)
-        self._intake: Intake | None = None
-        self._scale: Scale = 1.0
+        self._take: Take = lambda _: ()
         self._index: Callable[[], int] = int
+        self._scale: Scale = 1.0
         self.waiting: list[_Pass] = []
         self._run: Callable[..., Any] = self._carry
 
-    def begin(self, intake: Intake, scale: Scale, index: Callable[[], int]) -> None:
-        """Say what it injects, times what, and who knows the number of the step to come."""
-        self._intake, self._scale, self._index = intake, scale, index
+    def configure(self, take: Take, index: Callable[[], int], scale: Scale) -> None:
+        """Set where penalties come from, the step to come that they are asked for, and the scale of the loss."""
+        self._take, self._index, self._scale = take, index, scale
 
     def install(self) -> None:
         # What becomes of a gradient as it flows back is no part of a compiled forward pass: the compiler leaves a gap.
@@ -83,8 +85,7 @@ class Injector(Recorder):
         """The gradient of all passes so far, to be taken along by each."""
         with torch.enable_grad():
             scale = self._scale() if callable(self._scale) else self._scale
-            assert self._intake is not None
-            total = torch.stack(self._intake.take(self._index())).sum() * scale
+            total = torch.stack([*self._take(self._index())]).sum() * scale
             new = [one for one in self.waiting if one.gradients is None]
             leaves = [leaf for one in new for leaf in one.leaves]
             gradients = iter(torch.autograd.grad(total, leaves, materialize_grads=True))

@@ -10,7 +10,6 @@ from typing import NoReturn, ParamSpec, TypeVar
 from torch import Tensor, nn
 
 from regkit.activityrule import ActivityRule, At, Intake
-from regkit.binding import Binding
 from regkit.blocks import Block
 from regkit.errors import AttachError, PluginError, RegkitError, StepError
 from regkit.injection import Injector, Scale
@@ -40,7 +39,7 @@ def raise_named(rule: WeightRule | ActivityRule | At, error: Exception) -> NoRet
     """Raise what the rule's mathematics raised, as an error that says whose it was, and where."""
     binding = rule.binding
     if isinstance(error, AttachError):
-        raise AttachError(f"rule {binding.key!r} ({binding.kind.describe()}): {error}") from error
+        raise AttachError(f"{binding.label}: {error}") from error
     if isinstance(error, RegkitError):
         raise error
     where = "" if rule.at is None else f" on {rule.at.name or 'the model'}"
@@ -137,7 +136,8 @@ class Rules:
             )
         for injector in self.injectors:
             rules = [rule for rule in self.activities if any(one is injector for _, one in rule.places)]
-            injector.begin(Intake(rules, [injector], raise_named), 1.0 if scale is None else scale, index)
+            take = Intake(rules, [injector], raise_named).take
+            injector.configure(take, index, 1.0 if scale is None else scale)
 
     def loss_terms(self, index: int) -> list[Tensor]:
         """The penalties of weights that go through the loss at a step."""
@@ -160,7 +160,7 @@ def rules_of(plan: Plan, model: nn.Module) -> Rules:
     modules = dict(model.named_modules(remove_duplicate=False))
     recorders = _recorders(plan, modules)
     paths = dict.fromkeys(site.path for binding in plan.bindings for site in binding.sites)
-    bound: list[tuple[Binding, list[Block]]] = []
+    bound: list[tuple[str, list[Block]]] = []
     watched = _trained(plan, model, modules)
     everything = Parameters(model) if recorders else ()
     snapshots = Snapshots(bound, watched, links(model, paths), everything)
@@ -174,7 +174,7 @@ def rules_of(plan: Plan, model: nn.Module) -> Rules:
             activities.append(ActivityRule(binding, places))
             continue
         own = [_block(site, modules, kind.layout) for site in binding.weights]
-        bound.append((binding, own))
+        bound.append((binding.label, own))
         if isinstance(kind, Penalty):
             penalties.append(PenaltyRule(binding, own, snapshots))
         else:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from regkit.batches import Placed
-from regkit.binding import Binding
 from regkit.blocks import Block
 from regkit.errors import AttachError
 from regkit.modules import Link, Parameters
@@ -33,17 +32,17 @@ _group: Final[Any] = getattr(torch.distributed, "group", None)  # there wherever
 
 
 def _looked_up(
-    bound: Iterable[tuple[Binding, Sequence[Block]]],
+    bound: Iterable[tuple[str, Sequence[Block]]],
 ) -> tuple[dict[Block, Sequence[Storage]], Collection[Storage]]:
     """Where each block is kept, and all storages. Raises AttachError, which names a rule, where one is nowhere."""
     known: dict[Hashable, Storage] = {}
     found: dict[Block, Sequence[Storage]] = {}
-    for binding, blocks in bound:
+    for label, blocks in bound:
         try:
             for block in blocks:
                 found[block] = block.storages(known)
         except AttachError as error:
-            raise AttachError(f"rule {binding.key!r} ({binding.kind.describe()}): {error}") from error
+            raise AttachError(f"{label}: {error}") from error
     return found, known.values()
 
 
@@ -144,14 +143,14 @@ class Snapshot:
 class Snapshots:
     """Takes snapshots of a model, of which the last one is kept.
 
-    bound: the blocks of every rule on weights; modules: those whose parameters make a step the attachment's; links:
-    down to all modules that rules are bound to; everything: all of the model's parameters, where activity rules need
-    them.
+    bound: the label and the blocks of each rule on weights; modules: those whose parameters make a step the
+    attachment's; links: down to all modules that rules are bound to; everything: all of the model's parameters, where
+    activity rules need them.
     """
 
     def __init__(
         self,
-        bound: Sequence[tuple[Binding, Sequence[Block]]],
+        bound: Sequence[tuple[str, Sequence[Block]]],
         modules: Iterable[nn.Module],
         links: Sequence[Link],
         everything: Parameters | tuple[()],
