@@ -82,7 +82,7 @@ def _in_force(model: nn.Module, plan: Plan, only: list[Optimizer] | None, loss_s
     attachment._prove()
     if only is not None:
         _refuse_idle(attachment._rules, only)
-    attachment._install(model, attach_copy)
+    attachment._install(model)
     return attachment
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regkit import hooks, reports, state
-from regkit.copies import Attach, Companion
+from regkit.copies import Companion
 from regkit.engine import Engine
 from regkit.errors import RegkitError
 from regkit.injection import Scale
@@ -64,8 +64,8 @@ class Attachment:
         self._rules.prove()
         self._rules.snapshots.release()  # until the first step: parameters may be sharded or replaced before it
 
-    def _install(self, model: nn.Module, attach_copy: Attach) -> None:
-        self._companion = Companion(model, self.plan, lambda: self.step_count, attach_copy)
+    def _install(self, model: nn.Module) -> None:
+        self._companion = Companion(model, self.plan, lambda: self.step_count)
         try:
             self._hook()
         except BaseException:

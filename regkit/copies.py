@@ -19,7 +19,7 @@ from typing import Any, Final
 from torch import nn
 from torch.optim import Optimizer
 
-from regkit import hooks
+from regkit import _pickled, hooks
 from regkit.errors import AttachError, StepError
 from regkit.plan import Plan
 from regkit.sites import Site
@@ -42,23 +42,26 @@ _OF_A_COPY: Final = (
 class Companion:
     """What of one attachment travels with copies of its model.
 
-    count: the attachment's step count when it is asked for. attach: how a copy of this one attaches.
+    count: the attachment's step count when it is asked for.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, count: Callable[[], int], attach: Attach) -> None:
+    _attach: Attach
+    """How a copy attaches: given to it when it is made."""
+
+    def __init__(self, model: nn.Module, plan: Plan, count: Callable[[], int]) -> None:
         *_, host = compiled_from(model)
         self._model: Callable[[], nn.Module | None] = weakref.ref(host)
         self._plan = plan if host is model else _of_what_was_compiled(plan)
-        self._count, self._attach = count, attach
+        self._count = count
         self.dormant = False
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> _pickled.Call:
         # The model is in the state, not in the arguments: by then deepcopy and pickle have made the copy of it, empty
         # as yet, and put that in its place.
-        return object.__new__, (Companion,), (self._model(), self._plan, self._count(), self._attach)
+        return *_pickled.call("companion"), (self._model(), self._plan, self._count())
 
-    def __setstate__(self, state: tuple[nn.Module | None, Plan, int, Attach]) -> None:
-        model, self._plan, count, self._attach = state
+    def __setstate__(self, state: tuple[nn.Module | None, Plan, int]) -> None:
+        model, self._plan, count = state
         self._count = lambda: count
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self.dormant = model is not None

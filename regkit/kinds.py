@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
+from regkit import _pickled
 from regkit.activity import Activity, Reduction, at_least_float32
 from regkit.errors import PluginError, StepError
 from regkit.fields import NonNegative
@@ -47,6 +48,7 @@ class Kind(BaseModel):
     )
 
     kind: str
+    __reduce_ex__ = _pickled.reduce_kind
 
     shorthand: ClassVar[tuple[str, ...]] = ()
     """The options that `"name(1, 2)"` fills, in order."""

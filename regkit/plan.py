@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from regkit import document
+from regkit import _pickled, document
 from regkit.binding import Binding
 from regkit.errors import AttachError, Problem, ResolveError, listing
 from regkit.foreign import Foreign
@@ -79,15 +79,8 @@ class Plan:
     def __deepcopy__(self, memo: object) -> Plan:
         return self  # frozen
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Only outputs need their adapters again, and a registry of one's own may hold what cannot be pickled.
-        needed = self.registry if any(binding.outputs for binding in self.bindings) else None
-        return _unpickled, (self.bindings, needed)
-
-
-def _unpickled(bindings: tuple[Binding, ...], registry: Registry | None) -> Plan:
-    """A plan that was pickled: its kinds came along, and its adapters unless they are those of what is installed."""
-    return Plan(bindings, registry or default())
+    def __reduce__(self) -> _pickled.Call:
+        return _pickled.reduce_plan(self)
 
 
 def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:

@@ -7,7 +7,7 @@ copy of a hook is an inert one, which records nothing and writes into no one's s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, Final
@@ -21,7 +21,7 @@ from torch.fx import _symbolic_trace
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
-from regkit import hooks, modes
+from regkit import _pickled, modes
 from regkit.activity import Segment
 from regkit.calls import Call, Calls, Record
 from regkit.errors import RegkitError, StepError
@@ -58,9 +58,9 @@ class Recorder:
         self.waiting: list[Any] = []  # what no backward pass has reached, of an injector
         self._thread: int | None = None
 
-    def __reduce__(self) -> tuple[Callable[[int], Recorder], tuple[int]]:
+    def __reduce__(self) -> _pickled.Call:
         # What deepcopy and pickle make of a hook that travels with its model.
-        return _copied, (-1 if self._handle is None else self._handle.id,)
+        return _pickled.call("hook", "recorder", -1 if self._handle is None else self._handle.id)
 
     @property
     def inert(self) -> bool:
@@ -283,11 +283,6 @@ def settle(recorders: Iterable[tuple[Recorder, frozenset[int]]]) -> None:
 def data_of(observed: Any) -> Any:
     """The tensor of an output, which may be packed."""
     return observed.data if isinstance(observed, PackedSequence) else observed
-
-
-def _copied(number: int) -> Recorder:
-    hooks.keep_clear(number)
-    return Recorder()
 
 
 def drop_copied_hooks(model: nn.Module) -> None:

@@ -6,10 +6,11 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from torch import nn
 
+from regkit import _pickled
 from regkit.entries import CONTRACTS, Entry, Family, Origin, canonical
 from regkit.errors import PluginError, PluginWarning, unknown
 from regkit.kinds import Kind
@@ -230,20 +231,13 @@ class Registry:
     def __deepcopy__(self, memo: object) -> Registry:
         return self  # what is installed is one for all that is copied
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (default, ()) if self is _default else (_restored, (self._plugins, self._kinds, self._adapters))
+    def __reduce__(self) -> _pickled.Call:
+        return _pickled.reduce_registry(self)
 
 
 def _whose(origin: Origin, offer: object) -> str:
     """Where an offer comes from, to tell it from another of its name: `nuclear 1.0 (its entry point, its class)`."""
     return f"{origin} ({', '.join(filter(None, (origin.point, place_of(offer))))})"
-
-
-def _restored(*tables: Any) -> Registry:
-    """A registry that was pickled with what was in it."""
-    registry = Registry(entry_points=False)
-    registry._plugins, registry._kinds, registry._adapters = tables
-    return registry
 
 
 def _refuse_to_wait_for_oneself() -> None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from regkit import _pickled
 from regkit.activity import Segment
 from regkit.validity import Validity
 
@@ -48,6 +49,8 @@ class Weight:
     cells with a wiring do. The product is what acts; what the mask takes out is never changed.
     """
 
+    __reduce_ex__ = _pickled.reduce_value
+
     parameters: tuple[str, ...]
     role: str
     layer: int = 0
@@ -64,6 +67,8 @@ class Weight:
 class Output:
     """Something that a module puts out: its role, the layers and directions in it, whether it runs over time."""
 
+    __reduce_ex__ = _pickled.reduce_value
+
     role: str
     layers: tuple[int, ...] = (0,)
     directions: tuple[str, ...] = ("forward",)
@@ -79,6 +84,8 @@ class WeightSite:
     shape: of the block, as kinds see it; units: the rows of the whole weight.
     transposed, columns, through, mask: as its adapter said (`Weight`).
     """
+
+    __reduce_ex__ = _pickled.reduce_value
 
     path: str
     name: str
@@ -149,6 +156,8 @@ class Form(NamedTuple):
 class OutputSite:
     """One output of one module, and the layers and directions in it that count."""
 
+    __reduce_ex__ = _pickled.reduce_value
+
     path: str
     name: str
     module_class: str
@@ -180,6 +189,8 @@ class Example:
     (time, features), or packed: to refuse that is no fault.
     ignored: globs over the names of parameters that no rule is to reach.
     """
+
+    __reduce_ex__ = _pickled.reduce_value
 
     make: Callable[[], nn.Module]
     features: int

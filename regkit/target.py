@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
+from regkit import _pickled
 from regkit.errors import unknown
 from regkit.fields import Index, mistake
 from regkit.foreign import Reading
@@ -106,6 +107,8 @@ class Frozen(BaseModel):
     """A part of the document."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+
+    __reduce_ex__ = _pickled.reduce_value
 
 
 class Target(Frozen):

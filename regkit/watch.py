@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from regkit import hooks
+from regkit import _pickled
 from regkit.errors import StepError
 from regkit.mark import Mark
 from regkit.modes import capturing, compiler, is_dynamo_compiling, uncompiled
@@ -84,7 +84,7 @@ class Watch:
         if self._loading is None or self._loading[0]() is not module:
             self.disarm()
             hook = _Hook(self)
-            handle = module.register_load_state_dict_post_hook(hook.loaded)  # type: ignore[no-untyped-call]  # and this
+            handle = module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]  # and this
             hook.number = handle.id
             self._loading = weakref.ref(module), hook, handle
         return self._loading[1]
@@ -152,8 +152,8 @@ class _Hook:
         self.inert = watch is None
         self.number = -1
 
-    def __reduce__(self) -> tuple[Callable[[int], _Hook], tuple[int]]:
-        return _copied, (self.number,)
+    def __reduce__(self) -> _pickled.Call:
+        return _pickled.call("hook", "watch", self.number)
 
     # Or torch warns that it is left out of a parameter which is sent to another process.
     @unserializable_hook  # type: ignore[untyped-decorator]  # torch leaves it unannotated
@@ -171,15 +171,11 @@ class _Hook:
         if watch is not None:
             watch.look()
 
-    def loaded(self, module: nn.Module, incompatible: object) -> None:
+    def __call__(self, module: nn.Module, incompatible: object) -> None:
+        """Hear that the module has loaded a state."""
         watch = self._watch()
         if watch is not None:
             watch.announced()
-
-
-def _copied(number: int) -> _Hook:
-    hooks.keep_clear(number)
-    return _Hook()
 
 
 def drop_copied_hooks(model: nn.Module) -> None:
@@ -187,8 +183,7 @@ def drop_copied_hooks(model: nn.Module) -> None:
     for module in model.modules():
         held = module._load_state_dict_post_hooks
         for number, hook in list(held.items()):
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, _Hook) and owner.inert:
+            if isinstance(hook, _Hook) and hook.inert:
                 del held[number]
 
 

@@ -1,0 +1,212 @@
+"""The one room that pickles name: `regkit._pickled.read`, with a format number, a word, and plain values.
+
+A model that was pickled, or saved whole by `torch.save`, names the modules of its classes; where one has moved, the
+model can be loaded no more. So everything of regkit that a pickle may hold is written here, and read here. The path of
+this room, the name `read` and every word that it was ever given stay for ever; the classes and rooms behind them may be
+renamed, and where fields are, their old names are read too. A change of what is written raises `FORMAT`; what older
+formats wrote is still read. `tests/pickles` holds such pickles.
+
+An installed kind is its name and its options, as in a document. A kind that no installed plugin offers is pickled as
+the class that its author gave it, which names its author's module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from regkit.binding import Binding
+    from regkit.copies import Companion
+    from regkit.kinds import Kind
+    from regkit.plan import Plan
+    from regkit.registry import Registry
+
+FORMAT: Final = 1
+"""The format that is written, and the newest that is read."""
+
+Call = tuple[Any, ...]
+"""What `__reduce__` returns: a function and its arguments."""
+
+
+def read(format: int, word: str, *values: Any) -> Any:
+    """The object that was written under a word. Raises RegkitError where a newer regkit has written it."""
+    from regkit.errors import RegkitError
+
+    if format > FORMAT:
+        raise RegkitError(
+            f"this was pickled in format {format} of regkit's pickles, and the regkit that is installed here reads "
+            f"formats up to {FORMAT}: it takes a newer torch-regkit to load it"
+        )
+    if word in _READERS:
+        return _READERS[word](*values)
+    made = _classes()[word]
+    return getattr(made, "model_construct", made)(**values[0])  # as it was: what is known here need not know its roles
+
+
+def call(word: str, *values: Any) -> Call:
+    """The call of `read` that makes an object again."""
+    return read, (FORMAT, word, *values)
+
+
+# --- values: what a document and a plan are made of ------------------------------------------------------------------
+
+
+@cache
+def _classes() -> dict[str, type]:
+    """The classes that are written as their fields, by the words that stand for them in pickles."""
+    from regkit import foreign, sites, spec, target
+
+    return {
+        "spec": spec.Spec,
+        "rule": spec.Rule,
+        "layer": spec.Layer,
+        "provenance": spec.Provenance,
+        "target": target.Target,
+        "missing kind": foreign.Foreign,
+        "weight": sites.Weight,
+        "output": sites.Output,
+        "weight site": sites.WeightSite,
+        "output site": sites.OutputSite,
+        "example": sites.Example,
+    }
+
+
+@cache
+def _words() -> dict[type, str]:
+    return {made: word for word, made in _classes().items()}
+
+
+def reduce_value(value: Any, protocol: Any) -> Call | str:
+    """`__reduce_ex__` of a class that is written as its fields; a stranger's subclass is pickled as Python does."""
+    word = _words().get(type(value))
+    return object.__reduce_ex__(value, protocol) if word is None else call(word, dict(value.__dict__))
+
+
+def reduce_kind(kind: Kind, protocol: Any) -> Call | str:
+    """`__reduce_ex__` of a kind: its name, its options as JSON and its distribution, if that has installed it."""
+    from regkit.entries import OWN
+    from regkit.registry import default
+
+    entry = default().find(kind.kind)
+    if entry is None or not entry.origin.installed or not entry.made(kind):
+        return reduce_value(kind, protocol)
+    origin = entry.origin
+    whence = () if origin.distribution == OWN else (origin.distribution, origin.version)
+    return call("kind", kind.kind, kind.model_dump_json(), *whence)
+
+
+def _kind(name: str, options: str, distribution: str | None = None, version: str | None = None) -> Kind:
+    from regkit.entries import canonical
+    from regkit.errors import PluginError, unknown
+    from regkit.registry import default
+
+    registry = default()
+    entry = registry.find(name)
+    if entry is None:
+        sentence = unknown("kind", name, [one.name for one in registry.entries()])
+        raise PluginError(sentence + registry.absence(name, distribution, version))
+    if distribution is not None and canonical(distribution) != canonical(entry.origin.distribution):
+        raise PluginError(f"{name!r} was pickled from {distribution}; here it is another kind, of {entry.origin}")
+    return entry.kind.model_validate_json(options)
+
+
+# --- the plan and the registry ---------------------------------------------------------------------------------------
+
+
+def reduce_plan(plan: Plan) -> Call:
+    """`__reduce__` of a plan: each rule as a dict, and the registry if adapters are needed again.
+
+    Only outputs need their adapters, and a registry of one's own may hold what cannot be pickled.
+    """
+    outputs = any(binding.outputs for binding in plan.bindings)
+    return call("plan", [dict(binding.__dict__) for binding in plan.bindings], plan.registry if outputs else None)
+
+
+def _plan(bindings: list[dict[str, Any]], registry: Registry | None) -> Plan:
+    from regkit.plan import Plan
+    from regkit.registry import default
+
+    return Plan(tuple(_binding(**binding) for binding in bindings), registry or default())
+
+
+def _binding(*, kind: Any, origin: str, **others: Any) -> Binding:
+    from regkit.binding import Binding
+    from regkit.registry import default
+
+    entry = default().find(kind.kind)
+    if entry is not None and entry.made(kind):
+        origin = str(entry.origin)  # or a plan from before an upgrade would differ from the same one after it
+    return Binding(kind=kind, origin=origin, **others)
+
+
+def reduce_registry(registry: Registry) -> Call:
+    """`__reduce__` of a registry: the names of what is installed, and what was registered in this process itself."""
+    from regkit import registry as room
+    from regkit.plugins import _full
+
+    if registry is room._default:
+        return call("registry")
+    plugins = [{**vars(one), "origin": vars(one.origin)} for one in registry._plugins]
+    kinds = [
+        (name, None if one.origin.installed else (one.family, one.kind, one.origin.distribution))
+        for name, one in registry._kinds.items()
+    ]
+    adapters = [
+        (_full(known), None) if origin.installed else (known, (adapter, origin.distribution))
+        for known, (adapter, origin) in registry._adapters.items()
+    ]
+    return call("registry", plugins, kinds, adapters)
+
+
+def _registry(*tables: Any) -> Registry:
+    from regkit.entries import Entry, Origin
+    from regkit.plugins import Plugin, _full
+    from regkit.registry import Registry, default
+
+    here = default()
+    if not tables:
+        return here
+    plugins, kinds, adapters = tables
+    found = Registry(entry_points=False)
+    found._plugins = tuple(Plugin(**{**one, "origin": Origin(**one["origin"])}) for one in plugins)
+    for name, own in kinds:
+        entry = here.find(name) if own is None else Entry(own[0], name, own[1], Origin(own[2]))
+        if entry is not None:
+            found._kinds[name] = entry
+    classes = {_full(known): known for known in here._adapters}
+    for known, own in adapters:
+        if own is not None:
+            found._adapters[known] = own[0], Origin(own[1])
+        elif known in classes:
+            found._adapters[classes[known]] = here._adapters[classes[known]]
+    return found
+
+
+# --- what hangs on a model -------------------------------------------------------------------------------------------
+
+
+def _companion() -> Companion:
+    from regkit.attaching import attach_copy
+    from regkit.copies import Companion
+
+    companion = object.__new__(Companion)
+    companion._attach = attach_copy
+    return companion
+
+
+def _inert_hook(of: str, number: int) -> Any:
+    from regkit import hooks, records, watch
+
+    hooks.keep_clear(number)
+    return {"recorder": records.Recorder, "watch": watch._Hook}[of]()
+
+
+_READERS: Final[dict[str, Callable[..., Any]]] = {
+    "companion": _companion,
+    "hook": _inert_hook,
+    "kind": _kind,
+    "plan": _plan,
+    "registry": _registry,
+}
