@@ -10,10 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from regkit.activity import Activity, Segment
-    from regkit.attaching import attach, attachments
-    from regkit.attachment import Attachment
-    from regkit.document import load
+    from regkit.activity.activity import Activity, Segment
+    from regkit.activity.padding import Validity
+    from regkit.adapters import Adapter, Example, Form, Output, OutputSite, Site, Weight, WeightSite
+    from regkit.attachment.attaching import attach, attachments
+    from regkit.attachment.attachment import Attachment
+    from regkit.document.json_schema import schema
+    from regkit.document.reader import load
+    from regkit.document.spec import Rule, Spec
+    from regkit.document.target import Target
     from regkit.errors import (
         AttachError,
         PluginError,
@@ -24,15 +29,10 @@ if TYPE_CHECKING:
         SpecError,
         StepError,
     )
-    from regkit.hookspecs import hookimpl
-    from regkit.jsonschema import schema
     from regkit.kinds import ActivityPenalty, Constraint, Penalty, Schedule
-    from regkit.plan import Plan, resolve
-    from regkit.registry import Registry, register
-    from regkit.sites import Adapter, Example, Form, Output, OutputSite, Site, Weight, WeightSite
-    from regkit.spec import Rule, Spec
-    from regkit.target import Target
-    from regkit.validity import Validity
+    from regkit.plan.plan import Plan, resolve
+    from regkit.registry.hookspecs import hookimpl
+    from regkit.registry.registry import Registry, register
 
 __version__ = "0.1.0"
 
@@ -40,22 +40,22 @@ __version__ = "0.1.0"
 # and a program that only reads documents, or asks for the version, does not wait for torch.
 _ROOMS: Final = {
     "activity": ("Activity", "Segment"),
-    "attaching": ("attach", "attachments"),
-    "attachment": ("Attachment",),
-    "document": ("load",),
+    "attachment.attaching": ("attach", "attachments"),
+    "attachment.attachment": ("Attachment",),
+    "document.reader": ("load",),
     "errors": (
         *("AttachError", "PluginError", "PluginWarning", "Problem", "RegkitError", "ResolveError", "SpecError"),
         "StepError",
     ),
-    "hookspecs": ("hookimpl",),
-    "jsonschema": ("schema",),
+    "registry.hookspecs": ("hookimpl",),
+    "document.json_schema": ("schema",),
     "kinds": ("ActivityPenalty", "Constraint", "Penalty", "Schedule"),
-    "plan": ("Plan", "resolve"),
-    "registry": ("Registry", "register"),
-    "sites": ("Adapter", "Example", "Form", "Output", "OutputSite", "Site", "Weight", "WeightSite"),
-    "spec": ("Rule", "Spec"),
-    "target": ("Target",),
-    "validity": ("Validity",),
+    "plan.plan": ("Plan", "resolve"),
+    "registry.registry": ("Registry", "register"),
+    "adapters": ("Adapter", "Example", "Form", "Output", "OutputSite", "Site", "Weight", "WeightSite"),
+    "document.spec": ("Rule", "Spec"),
+    "document.target": ("Target",),
+    "activity.padding": ("Validity",),
 }
 _ROOM_OF: Final = {name: room for room, names in _ROOMS.items() for name in names}
 

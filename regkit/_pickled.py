@@ -17,11 +17,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from regkit.binding import Binding
-    from regkit.copies import Companion
+    from regkit.attachment.copies import Companion
     from regkit.kinds import Kind
-    from regkit.plan import Plan
-    from regkit.registry import Registry
+    from regkit.plan.binding import Binding
+    from regkit.plan.plan import Plan
+    from regkit.registry.registry import Registry
 
 FORMAT: Final = 1
 """The format that is written, and the newest that is read."""
@@ -56,7 +56,8 @@ def call(word: str, *values: Any) -> Call:
 @cache
 def _classes() -> dict[str, type]:
     """The classes that are written as their fields, by the words that stand for them in pickles."""
-    from regkit import foreign, sites, spec, target
+    from regkit import adapters
+    from regkit.document import context, spec, target
 
     return {
         "spec": spec.Spec,
@@ -64,12 +65,12 @@ def _classes() -> dict[str, type]:
         "layer": spec.Layer,
         "provenance": spec.Provenance,
         "target": target.Target,
-        "missing kind": foreign.Foreign,
-        "weight": sites.Weight,
-        "output": sites.Output,
-        "weight site": sites.WeightSite,
-        "output site": sites.OutputSite,
-        "example": sites.Example,
+        "missing kind": context.Foreign,
+        "weight": adapters.Weight,
+        "output": adapters.Output,
+        "weight site": adapters.WeightSite,
+        "output site": adapters.OutputSite,
+        "example": adapters.Example,
     }
 
 
@@ -86,8 +87,8 @@ def reduce_value(value: Any, protocol: Any) -> Call | str:
 
 def reduce_kind(kind: Kind, protocol: Any) -> Call | str:
     """`__reduce_ex__` of a kind: its name, its options as JSON and its distribution, if that has installed it."""
-    from regkit.entries import OWN
-    from regkit.registry import default
+    from regkit.registry.entries import OWN
+    from regkit.registry.registry import default
 
     entry = default().find(kind.kind)
     if entry is None or not entry.origin.installed or not entry.made(kind):
@@ -98,9 +99,9 @@ def reduce_kind(kind: Kind, protocol: Any) -> Call | str:
 
 
 def _kind(name: str, options: str, distribution: str | None = None, version: str | None = None) -> Kind:
-    from regkit.entries import canonical
     from regkit.errors import PluginError, unknown
-    from regkit.registry import default
+    from regkit.registry.entries import canonical
+    from regkit.registry.registry import default
 
     registry = default()
     entry = registry.find(name)
@@ -125,15 +126,15 @@ def reduce_plan(plan: Plan) -> Call:
 
 
 def _plan(bindings: list[dict[str, Any]], registry: Registry | None) -> Plan:
-    from regkit.plan import Plan
-    from regkit.registry import default
+    from regkit.plan.plan import Plan
+    from regkit.registry.registry import default
 
     return Plan(tuple(_binding(**binding) for binding in bindings), registry or default())
 
 
 def _binding(*, kind: Any, origin: str, **others: Any) -> Binding:
-    from regkit.binding import Binding
-    from regkit.registry import default
+    from regkit.plan.binding import Binding
+    from regkit.registry.registry import default
 
     entry = default().find(kind.kind)
     if entry is not None and entry.made(kind):
@@ -143,8 +144,8 @@ def _binding(*, kind: Any, origin: str, **others: Any) -> Binding:
 
 def reduce_registry(registry: Registry) -> Call:
     """`__reduce__` of a registry: the names of what is installed, and what was registered in this process itself."""
-    from regkit import registry as room
-    from regkit.plugins import _full
+    from regkit.registry import registry as room
+    from regkit.registry.plugin import _full
 
     if registry is room._default:
         return call("registry")
@@ -161,9 +162,9 @@ def reduce_registry(registry: Registry) -> Call:
 
 
 def _registry(*tables: Any) -> Registry:
-    from regkit.entries import Entry, Origin
-    from regkit.plugins import Plugin, _full
-    from regkit.registry import Registry, default
+    from regkit.registry.entries import Entry, Origin
+    from regkit.registry.plugin import Plugin, _full
+    from regkit.registry.registry import Registry, default
 
     here = default()
     if not tables:
@@ -188,8 +189,8 @@ def _registry(*tables: Any) -> Registry:
 
 
 def _companion() -> Companion:
-    from regkit.attaching import attach_copy
-    from regkit.copies import Companion
+    from regkit.attachment.attaching import attach_copy
+    from regkit.attachment.copies import Companion
 
     companion = object.__new__(Companion)
     companion._attach = attach_copy
@@ -197,10 +198,12 @@ def _companion() -> Companion:
 
 
 def _inert_hook(of: str, number: int) -> Any:
-    from regkit import hooks, records, watch
+    from regkit.engine import watchdog
+    from regkit.recording import recorder
+    from regkit.runtime import optimizer_hooks
 
-    hooks.keep_clear(number)
-    return {"recorder": records.Recorder, "watch": watch._Hook}[of]()
+    optimizer_hooks.keep_clear(number)
+    return {"recorder": recorder.Recorder, "watch": watchdog._Hook}[of]()
 
 
 _READERS: Final[dict[str, Callable[..., Any]]] = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import regkit
-from regkit import activityrule
+from regkit.rules import activity_rule
 
 T = TypeVar("T")
 
@@ -111,7 +111,7 @@ def make(layer: type[nn.Module], **options: Any) -> tuple[nn.Module, Tensor]:
 def by_autograd(function: Callable[[], T]) -> T:
     """What a function returns with all penalties left to autograd."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activityrule, "only_backward", lambda: False)
+        patch.setattr(activity_rule, "only_backward", lambda: False)
         return function()
 
 

@@ -10,8 +10,8 @@ import torch
 from installing import Install, installer
 from torch import Tensor, nn
 
-from regkit import attachment as attachment_room
-from regkit import hooks
+from regkit.attachment import attachment as attachment_room
+from regkit.runtime import optimizer_hooks
 
 torch.set_num_threads(1)  # the models are small: threads would only wait for one another
 
@@ -47,9 +47,10 @@ def isolation() -> Iterator[None]:
     for attachments in list(attachment_room._attached.values()):
         for attachment in list(attachments):
             attachment.detach()
-    for listener in hooks._listeners:  # for modules of models that are gone, and that no collection has reached yet
-        hooks.dismiss(listener)
-    hooks.leave()
+    # For modules of models that are gone, and that no collection has reached yet:
+    for listener in optimizer_hooks._listeners:
+        optimizer_hooks.dismiss(listener)
+    optimizer_hooks.leave()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import regkit
-from regkit.shards import sharded
+from regkit.runtime.sharding import sharded
 
 KERNEL, RECURRENT = {"role": "kernel"}, {"role": "recurrent"}
 MATRICES = {"role": ["kernel", "recurrent"]}

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.debug import CommDebugMode
 
 import regkit
-from regkit.shards import sharded, share, whole
+from regkit.runtime.sharding import sharded, share, whole
 
 DECAY = 0.1
 L2: Rules = [{"name": "l2", "penalty": {"kind": "l2", "strength": DECAY / 2}}]

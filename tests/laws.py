@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from regkit import Penalty
-from regkit.registry import default
+from regkit.registry.registry import default
 
 Array = NDArray[np.float64]
 Sequences = list[Array]

@@ -50,12 +50,12 @@ def test_large_outputs_go_through_in_pieces_and_small_ones_together_to_the_same_
     model, x = make(nn.LSTM, bidirectional=True)
     expected = by_autograd(lambda: gradients(model, document(KINDS), loop, x))
     for size in (1, 200, 400):
-        monkeypatch.setattr("regkit.reduction.ROOM", {True: size})
+        monkeypatch.setattr("regkit.activity.reduction.ROOM", {True: size})
         same(gradients(model, document(KINDS), loop, x), expected)
     model, x = make(nn.GRUCell)
     expected = by_autograd(lambda: gradients(model, document(KINDS), cell, x))
     for size in (1, 200, 400):
-        monkeypatch.setattr("regkit.reduction.ROOM", {True: size})
+        monkeypatch.setattr("regkit.activity.reduction.ROOM", {True: size})
         same(gradients(model, document(KINDS), cell, x), expected)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import regkit
-from regkit import closed
+from regkit.rules import closed_form
 
 
 def cost(kinds: list[Any], model: nn.Module, x: Any, wanted: Callable[[Any], list[Tensor]]) -> Counted:
@@ -67,14 +67,14 @@ def test_a_longer_sequence_takes_no_more_operations(kinds, most):
 def test_nor_does_a_longer_loop_over_a_cell(kinds, monkeypatch):
     """Of `penalty()`, and of its own function in the backward pass; what is computed of small tensors is computed of
     all together."""
-    backward = closed._Closed.backward
+    backward = closed_form._Closed.backward
     seen = Counted()
 
     def counted(*args: Any) -> Any:
         with seen:
             return backward(*args)
 
-    monkeypatch.setattr(closed._Closed, "backward", staticmethod(counted))
+    monkeypatch.setattr(closed_form._Closed, "backward", staticmethod(counted))
 
     def operations(time: int) -> int:
         model = nn.GRUCell(3, 4)

@@ -127,7 +127,7 @@ def test_modules_go_side_by_side_as_far_as_there_is_room(room: int, monkeypatch:
         concatenated.append(len(tensors))
         return cat(tensors, *args, **options)
 
-    monkeypatch.setattr("regkit.dense.ROOM", {True: room})
+    monkeypatch.setattr("regkit.rules.dense.ROOM", {True: room})
     with regkit.attach(model, document(KINDS)) as attachment:
         for module, x in zip(model, xs, strict=True):
             run(module, x)

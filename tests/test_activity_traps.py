@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import regkit
-from regkit.ledger import Ticket
+from regkit.recording.tickets import Ticket
 
 AR = {"rules": [{"name": "ar", "penalty": "activity_l2(1)"}]}
 TAR = {"rules": [{"name": "tar", "penalty": "temporal(1)"}]}

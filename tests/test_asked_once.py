@@ -17,8 +17,9 @@ from scale import Document, cells, rules
 from torch import Tensor, nn
 
 import regkit
-from regkit import Adapter, Output, Weight, declared, places
-from regkit.modules import glob
+from regkit import Adapter, Output, Weight
+from regkit.plan import candidates, declarations
+from regkit.plan.patterns import glob
 
 
 class Cell(nn.Module):
@@ -97,8 +98,8 @@ def test_where_a_weight_is_kept_is_looked_up_once_however_many_rules_there_are(c
         looked[id(module), name] += 1
         return kept(module, parent, name, *rest)
 
-    kept = declared.storage_of
-    monkeypatch.setattr(declared, "storage_of", storage_of)
+    kept = declarations.storage_of
+    monkeypatch.setattr(declarations, "storage_of", storage_of)
     model = nn.Sequential(*(Cell() for _ in range(3)))
     regkit.resolve(model, rules(*[{}, {"role": "kernel"}] * 20), registry=registry)
     assert looked == {(id(cell), name): 1 for cell in model for name in "wbc"}
@@ -116,7 +117,7 @@ def matched(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
 
         return covers
 
-    monkeypatch.setattr(places, "glob", counted)
+    monkeypatch.setattr(candidates, "glob", counted)
     return found
 
 

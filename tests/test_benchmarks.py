@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import regkit
-from regkit import hooks
+from regkit.runtime import optimizer_hooks
 from tests.benchmarks import by_hand, report
 from tests.benchmarks import lab as lab_room
 from tests.benchmarks.__main__ import RESULTS, main
@@ -167,7 +167,7 @@ def test_after_its_block_nothing_of_a_way_is_left():
     for way in ways_of(lab.workload):
         Run(lab, way).block(1)
         assert bare.counted().operations == alone
-        assert not hooks._handles
+        assert not optimizer_hooks._handles
         assert all(group["weight_decay"] == 0 for group in bare.optimizer.param_groups)
 
 

@@ -14,12 +14,13 @@ import pytest
 from installing import PLUGIN
 
 import regkit
-from regkit import cli, registry
+from regkit import cli
 from regkit.cli import main
-from regkit.cli.told import plugin_warnings
-from regkit.entries import CONTRACTS
-from regkit.scaffold import FAMILIES
-from regkit.table import table
+from regkit.cli.plugin_warnings import plugin_warnings
+from regkit.cli.scaffold import FAMILIES
+from regkit.plan.table import table
+from regkit.registry import registry
+from regkit.registry.entries import CONTRACTS
 
 GOOD = '{"rules": [{"target": {"role": "recurrent"}, "penalty": "l2(1e-4)"}, {"constraint": "max_norm(3)"}]}'
 BAD = '{"rules": [\n  {"penalty": {"kind": "l3", "strength": 1}},\n  {"penalty": {"kind": "l2", "strenght": 1}}\n]}'

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from installing import PLUGIN
 
-from regkit import registry
 from regkit.cli import main
-from regkit.scaffold import FAMILIES
+from regkit.cli.scaffold import FAMILIES
+from regkit.registry import registry
 
 GOOD = '''
 from typing import Literal

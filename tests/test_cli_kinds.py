@@ -17,8 +17,8 @@ import regkit
 from regkit import Registry, Spec, SpecError
 from regkit.cli import main
 from regkit.cli.manual import document, type_of, vias_of
-from regkit.entries import Entry
 from regkit.kinds import Kind, Via
+from regkit.registry.entries import Entry
 
 ENTRIES = Registry().entries()
 """Of what is really installed."""

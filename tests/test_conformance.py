@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import regkit
-from regkit.registry import default
+from regkit.registry.registry import default
 from regkit.testing import (
     ConformanceError,
     check_activity_penalty,

@@ -14,9 +14,9 @@ from mutants_parts import ACTIVITIES as OF_PARTS
 from right_activities import RIGHT
 
 from regkit import ActivityPenalty
-from regkit.registry import default
-from regkit.testing.activities import LAWS, check_activity_penalty
-from regkit.testing.kinds import KIND_LAWS
+from regkit.registry.registry import default
+from regkit.testing.activities.laws import LAWS, check_activity_penalty
+from regkit.testing.kinds.common import KIND_LAWS
 from regkit.testing.laws import Law
 
 MUTANTS = [*OF_OUTPUTS, *OF_PARTS]

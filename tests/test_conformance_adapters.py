@@ -11,7 +11,7 @@ from torch import nn
 
 from regkit import Adapter, Example, Output, Weight
 from regkit.activity import of_output, of_step
-from regkit.testing.adapters import LAWS, Case, check_adapter, check_example
+from regkit.testing.adapters.laws import LAWS, Case, check_adapter, check_example
 
 
 def laws_of(report):

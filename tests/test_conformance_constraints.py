@@ -16,9 +16,9 @@ from mutants_projections import MUTANTS as OF_TENSORS
 from right_constraints import RIGHT
 
 from regkit import Constraint
-from regkit.registry import default
-from regkit.testing.constraints import LAWS, check_constraint
-from regkit.testing.kinds import KIND_LAWS
+from regkit.registry.registry import default
+from regkit.testing.kinds.common import KIND_LAWS
+from regkit.testing.kinds.constraints import LAWS, check_constraint
 from regkit.testing.laws import Law
 
 MUTANTS = [*OF_SETS, *OF_TENSORS, *OF_PARTS]

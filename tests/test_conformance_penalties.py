@@ -22,8 +22,8 @@ from torch import Tensor
 from regkit import Penalty, PluginError
 from regkit.activity import at_least_float32
 from regkit.kinds import Separable
-from regkit.registry import default
-from regkit.testing.penalties import LAWS, check_penalty
+from regkit.registry.registry import default
+from regkit.testing.kinds.penalties import LAWS, check_penalty
 
 MUTANTS = [
     *mutants_kinds.MUTANTS,

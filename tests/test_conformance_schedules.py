@@ -9,9 +9,9 @@ from laws import SCHEDS, Case, each, make
 from mutants import Mutant
 from mutants_schedules import MUTANTS, Decay
 
-from regkit.registry import default
-from regkit.testing.kinds import KIND_LAWS
-from regkit.testing.schedules import LAWS, check_schedule
+from regkit.registry.registry import default
+from regkit.testing.kinds.common import KIND_LAWS
+from regkit.testing.kinds.schedules import LAWS, check_schedule
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in default().entries("schedule")])

@@ -17,7 +17,7 @@ from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import regkit
-from regkit import hooks
+from regkit.runtime import optimizer_hooks
 
 averages = pytest.mark.works_with("Copies: averages and target networks")
 copies = pytest.mark.works_with("Copies: deepcopy, pickle, torch.save")
@@ -81,7 +81,7 @@ def test_a_target_network_follows_and_is_not_regularized(frozen, make_model, bat
 
 
 def listeners() -> int:
-    return len(hooks._listeners)
+    return len(optimizer_hooks._listeners)
 
 
 @copies

@@ -15,12 +15,15 @@ import pytest
 import torch
 
 import regkit
-from regkit import hookspecs
 from regkit.cli import main
-from regkit.policy import Policy
-from regkit.registry import default
-from regkit.testing import activities, adapters, check_penalty, constraints, penalties, schedules
-from regkit.testing.kinds import KIND_LAWS
+from regkit.registry import hookspecs
+from regkit.registry.policy import Policy
+from regkit.registry.registry import default
+from regkit.testing import check_penalty
+from regkit.testing.activities import laws as activities
+from regkit.testing.adapters import laws as adapters
+from regkit.testing.kinds import constraints, penalties, schedules
+from regkit.testing.kinds.common import KIND_LAWS
 from tests.benchmarks import report
 from tests.benchmarks.bars import bars
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import regkit
 from regkit import Constraint, Penalty
-from regkit.registry import default
+from regkit.registry.registry import default
 
 pytestmark = pytest.mark.works_with("NaN and infinite numbers")
 BAD = pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

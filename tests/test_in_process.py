@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import regkit
 from regkit import PluginError, Registry
-from regkit.entries import Origin
-from regkit.plugins import HOOKS, Offers, ask
+from regkit.registry.entries import Origin
+from regkit.registry.plugin import HOOKS, Offers, ask
 
 CELL = """
 from typing import Literal
@@ -125,7 +125,7 @@ def test_an_adapter_is_registered_as_a_class_or_an_object(form):
 
 
 def test_the_decorator_of_the_package_is_that_of_the_default_registry(monkeypatch):
-    monkeypatch.setattr("regkit.registry._default", None)
+    monkeypatch.setattr("regkit.registry.registry._default", None)
 
     @regkit.register
     class Nuclear(regkit.Penalty):
@@ -245,7 +245,7 @@ def test_a_registry_is_itself_when_copied_and_the_same_when_pickled():
     again = pickle.loads(pickle.dumps(registry))
     assert again.entries() == registry.entries()
     assert isinstance(again.adapter(Cell()), Reader)
-    default = regkit.registry.default()
+    default = regkit.registry.registry.default()
     assert pickle.loads(pickle.dumps(default)) is default
 
 
@@ -267,7 +267,7 @@ def specs(**hooks):
 class Today:
     @regkit.hookimpl
     def regkit_penalties(self) -> list[type[regkit.Penalty]]:
-        return [regkit.registry.default().kind("l2")]
+        return [regkit.registry.registry.default().kind("l2")]
 
 
 def test_a_plugin_of_today_works_where_a_hook_has_gained_an_argument():

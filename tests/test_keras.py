@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import regkit
-from regkit.registry import default
+from regkit.registry.registry import default
 
 os.environ["KERAS_BACKEND"] = "torch"
 os.environ["KERAS_TORCH_DEVICE"] = "cpu"

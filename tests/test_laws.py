@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regkit import Penalty, PluginError, Registry, Schedule
 from regkit.kinds import Kind
-from regkit.registry import default
+from regkit.registry.registry import default
 
 
 def test_the_table_holds_every_kind_of_this_distribution() -> None:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from regkit import Activity
 from regkit.activity import Sequenced, of_output, of_step
-from regkit.validity import Lengths, Mask
+from regkit.activity.padding import Lengths, Mask
 
 
 def reduced(case: Case, reduction: str, sequences: Sequences, directions: int = 1) -> float:

@@ -21,7 +21,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 import regkit
-from regkit.hooks import leave
+from regkit.runtime.optimizer_hooks import leave
 
 SPEC = {
     "rules": [

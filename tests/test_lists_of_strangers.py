@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import regkit
 from regkit import Constraint, Penalty
-from regkit.batches import Placed
-from regkit.blocks import Block
+from regkit.weights.batch import Placed
+from regkit.weights.block import Block
 
 
 class Noted(regkit.Penalty):

@@ -37,7 +37,10 @@ def after_loading() -> Registry:
     ("code", "words"),
     [
         (REGISTERED, ["does not import", "leave @regkit.register off"]),
-        (f"{HOOK}return [regkit.registry.default().kind('l2')]", ["regkit_penalties failed", "inside functions"]),
+        (
+            f"{HOOK}return [regkit.registry.registry.default().kind('l2')]",
+            ["regkit_penalties failed", "inside functions"],
+        ),
         (f"{HOOK}regkit.Registry()", ["regkit_penalties failed", "inside functions"]),
     ],
     ids=["registers", "asks", "makes another"],
@@ -46,7 +49,7 @@ def test_a_plugin_that_needs_the_registry_while_it_is_loaded_is_broken_and_waits
     install, monkeypatch, code, words
 ):
     install("regkit-odd", "1.0", "odd_plugin", code)
-    monkeypatch.setattr("regkit.registry._default", None)
+    monkeypatch.setattr("regkit.registry.registry._default", None)
     with pytest.warns(PluginWarning) as warned:
         assert regkit.load({"rules": [{"penalty": "l2(1)"}]}).rules
     for word in ["regkit-odd 1.0", *words]:
@@ -58,7 +61,7 @@ def test_a_module_that_reads_a_document_while_it_is_imported_cannot_offer_what_i
 ):
     reads = "import regkit\nregkit.load({'rules': [{'penalty': 'l2(1)'}]})\n"
     install("regkit-odd", "1.0", "odd_plugin", reads + ONE)
-    monkeypatch.setattr("regkit.registry._default", None)
+    monkeypatch.setattr("regkit.registry.registry._default", None)
     with pytest.warns(PluginWarning, match=r"'odd_plugin' of regkit-odd 1\.0 is half imported.*inside functions"):
         importlib.import_module("odd_plugin")
 
@@ -128,7 +131,7 @@ import threading
 import regkit.registry
 
 found = []
-threads = [threading.Thread(target=lambda: found.append(regkit.registry.default())) for _ in range(8)]
+threads = [threading.Thread(target=lambda: found.append(regkit.registry.registry.default())) for _ in range(8)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(len(found), len(set(map(id, found))))

@@ -18,7 +18,7 @@ pytest.importorskip("ncps.torch")
 from ncps_nets import LAYERS, AutoNCP, Net, make, ncps_torch, rule, sequences, train
 from regkit_standard.ncps_cells import regkit_adapters
 
-from regkit.testing.adapters import check_example
+from regkit.testing.adapters.laws import check_example
 
 pytestmark = pytest.mark.works_with("ncps: CfC and LTC")
 each_layer = pytest.mark.parametrize("name", LAYERS)

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from waiting import answers, copies, make_fake
 
 import regkit
-from regkit.registry import default
+from regkit.registry.registry import default
 
 
 def test_every_kind_that_comes_with_regkit_is_looked_at_here():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import regkit
-from regkit import hooks
+from regkit.runtime import optimizer_hooks
 
 L2 = {"rules": [{"penalty": "l2(0.1)"}]}
 BALL = {"rules": [{"constraint": "max_norm(0.1)"}]}
@@ -56,14 +56,14 @@ def test_it_is_none_after_detach_and_none_where_other_modules_are_trained():
 
 
 def test_nothing_is_left_when_the_modules_are_gone_as_well():
-    listeners = len(hooks._listeners)
+    listeners = len(optimizer_hooks._listeners)
     model = Encoder()
     gone = weakref.ref(model.rnn)
     regkit.attach(model, BALL)
     del model
     gc.collect()
     assert gone() is None
-    assert len(hooks._listeners) == listeners
+    assert len(optimizer_hooks._listeners) == listeners
 
 
 def test_a_module_that_is_replaced_anywhere_above_is_an_error():

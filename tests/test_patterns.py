@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import regkit
-from regkit.modules import glob
+from regkit.plan.patterns import glob
 
 
 def covered(model, module, **target):

@@ -134,7 +134,7 @@ def test_what_is_pickled_names_one_room_of_regkit_whatever_the_model(make, end, 
 
 
 def test_every_installed_kind_is_pickled_as_its_name_and_options():
-    for entry in regkit.registry.default().entries():
+    for entry in regkit.registry.registry.default().entries():
         for kind in entry.kind.examples():
             pickled = pickle.dumps(kind)
             assert of_regkit(pickled) == ONE_ROOM
@@ -214,7 +214,7 @@ NUCLEAR = PLUGIN.format(name="nuclear", title="Nuclear")
 def nuclear(install, monkeypatch) -> bytes:
     """A pickled model with a rule of an installed plugin."""
     install("regkit-low-rank", "1.2", "low_rank", NUCLEAR)
-    monkeypatch.setattr("regkit.registry._default", Registry())
+    monkeypatch.setattr("regkit.registry.registry._default", Registry())
     model = nn.RNN(3, 4)
     regkit.attach(model, {"rules": [{"penalty": "nuclear(1)"}]})
     return pickle.dumps(model)
@@ -224,14 +224,14 @@ def test_a_plugin_that_is_gone_is_named_with_its_version(nuclear, monkeypatch):
     assert not any(module == "low_rank" for module, _ in named(nuclear))
     (attachment,) = regkit.attachments(pickle.loads(nuclear))
     assert attachment.plan.bindings[0].origin == "regkit-low-rank 1.2"
-    monkeypatch.setattr("regkit.registry._default", Registry(block=["regkit-low-rank"]))
+    monkeypatch.setattr("regkit.registry.registry._default", Registry(block=["regkit-low-rank"]))
     with pytest.raises(PluginError, match=r"unknown kind 'nuclear'.* saved with it from regkit-low-rank 1\.2"):
         pickle.loads(nuclear)
 
 
 def test_a_kind_of_the_same_name_from_another_distribution_is_refused(nuclear, install, tmp_path, monkeypatch):
     install("somebody-elses", "3.0", "somebody_elses", NUCLEAR)
-    monkeypatch.setattr("regkit.registry._default", Registry(block=["regkit-low-rank"]))
+    monkeypatch.setattr("regkit.registry.registry._default", Registry(block=["regkit-low-rank"]))
     with pytest.raises(PluginError, match=r"'nuclear' was pickled from regkit-low-rank; here .* of somebody-elses 3"):
         pickle.loads(nuclear)
 
@@ -242,7 +242,7 @@ def test_a_plugin_that_was_moved_or_upgraded_within_its_distribution_is_found(nu
         file.unlink()
     (tmp_path / "regkit_low_rank-1.2.dist-info").rmdir()
     install("regkit-low-rank", "2.0", "low_ranks", NUCLEAR)
-    monkeypatch.setattr("regkit.registry._default", Registry())
+    monkeypatch.setattr("regkit.registry.registry._default", Registry())
     model = pickle.loads(nuclear)
     (attachment,) = regkit.attachments(model)
     assert type(attachment.plan.bindings[0].kind).__module__ == "low_ranks"

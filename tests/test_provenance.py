@@ -13,7 +13,7 @@ from torch import nn
 
 import regkit
 from regkit import Registry, SpecError
-from regkit.foreign import Foreign
+from regkit.document.context import Foreign
 
 NUCLEAR = PLUGIN.format(name="nuclear", title="Nuclear")
 RULES = {"rules": [{"penalty": "nuclear(1)"}, {"penalty": "l2(1)"}]}

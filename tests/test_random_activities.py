@@ -17,7 +17,7 @@ from random_nets import FEATURES, Batch, RandomNet
 from torch import Tensor, nn
 
 import regkit
-from regkit import reduction
+from regkit.activity import reduction
 
 KINDS = ["activity_l1", "activity_l2", "activity_l1_l2", "temporal", "norm_stabilizer"]
 IN_TIME = ("temporal", "norm_stabilizer")

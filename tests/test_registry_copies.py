@@ -96,7 +96,7 @@ def test_rules_on_weights_take_no_registry_along():
 
 def test_an_output_whose_adapter_is_not_there_any_more_is_an_error_and_not_silence(monkeypatch):
     default = Registry()
-    monkeypatch.setattr("regkit.registry._default", default)
+    monkeypatch.setattr("regkit.registry.registry._default", default)
     with default.temporary(Reader):
         plan = regkit.resolve(Cell(), {"rules": [{"penalty": "activity_l2(1)"}]})
     with pytest.raises(AttachError, match=r"no adapter for .*Cell is known here, and rules/0 needs one"):

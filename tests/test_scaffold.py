@@ -13,7 +13,7 @@ import pytest
 from distributions import environment, install, passed_in, run, unpack, wheel
 
 from regkit import PluginError
-from regkit.scaffold import FAMILIES, Family, scaffold
+from regkit.cli.scaffold import FAMILIES, Family, scaffold
 
 ROOT = Path(__file__).parents[1]
 TREE = [
@@ -135,7 +135,7 @@ def test_what_is_written_is_strictly_typed(written, tmp_path):
 
 def test_templates_are_in_the_wheel(tmp_path):
     names = set(zipfile.ZipFile(wheel(ROOT, tmp_path / "wheels")).namelist())
-    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "regkit/templates").rglob("*.tmpl")}
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "regkit/cli/templates").rglob("*.tmpl")}
     assert len(templates) > 20
     assert templates <= names
 

@@ -15,7 +15,7 @@ from scale import REALISTIC, Document, cells, rules
 from torch import nn
 
 import regkit
-from regkit.step import Owned
+from regkit.runtime.step import Owned
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from distributed_cases import world
 from distributed_tasks import SHAPES
 
-from regkit.shards import flattened, sharded, share, whole
+from regkit.runtime.sharding import flattened, sharded, share, whole
 
 
 def test_a_tensor_that_is_not_sharded_is_its_own_whole_and_its_own_share():
@@ -41,7 +41,8 @@ def test_a_module_that_fsdp1_never_saw_is_not_flattened():
 
 
 def test_regkit_does_not_import_what_sharding_takes():
-    code = "import sys, torch; old = set(sys.modules); import regkit.attaching; print(*sorted(set(sys.modules) - old))"
+    load = "import regkit.attachment.attaching"
+    code = f"import sys, torch; old = set(sys.modules); {load}; print(*sorted(set(sys.modules) - old))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "regkit.shards" in done.stdout.split()
+    assert "regkit.runtime.sharding" in done.stdout.split()
     assert "torch.distributed" not in done.stdout

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import regkit
-from regkit import source
-from regkit.source import DEEPEST, LARGEST_TEXT
+from regkit.document import json_text
+from regkit.document.json_text import DEEPEST, LARGEST_TEXT
 
 TEXT = '{"rules": [{"penalty": {"kind": "l2", "strength": 0.5}}]}'
 
@@ -184,9 +184,9 @@ def test_a_text_nested_endlessly_is_refused_and_not_a_crash(opening, closing):
 
 
 def test_the_deepest_level_allowed_is_read_and_brackets_in_strings_do_not_count():
-    assert source.read(nested(DEEPEST)).value
+    assert json_text.read(nested(DEEPEST)).value
     assert "deeper" in only(nested(DEEPEST + 1)).message
-    assert source.read(json.dumps({"[" * 99: r"\"[{" * 99})).value
+    assert json_text.read(json.dumps({"[" * 99: r"\"[{" * 99})).value
 
 
 def test_a_dict_nested_too_deeply_and_one_that_holds_itself_are_refused():
@@ -299,7 +299,7 @@ def test_every_foreign_value_and_key_is_told():
 
 def test_slashes_and_tildes_in_keys_are_escaped_in_pointers():
     text = '{"a/b": {"c~d": [0, {"~1": 1}]}, "": 2}'
-    offsets = source.read(text).offsets
+    offsets = json_text.read(text).offsets
     assert {text[offsets[p]] for p in ("/a~1b/c~0d/1/~01",)} == {"1"}
     assert text[offsets["/"]] == "2"
     assert only('{"rules": [{"penalty": "l2(1)", "a/b~c": 1}]}').where == "/rules/0/a~1b~0c"
@@ -326,7 +326,7 @@ def pointed(value, pointer=""):
 )
 def test_every_offset_points_at_the_text_of_its_value(value, indent, separators, ascii_only):
     text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=ascii_only)
-    read = source.read(text)
+    read = json_text.read(text)
     decode = json.JSONDecoder().raw_decode
     assert {pointer: decode(text, offset)[0] for pointer, offset in read.offsets.items()} == dict(pointed(value))
     for pointer, offset in read.offsets.items():

@@ -76,7 +76,7 @@ def test_it_is_typed_and_lint_clean_by_its_own_configuration(source, tmp_path):
 
 
 def test_it_has_all_that_a_written_distribution_has(tmp_path):
-    from regkit.scaffold import scaffold
+    from regkit.cli.scaffold import scaffold
 
     written = scaffold("regkit-mine", "penalty", tmp_path / "mine")
     names = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import regkit
-from regkit.watch import _TIMES
+from regkit.engine.watchdog import _TIMES
 
 pytestmark = pytest.mark.works_with("Updates without a torch optimizer")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import regkit
-from regkit.cli.told import plugin_warnings
+from regkit.cli.plugin_warnings import plugin_warnings
 from regkit.errors import RegkitError
 
 _EXAMPLES: Final = """examples:
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command("doctor", "doctor", "tell what is wrong with an installation", _DOCTOR)
 
-    new = command("new", "new", "write the distribution of a plugin", _NEW)
+    new = command("new", "scaffold", "write the distribution of a plugin", _NEW)
     new.add_argument("name", metavar="NAME", help="of the distribution, such as regkit-nuclear")
     new.add_argument("--folder", metavar="DIR", help="where to write it; left out: a new folder of that name")
     families = new.add_mutually_exclusive_group()

@@ -12,10 +12,10 @@ from typing import Final
 from regkit import Adapter, PluginError, Registry
 from regkit.cli.layout import as_json, fill
 from regkit.cli.plugins import why
-from regkit.entries import canonical
 from regkit.errors import unknown
 from regkit.kinds import Kind
-from regkit.plugins import Plugin, installed, loaded
+from regkit.registry.entries import canonical
+from regkit.registry.plugin import Plugin, installed, loaded
 from regkit.testing import Result, check_example, checks
 from regkit.testing.hints import hints
 

@@ -17,11 +17,11 @@ from torch.torch_version import TorchVersion
 import regkit
 from regkit import PluginError, Registry
 from regkit.cli.layout import counted, fill, listed
+from regkit.cli.plugin_warnings import plugin_warnings
 from regkit.cli.plugins import overview, why
-from regkit.cli.told import plugin_warnings
-from regkit.entries import OWN
-from regkit.plugins import Plugin, installed, loaded
-from regkit.policy import Policy
+from regkit.registry.entries import OWN
+from regkit.registry.plugin import Plugin, installed, loaded
+from regkit.registry.policy import Policy
 
 _INTEGRATIONS: Final = ("lightning", "pytorch-lightning", "transformers", "accelerate", "skorch")
 _REQUIREMENT: Final = re.compile(r"([\w.-]+)>=([\w.]+)(;?)")

@@ -8,9 +8,9 @@ from typing import Any
 from regkit import Registry
 from regkit.cli.layout import WIDTH
 from regkit.cli.manual import manual, word
-from regkit.entries import CONTRACTS, Entry, Family
 from regkit.kinds import Kind
-from regkit.table import table
+from regkit.plan.table import table
+from regkit.registry.entries import CONTRACTS, Entry, Family
 
 
 def kinds(options: argparse.Namespace) -> int:

@@ -13,9 +13,9 @@ from pydantic.errors import PydanticInvalidForJsonSchema
 
 from regkit import ActivityPenalty, Constraint, Penalty, PluginError
 from regkit.cli.layout import WIDTH, fill, listed
-from regkit.entries import Entry
 from regkit.kinds import Kind, Via
-from regkit.table import table
+from regkit.plan.table import table
+from regkit.registry.entries import Entry
 
 _SHORT: Final = re.compile(r"[A-Za-z_]\w*|-?\d+(\.\d+)?([eE][+-]?\d+)?|true|false|null")
 _GOES_ON: Final = re.compile(r"(?!\w+:)\S")

@@ -10,10 +10,10 @@ from typing import Any, Final
 
 from regkit import Registry
 from regkit.cli.layout import WIDTH, as_json, few, fill
-from regkit.cli.told import plugin_warnings
-from regkit.entries import Entry, canonical
-from regkit.plugins import Plugin
-from regkit.table import table
+from regkit.cli.plugin_warnings import plugin_warnings
+from regkit.plan.table import table
+from regkit.registry.entries import Entry, canonical
+from regkit.registry.plugin import Plugin
 
 _HEADER: Final = ("distribution", "version", "entry point", "state", "offers", "place")
 

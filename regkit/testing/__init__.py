@@ -4,13 +4,13 @@
 each law whether it holds, what was seen, and why it matters. `parametrize_conformance` makes a test of each law.
 """
 
-from regkit.testing.activities import check_activity_penalty
-from regkit.testing.adapters import check_adapter, check_example
-from regkit.testing.constraints import check_constraint
+from regkit.testing.activities.laws import check_activity_penalty
+from regkit.testing.adapters.laws import check_adapter, check_example
+from regkit.testing.kinds.constraints import check_constraint
+from regkit.testing.kinds.penalties import check_penalty
+from regkit.testing.kinds.schedules import check_schedule
 from regkit.testing.laws import Report, Result
 from regkit.testing.parametrize import Check, ConformanceError, checks, parametrize_conformance
-from regkit.testing.penalties import check_penalty
-from regkit.testing.schedules import check_schedule
 
 __all__ = [
     "Check",

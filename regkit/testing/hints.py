@@ -7,8 +7,8 @@ from typing import Final, Literal
 
 from regkit import ActivityPenalty, Constraint, Penalty
 from regkit.kinds import Kind
-from regkit.testing import activity_parts
-from regkit.testing.separable import adds_up, stands_alone
+from regkit.testing.activities import parts as activity_parts
+from regkit.testing.sharding.separable import adds_up, stands_alone
 
 _WHERE: Final = "see regkit.kinds"
 

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from regkit.adapters import Adapter, Example
 from regkit.errors import unknown
 from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty, Schedule
-from regkit.sites import Adapter, Example
-from regkit.testing import activities, adapters, constraints, penalties, schedules
-from regkit.testing.kinds import title
+from regkit.testing.activities import laws as activities
+from regkit.testing.adapters import laws as adapters
+from regkit.testing.kinds import constraints, penalties, schedules
+from regkit.testing.kinds.common import title
 from regkit.testing.laws import Law
 
 if TYPE_CHECKING:

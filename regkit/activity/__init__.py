@@ -1,0 +1,30 @@
+"""What a recurrent module put out: segments in time, with their neighbours and without padding.
+
+Segments are padded or packed sequences, or steps of a cell.
+"""
+
+from regkit.activity.activity import (
+    Activity,
+    Packed,
+    Pairs,
+    Reduction,
+    Segment,
+    Sequenced,
+    Stepped,
+    at_least_float32,
+    of_output,
+    of_step,
+)
+
+__all__ = [
+    "Activity",
+    "Packed",
+    "Pairs",
+    "Reduction",
+    "Segment",
+    "Sequenced",
+    "Stepped",
+    "at_least_float32",
+    "of_output",
+    "of_step",
+]

@@ -1,0 +1,294 @@
+"""The attachment: a plan's hooks on a model, from attach to detach.
+
+It holds the model weakly and adds nothing to it but forward hooks where activity rules need them. Weight rules act from
+torch's global optimizer hooks, which go when the model goes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from regkit.activity.padding import Lengths, Mask, Validity
+from regkit.activity.reduction import total
+from regkit.attachment import reports, state
+from regkit.attachment.copies import Companion
+from regkit.attachment.orphans import Orphans
+from regkit.engine.engine import Engine
+from regkit.engine.tracker import ByHand, Steps
+from regkit.errors import RegkitError
+from regkit.plan.plan import Plan
+from regkit.recording.injector import Scale
+from regkit.recording.tickets import Ticket
+from regkit.rules.rule_set import named, rules_of
+from regkit.runtime import optimizer_hooks
+from regkit.runtime.modes import eager, uncast
+from regkit.runtime.sharding import reshard
+from regkit.weights.links import Parameters
+
+_attached: dict[int, list[Attachment]] = {}
+"""The attachments of each living model, by its id; a model need not be hashable."""
+
+
+class Attachment:
+    """Rules in force on a model. Made by `attach`; leaves with `detach`, or as a context manager, or with the model."""
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, optimizers: Iterable[Optimizer] | None, loss_scale: Scale | None
+    ) -> None:
+        self.plan = plan
+        self._model = weakref.ref(model)
+        self._key = id(model)
+        self._parameters = Parameters(model)
+        self._live = False
+        self._rules = rules_of(plan, model)
+        self._rules.inject(loss_scale, lambda: self._steps.upcoming())
+        self._engine = Engine(self._rules, model, optimizers is not None)
+        self._steps = Steps(self._engine, optimizers)
+        self._watch = self._engine.watch
+        self._watch.inside, self._watch.open = self._steps.inside, self._steps.open
+        self._companion: Companion | None = None
+        self._hooked = False
+        self._orphans: Orphans | None = None
+
+    # --- lifecycle ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _prove(self) -> None:
+        self._engine.prove()
+        self._rules.prove()
+        self._rules.snapshots.release()  # until the first step: parameters may be sharded or replaced before it
+
+    def _install(self, model: nn.Module) -> None:
+        self._companion = Companion(model, self.plan, lambda: self.step_count)
+        try:
+            self._hook()
+        except BaseException:
+            self.detach()
+            raise
+        self._live = True
+        if self._key not in _attached:
+            # The model's end takes the hooks along; the attachment itself never keeps the model alive.
+            weakref.finalize(model, _forget, self._key).atexit = False
+        _attached.setdefault(self._key, []).append(self)
+
+    def _hook(self) -> None:
+        for recorder in self._rules.recorders:
+            recorder.install()
+        self._watch.arm()
+        optimizer_hooks.enlist(self._steps)
+        if self._companion is not None:
+            self._companion.join()
+        self._hooked = True
+
+    def _unhook(self) -> None:
+        self._hooked = False
+        if self._companion is not None:
+            self._companion.leave()
+        optimizer_hooks.dismiss(self._steps)
+        self._watch.disarm()
+        for recorder in self._rules.recorders:
+            recorder.remove()
+
+    def _remove(self) -> None:
+        self._unhook()
+        self._engine.release()
+        self._live = False
+
+    def detach(self) -> None:
+        """Take every hook off the model. May be called again; afterwards the attachment can only be read."""
+        self._remove()
+        if self._orphans is not None:
+            optimizer_hooks.dismiss(self._orphans)
+        optimizer_hooks.leave()
+        siblings = _attached.get(self._key, [])
+        if self in siblings:
+            siblings.remove(self)
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Inside, no hook is on the model and no step is acted in: for what can bear no hooks, as `torch.export`.
+
+        A copy that is made inside carries no rules. What was recorded and not consumed is dropped. Raises RegkitError
+        after detach.
+        """
+        self._refuse_dead("nothing to take off")
+        hooked = self._hooked
+        self._unhook()
+        try:
+            yield
+        finally:
+            if hooked and self._live:
+                self._hook()
+
+    def _refuse_dead(self, so: str) -> None:
+        if not self._live:
+            raise RegkitError(f"the attachment is detached: there is {so}")
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        model = self._model()
+        standing = "detached" if not self._live else f"on {type(model).__name__}, step {self.step_count}"
+        return f"<regkit.Attachment of {len(self.plan.bindings)} rules, {standing}>"
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise RegkitError(
+            "an attachment cannot be copied or pickled; its model can, with the rules in force on the copy "
+            "(regkit.attachments(copy)); what a resumed run needs is attachment.state_dict()"
+        )
+
+    # --- updates that no torch optimizer makes -----------------------------------------------------------------------
+
+    def step(self, lr: float | Tensor | None = None) -> ByHand:
+        """The context of an update that no torch optimizer makes: all that is done at a step is done around it.
+
+        `with attachment.step(lr=0.1): update(model)`, with the gradients of the backward pass in `.grad`, unscaled.
+        lr: what proximal and decoupled rules multiply by; only they need it.
+
+        Raises RegkitError after detach, StepError as an optimizer's step would.
+        """
+        self._refuse_dead("no rule in force at a step")
+        return ByHand(self._steps, lr)
+
+    def weights_changed(self) -> None:
+        """Say that the weights were changed on purpose and not by a step: a new initialization, copied weights."""
+        self._watch.announced()
+
+    # --- the loss ----------------------------------------------------------------------------------------------------
+
+    @eager
+    def penalty(self) -> Tensor:
+        """Σ strength · factor · penalty of all that goes through the loss: activity rules, and weight rules via loss.
+
+        Consumes the activity recorded since the last call. The result, in float32 or better, belongs to the loss once:
+        `loss = criterion(...) + attachment.penalty()`. Zero where no rule goes through the loss.  -> ()
+
+        Raises RegkitError after detach.
+        """
+        if not self._live:
+            self._refuse_dead("nothing to add to the loss")
+        rules = self._rules
+        index = self._steps.upcoming() if rules.scheduled else self._steps.count.count
+        terms = rules.intake.take(index) if rules.activities else []
+        if rules.by_loss:
+            terms += rules.loss_terms(index)
+        if len(terms) == 1 and terms[0].dtype in (torch.float32, torch.float64):
+            result = terms[0]
+        else:
+            result = total(terms, terms[0].device if terms else self._device())
+        ticket = Ticket()
+        if result.requires_grad:
+            result.register_hook(ticket)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        for recorder in rules.spoken:
+            calls = recorder.calls
+            if calls.records or calls.last is not None:
+                if calls.validity is not None:
+                    calls.placed()  # time goes on
+                calls.records, calls.last, calls.before, recorder.left = [], None, None, 0
+                recorder.ledger.tickets.append(ticket)
+        for rule in rules.by_loss:
+            if torch.is_grad_enabled() and any(p.requires_grad for p in rule.parameters()):
+                rule.ledger.tickets.append(ticket)
+        return result
+
+    def discard(self) -> None:
+        """Drop what is recorded and what `penalty()` has returned since the last step: for a batch that is skipped."""
+        for recorder in self._rules.recorders:
+            recorder.clear()
+            recorder.ledger.discard()
+        for rule in self._rules.by_loss:
+            rule.ledger.discard()
+
+    def _device(self) -> torch.device:
+        first = next(iter(self._parameters), None)
+        return torch.device("cpu") if first is None else first.device
+
+    @contextmanager
+    def lengths(self, lengths: Tensor | Sequence[int]) -> Iterator[None]:
+        """Inside, padded outputs count up to these lengths.  lengths: (batch,), whole numbers ≥ 0.
+
+        For a loop over a cell, the context stands around the whole loop: its n-th call is time n. Packed sequences know
+        their lengths and need no context.
+        """
+        with self._validity(Lengths.of(lengths)):
+            yield
+
+    @contextmanager
+    def mask(self, mask: Tensor) -> Iterator[None]:
+        """Inside, padded outputs count where the mask is true.
+
+        mask: bool, laid out as the output without its features: (time, batch), or (batch, time) with batch_first, or
+        (time,) unbatched; (batch,) around one call of a cell.
+        """
+        with self._validity(Mask.of(mask)):
+            yield
+
+    @contextmanager
+    def _validity(self, validity: Validity) -> Iterator[None]:
+        with ExitStack() as stack:
+            for recorder in self._rules.recorders:
+                stack.enter_context(recorder.under(validity))
+            yield
+
+    # --- what is optimized -------------------------------------------------------------------------------------------
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps taken since attach, or since the state that was loaded."""
+        return self._steps.count.count
+
+    @uncast
+    @torch.no_grad()
+    def values(self) -> dict[str, Tensor]:
+        """For each penalty rule, strength · factor · penalty as optimized now, detached.  -> () each.
+
+        An activity rule gives what is in store, or else what `penalty()` last took; NaN before there was any. Frozen
+        weights are not counted: nothing optimizes them.
+        """
+        found = reports.values(self._rules, self.step_count, self._device())
+        return {binding.key: found[binding.key] for binding in self.plan.bindings if binding.key in found}
+
+    @uncast
+    @torch.no_grad()
+    def violations(self) -> dict[str, Tensor]:
+        """For each constraint rule, how far its worst weight is outside, in the unit of its bound.  -> () each."""
+        return reports.violations(self._rules, self.step_count, self._device())
+
+    @uncast
+    @torch.no_grad()
+    def apply_constraints(self) -> None:
+        """Project every constrained weight now, frozen ones excepted: say, before the first step."""
+        model = self._model()
+        if model is not None:
+            reshard(model)
+        snapshot = self._rules.snapshots.fresh()
+        for rule in self._rules.constraints:
+            named(rule, rule.project_all, self.step_count)
+            snapshot.forget()
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the model: numbers and names, no tensor."""
+        return state.read(self._steps.count, self._rules, self._model())
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a saved state. Raises ValueError for anything that `state_dict` does not return."""
+        state.restore(saved, self._steps.count, self._rules, self._model())
+
+
+def _forget(model_id: int) -> None:
+    for attachment in _attached.pop(model_id, []):
+        attachment._remove()
+        attachment._orphans = Orphans(attachment._rules.modules())

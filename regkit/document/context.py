@@ -1,0 +1,62 @@
+"""Kinds that are not here: kept as they were written, for tools that edit documents of other people's plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import ValidationInfo
+
+from regkit.kinds import Kind
+from regkit.registry.registry import Registry, default
+
+Unknown = Literal["error", "keep"]
+"""What to do with a kind that no plugin offers."""
+
+
+class Foreign(Kind):
+    """A kind that no plugin offers here. A rule with one can be kept and saved again, and nothing else."""
+
+    kind: str
+    """Its name."""
+
+    given: Any
+    """What stood in the document, shorthand or not."""
+
+    saved: Any = None
+    """The provenance it was saved with."""
+
+    reason: str
+    """Why it is not here."""
+
+    def __hash__(self) -> int:  # what was given may be a dict
+        return hash(self.kind)
+
+    def describe(self) -> str:
+        return f"{self.kind} (not installed)"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reader of a document brings to it: a registry, where kinds came from, what to do with unknown ones."""
+
+    registry: Registry
+    provenance: Mapping[str, Any]
+    unknown: Unknown = "error"
+
+    @classmethod
+    def of(cls, info: ValidationInfo) -> Reading:
+        """The reading that validation is a part of; outside of any, with the registry of everything installed."""
+        reading = (info.context or {}).get("reading")
+        return reading if isinstance(reading, Reading) else cls(default(), {})
+
+    def saved(self, name: str) -> Mapping[str, Any] | None:
+        """The provenance of a kind, where there is one that can be read."""
+        found = self.provenance.get(name)
+        return found if isinstance(found, dict) and isinstance(found.get("distribution"), str) else None
+
+    def absence(self, name: str) -> str:
+        """Why a kind may be missing: a sentence to append, or none."""
+        saved = self.saved(name) or {}
+        return self.registry.absence(name, saved.get("distribution"), saved.get("version"))

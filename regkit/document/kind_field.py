@@ -1,0 +1,89 @@
+"""Fields that hold any installed kind of some families: the open union."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
+from pydantic_core import CoreSchema, core_schema
+
+from regkit.document import shorthand
+from regkit.document.context import Foreign, Reading
+from regkit.fields import mistake, mistakes_at
+from regkit.kinds import Kind
+from regkit.registry.entries import CONTRACTS, Family
+
+
+@dataclass(frozen=True)
+class OpenUnion:
+    """A field that holds any installed kind of some families.
+
+    The registry is asked at each validation, so that a plugin's kind is as good as one that was there when this module
+    was imported; pydantic's own discriminated unions are closed once built.
+    """
+
+    families: tuple[Family, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self._validate, serialization=core_schema.plain_serializer_function_ser_schema(_dump_kind)
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"x-open-union": list(self.families)}  # filled by regkit.schema, which knows the registry
+
+    def _validate(self, value: Any, info: ValidationInfo) -> Kind:
+        if isinstance(value, Kind):
+            return self._of_family(value)
+        reading = Reading.of(info)
+        try:
+            options = shorthand.canonical(value, self.families, reading.registry)
+        except shorthand.KindError as error:
+            sentence = str(error)
+            if isinstance(error, shorthand.UnknownKindError):
+                sentence += reading.absence(error.name)
+                if reading.unknown == "keep":
+                    saved = reading.saved(error.name)
+                    given = _plain(value)
+                    return Foreign.model_construct(kind=error.name, given=given, saved=saved, reason=sentence)
+            if isinstance(value, dict) and "kind" in value:
+                raise mistakes_at([("kind", value["kind"], sentence)]) from None
+            raise mistake(sentence) from None
+        except shorthand.ShorthandError as error:
+            raise mistake(str(error)) from None
+        # A ValidationError of the kind's own class is merged by pydantic, under this field's place.
+        return reading.registry.kind(options["kind"], *self.families).model_validate(options, context=info.context)
+
+    def _of_family(self, kind: Kind) -> Kind:
+        """A kind that Python code has made: it need not be registered to be used, only to be saved."""
+        if not any(isinstance(kind, CONTRACTS[family]) for family in self.families):
+            raise mistake(f"{type(kind).__name__} is not a {' or '.join(self.families)}")
+        return kind
+
+
+def _plain(value: Any) -> Any:
+    """What is kept of a foreign kind: a copy, of nothing that could not be saved as it is."""
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except ValueError:
+        raise mistake("it could not be saved as it is: it holds NaN, a number too large or half a character") from None
+    return json.loads(text)
+
+
+def _dump_kind(kind: Kind) -> Any:
+    """The options, without those that are null and would be if left out; of a foreign kind what was given."""
+    if isinstance(kind, Foreign):
+        return kind.given
+    options = kind.model_dump(mode="json")
+    fields = type(kind).model_fields
+    return {name: value for name, value in options.items() if value is not None or fields[name].default is not None}
+
+
+AnyPenalty = Annotated[Kind, OpenUnion(("penalty", "activity penalty"))]
+WeightPenalty = Annotated[Kind, OpenUnion(("penalty",))]
+OutputPenalty = Annotated[Kind, OpenUnion(("activity penalty",))]
+AnyConstraint = Annotated[Kind, OpenUnion(("constraint",))]
+AnySchedule = Annotated[Kind, OpenUnion(("schedule",))]

@@ -1,0 +1,260 @@
+"""The document, as frozen models: what it may say, in its one canonical form.
+
+A `Spec` holds rules; a rule binds one penalty or one constraint to a target. Shorthand and the `layers` section become
+rules as they are read, so what is saved is canonical. This room knows no tensor and no model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from regkit.document.context import Foreign
+from regkit.document.kind_field import AnyConstraint, AnyPenalty, AnySchedule, OutputPenalty, WeightPenalty
+from regkit.document.target import AnyOf, Frozen, Name, Pattern, Target
+from regkit.errors import PluginError
+from regkit.fields import Count, mistake, mistakes_at
+from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty, Schedule, Via
+from regkit.registry.entries import Entry
+from regkit.registry.registry import Registry, default
+
+VERSION: Final = 1
+MOST_RULES: Final = 20_000
+
+_LATEST: Final = 10**9  # optimizer steps: later than any run's last
+
+
+class Rule(Frozen):
+    """One target, one penalty or one constraint, at most one schedule."""
+
+    name: Name | None = None
+    """What values() and violations() call it; rules/3 where it is left out."""
+
+    target: Target = Target()
+    """Where it binds; left out: every recurrent module."""
+
+    penalty: AnyPenalty | None = None
+    """A penalty on weights or on activity."""
+
+    constraint: AnyConstraint | None = None
+    """A constraint on weights."""
+
+    schedule: AnySchedule | None = None
+    """A factor on the penalty's strength or the constraint's bound, over optimizer steps."""
+
+    via: Via | None = None
+    """How a penalty reaches the weights; left out: gradient for one on weights, loss for one on activity."""
+
+    every: Count = 1
+    """Apply the constraint after every N-th optimizer step."""
+
+    optional: bool = Field(default=False, strict=True)
+    """Let the rule bind nothing, or record nothing in a step, without an error."""
+
+    @property
+    def kind(self) -> Kind:
+        """The penalty or the constraint."""
+        kind = self.penalty or self.constraint
+        assert kind is not None  # _consistent has seen to it
+        return kind
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Rule:
+        if (self.penalty is None) == (self.constraint is None):
+            has = "and this has none" if self.penalty is None else "not both"
+            raise mistake(f"a rule has one penalty or one constraint, {has}")
+        mistakes = list(_mistakes(self))
+        if mistakes:
+            raise mistakes_at(mistakes)
+        return self
+
+
+Mistake = tuple[str, Any, str]  # the key, what it was given, and what is wrong with it
+
+
+def _mistakes(rule: Rule) -> Iterator[Mistake]:
+    """What a rule says that cannot be done, or would do nothing."""
+    kinds = {"penalty": rule.penalty, "constraint": rule.constraint, "schedule": rule.schedule}
+    for key, kind in kinds.items():
+        if kind is not None and (reason := kind.inert()) is not None:
+            yield key, kind, f"{kind.kind} has no effect: {reason}"
+    yield from _penalty_mistakes(rule) if rule.penalty is not None else _constraint_mistakes(rule)
+
+
+def _penalty_mistakes(rule: Rule) -> Iterator[Mistake]:
+    if rule.every != 1:
+        yield "every", rule.every, "`every` goes with a constraint"
+    if isinstance(rule.penalty, ActivityPenalty) and rule.via not in (None, "loss", "inject"):
+        yield "via", rule.via, f"an activity penalty goes via 'loss' or 'inject', not via {rule.via!r}"
+    if isinstance(rule.penalty, Penalty) and rule.via == "inject":
+        yield "via", rule.via, "only an activity penalty goes via 'inject': it joins the gradient of outputs"
+    if rule.via == "proximal" and isinstance(rule.penalty, Penalty) and not rule.penalty.offers_prox:
+        yield "via", rule.via, f"{rule.kind.kind} offers no proximal operator"
+
+
+def _constraint_mistakes(rule: Rule) -> Iterator[Mistake]:
+    if rule.via is not None:
+        yield "via", rule.via, "`via` goes with a penalty"
+    if rule.schedule is not None and isinstance(rule.constraint, Constraint) and not rule.constraint.bounds:
+        yield "schedule", rule.schedule, f"{rule.kind.kind} has no bound that a schedule could scale"
+    elif isinstance(rule.schedule, Schedule) and min(rule.schedule.factor(0), rule.schedule.factor(_LATEST)) <= 0:
+        yield "schedule", rule.schedule, f"{rule.schedule.kind} takes the bound to 0, which would make every weight 0"
+
+
+class Layer(Frozen):
+    """Keras' seven names for one module, or for all that match."""
+
+    module: AnyOf[Pattern] | None = None
+    """Globs over dotted module names; left out: every recurrent module."""
+
+    kernel_regularizer: WeightPenalty | None = None
+    """A penalty on the input weights."""
+    recurrent_regularizer: WeightPenalty | None = None
+    """A penalty on the recurrent weights."""
+    bias_regularizer: WeightPenalty | None = None
+    """A penalty on the biases, read as `bias` says."""
+    activity_regularizer: OutputPenalty | None = None
+    """A penalty on the output; `l2` means `activity_l2` here."""
+    kernel_constraint: AnyConstraint | None = None
+    """A constraint on the input weights."""
+    recurrent_constraint: AnyConstraint | None = None
+    """A constraint on the recurrent weights."""
+    bias_constraint: AnyConstraint | None = None
+    """A constraint on the biases, read as `bias` says."""
+
+    bias: Literal["each", "effective"] = "each"
+    """torch's two bias vectors one by one, or their sum, which is Keras' one bias."""
+
+    def rules(self, place: str) -> Iterator[Rule]:
+        """The rules it stands for, each named by its place in the document."""
+        for field in type(self).model_fields:
+            kind = getattr(self, field)
+            if not isinstance(kind, Kind):
+                continue
+            role, _, verb = field.partition("_")
+            # Not validated again: that would ask for the registry once more.
+            reading = self.bias if role == "bias" else "each"
+            role = "output" if role == "activity" else role
+            target = Target.model_construct(module=self.module, role=(role,), bias=reading)
+            penalty, constraint = (None, kind) if verb == "constraint" else (kind, None)
+            yield Rule.model_construct(name=f"{place}/{field}", target=target, penalty=penalty, constraint=constraint)
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Layer:
+        kinds = {f: getattr(self, f) for f in type(self).model_fields if f not in ("module", "bias")}
+        if all(kind is None for kind in kinds.values()):
+            raise mistake(f"it regularizes nothing; give one of {', '.join(kinds)}")
+        inert = [(field, kind, kind.inert()) for field, kind in kinds.items() if kind is not None and kind.inert()]
+        if inert:
+            raise mistakes_at([(f, kind, f"{kind.kind} has no effect: {reason}") for f, kind, reason in inert])
+        return self
+
+
+class Provenance(Frozen):
+    """The distribution that a kind came from when the document was saved."""
+
+    distribution: str
+    version: str | None = None
+
+
+class Spec(Frozen):
+    """A whole document."""
+
+    schema_: Annotated[str | None, Field(alias="$schema", max_length=1000)] = None
+    """The JSON Schema that an editor checks the document with."""
+
+    version: Literal[1] = VERSION
+    """The version of the document's language."""
+
+    rules: Annotated[tuple[Rule, ...], Field(max_length=MOST_RULES)] = ()
+    """The rules, in the order in which constraints are applied."""
+
+    layers: Annotated[tuple[Layer, ...], Field(max_length=MOST_RULES, exclude=True)] = ()
+    """Rules in Keras' seven names; read into `rules`."""
+
+    provenance: Annotated[dict[str, Provenance], Field(exclude=True)] = Field(default_factory=dict)
+    """Where the kinds came from; written when the document is saved."""
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _known_version(cls, version: Any) -> Any:
+        if type(version) is not int or version != VERSION:
+            raise mistake(f"version {version!r} is unknown; this regkit reads version {VERSION}")
+        return version
+
+    @model_validator(mode="after")
+    def _expand(self) -> Spec:
+        expanded = [rule for index, layer in enumerate(self.layers) for rule in layer.rules(f"layers/{index}")]
+        # The model is frozen for its users; here it is still being made.
+        self.__dict__.update(rules=(*self.rules, *expanded), layers=(), provenance={})
+        if not self.rules:
+            raise mistake("it has no rules, so it would regularize nothing")
+        names = Counter(rule.name or f"rules/{index}" for index, rule in enumerate(self.rules))
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise mistake(f"two rules have the name {', '.join(map(repr, twice))}")
+        return self
+
+    def __hash__(self) -> int:  # provenance, which is empty by then, is a dict
+        return hash(self.rules)
+
+    def keyed_rules(self) -> dict[str, Rule]:
+        """The rules by their names, or by rules/3 where they have none."""
+        return {rule.name or f"rules/{index}": rule for index, rule in enumerate(self.rules)}
+
+    def kinds(self) -> Iterator[Kind]:
+        """Every penalty, constraint and schedule in it."""
+        for rule in self.rules:
+            yield rule.kind
+            if rule.schedule is not None:
+                yield rule.schedule
+
+    def to_json(self, registry: Registry | None = None) -> str:
+        """The canonical text, with the provenance of its kinds: loading it and saving again gives the same bytes."""
+        registry = registry or default()
+        body = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        head = {key: body[key] for key in ("$schema",) if key in body}
+        whole = {
+            **head,
+            "version": self.version,
+            "provenance": _provenance(self, registry),
+            "rules": body["rules"],
+        }
+        return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path, registry: Registry | None = None) -> None:
+        """Write the canonical text to a file."""
+        written = self.to_json(registry).encode()  # first: what cannot be written must not empty the file
+        Path(path).write_bytes(written)
+
+
+def _provenance(spec: Spec, registry: Registry) -> Mapping[str, Mapping[str, str | None]]:
+    found = {kind.kind: saved for kind in spec.kinds() if (saved := _saved(kind, registry)) is not None}
+    return dict(sorted(found.items()))
+
+
+def _saved(kind: Kind, registry: Registry) -> Mapping[str, str | None] | None:
+    """Where a kind comes from; of one that is not here, where it came from when the document was saved, if known."""
+    if isinstance(kind, Foreign):
+        saved: Mapping[str, str | None] | None = kind.saved
+        return saved
+    origin = _entry(kind, registry).origin
+    return {"distribution": origin.distribution, "version": origin.version}
+
+
+def _entry(kind: Kind, registry: Registry) -> Entry:
+    entry = registry.find(kind.kind)
+    if entry is None:
+        sentence = f"the kind {kind.kind!r} is not in the registry: what is saved with it could not be loaded again"
+        raise PluginError(sentence + registry.absence(kind.kind))
+    if not entry.made(kind):
+        mine, theirs = type(kind), entry.kind
+        raise PluginError(
+            f"{mine.__module__}.{mine.__qualname__} has the name {kind.kind!r} of another kind, "
+            f"{theirs.__module__}.{theirs.__qualname__} of {entry.origin}, as which it would be loaded again"
+        )
+    return entry

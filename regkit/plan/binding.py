@@ -1,0 +1,92 @@
+"""A rule bound to a model: what acts, where, and how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from regkit.adapters import OutputSite, Site, WeightSite
+from regkit.errors import StepError
+from regkit.kinds import ActivityPenalty, Constraint, Penalty, Schedule, Via
+from regkit.runtime.modes import capturing
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One rule, bound: what acts, on which sites, and how it reaches them. origin: the plugin that it comes from."""
+
+    key: str
+    kind: Penalty | ActivityPenalty | Constraint
+    schedule: Schedule | None
+    via: Via
+    every: int
+    optional: bool
+    weights: tuple[WeightSite, ...] = ()
+    outputs: tuple[OutputSite, ...] = ()
+    origin: str = ""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Everything it is bound to."""
+        return (*self.weights, *self.outputs)
+
+    def factor(self, index: int) -> float:
+        """The schedule's factor at a step.
+
+        Raises StepError where a schedule gives no finite number ≥ 0, or where a CUDA graph would keep this one.
+        """
+        if self.schedule is None:
+            return 1.0
+        self.refuse_capture(index)
+        try:
+            factor = self.schedule.factor(index)
+        except Exception as error:  # a schedule is a stranger's code: anything can come out
+            raise StepError(
+                f"rule {self.key!r}: {self.schedule.describe()}, of plugin {type(self.schedule).__module__}, failed at "
+                f"step {index}: {error!r}"
+            ) from error
+        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            raise StepError(f"rule {self.key!r}: {self.schedule.describe()} gives {factor!r} at step {index}")
+        return factor
+
+    @property
+    def counts(self) -> bool:
+        """Whether what it does depends on the step."""
+        return self.schedule is not None or self.every > 1
+
+    def refuse_capture(self, index: int) -> None:
+        """Raise StepError where a CUDA graph is captured, if it counts steps: the graph would do the same for ever."""
+        if self.counts and capturing():
+            counts = f"every {self.every} steps" if self.schedule is None else self.schedule.describe()
+            raise StepError(
+                f"rule {self.key!r} counts steps ({counts}), and a CUDA graph is being captured: each replay would do "
+                f"what is done at step {index}, for no Python runs in it. Keep what the rule acts in out of the graph "
+                "(for a rule on weights optimizer.step(), else the loss), or the count out of the rule"
+            )
+
+    @property
+    def reach(self) -> str:
+        """How it acts on the weights, and when."""
+        if isinstance(self.kind, Constraint):
+            return "projected after each step" if self.every == 1 else f"projected after every {self.every} steps"
+        return _REACH[self.via]
+
+    @property
+    def label(self) -> str:
+        """The rule's key and kind, for the sentence of an error."""
+        return f"rule {self.key!r} ({self.kind.describe()})"
+
+    @property
+    def title(self) -> str:
+        """The kind, its options and its schedule."""
+        return self.kind.describe() + (f" × {self.schedule.describe()}" if self.schedule else "")
+
+
+_REACH: Final[dict[str, str]] = {
+    "gradient": "added to the gradient at each step",
+    "loss": "in penalty(), which the loop adds to the loss",
+    "proximal": "proximal operator after each step",
+    "decoupled": "decoupled decay at each step",
+    "inject": "joins the gradient of the outputs",
+}

@@ -1,0 +1,96 @@
+"""The recurrent modules of a model, by the names that its author gave them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from regkit.adapters import Adapter
+from regkit.registry.registry import Registry
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A recurrent module, under one of its names.
+
+    path: where it is; name: the same without wrappers' prefixes ('' is the model itself); parent: what holds it under
+    the first of its names; origin: the plugin of its adapter.
+    """
+
+    path: str
+    name: str
+    module: nn.Module
+    module_class: str
+    adapter: Adapter
+    parent: nn.Module | None
+    origin: str
+
+    def __str__(self) -> str:
+        return f"{self.name or '(the model itself)'} ({self.module_class})"
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of the class that its author gave the module: parametrizing and sharding put a made one above it."""
+    made = (parametrize.type_before_parametrizations(module), *type(module).__mro__)
+    room = sys.modules.get("torch.distributed.fsdp")
+    sharding = None if room is None else getattr(room, "FSDPModule", None)
+    if sharding is not None and isinstance(module, sharding):
+        made = tuple(cls for cls in made if not issubclass(cls, sharding))
+    return made[0].__name__
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Every path, name and module, a shared module under each of its names.
+
+    The parts `_orig_mod` (torch.compile) and `module` (under DistributedDataParallel and DataParallel alone: a model
+    may have a child of that name) are left out of names.
+    """
+    yield from _walk("", "", model, ())
+
+
+def _walk(
+    path: str, name: str, module: nn.Module, above: tuple[nn.Module, ...]
+) -> Iterator[tuple[str, str, nn.Module]]:
+    yield path, name, module
+    for child_name, child in module._modules.items():  # named_children() would give a shared child one name only
+        if child is None or any(child is one for one in above):  # a module that contains itself would never end
+            continue
+        wrapped = child_name == "_orig_mod" or (child_name == "module" and isinstance(module, _WRAPPERS))
+        inner = name if wrapped else f"{name}.{child_name}".lstrip(".")
+        yield from _walk(f"{path}.{child_name}".lstrip("."), inner, child, (*above, module))
+
+
+def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
+    """Every module that an adapter knows, under all its names, in the model's order; but none that another encloses."""
+    places: dict[int, list[tuple[str, str]]] = {}
+    modules: dict[int, nn.Module] = {}
+    by_path: dict[str, nn.Module] = {}
+    for path, name, module in named_modules(model):
+        places.setdefault(id(module), []).append((path, name))
+        modules[id(module)] = by_path[path] = module
+    known = {key: adapter for key, module in modules.items() if (adapter := registry.adapter(module)) is not None}
+    enclosing = {path for key, adapter in known.items() if adapter.encloses for path, _ in places[key]}
+    found: list[Recurrent] = []
+    for key, adapter in known.items():
+        at = [(path, name) for path, name in places[key] if not (enclosing and _inside(path, enclosing))]
+        if at:
+            first, module = at[0][0], modules[key]
+            parent = by_path[first.rpartition(".")[0]] if first else None
+            origin, of_class = str(registry.adapter_origin(module)), class_name(module)
+            found += [Recurrent(path, name, module, of_class, adapter, parent, origin) for path, name in at]
+    return found
+
+
+def _inside(path: str, outer: Collection[str]) -> bool:
+    """Whether a dotted path lies within any of the others."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path in outer:
+            return True
+    return False

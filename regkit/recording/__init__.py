@@ -1,0 +1,4 @@
+"""Forward hooks that record outputs until the loss takes them.
+
+Tickets tell whether the penalty was backpropagated. The injector adds gradients where no loss can be edited.
+"""

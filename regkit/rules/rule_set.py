@@ -1,0 +1,210 @@
+"""A plan's rules on the live model, by the channel through which each acts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NoReturn, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+
+from regkit.adapters import WeightSite
+from regkit.errors import AttachError, PluginError, RegkitError, StepError
+from regkit.kinds import ActivityPenalty, Layout, Penalty, Via
+from regkit.plan.plan import Plan
+from regkit.recording.injector import Injector, Scale
+from regkit.recording.recorder import Recorder
+from regkit.rules.activity_rule import ActivityRule, At, Intake
+from regkit.rules.merging import merged
+from regkit.rules.penalty_rule import ConstraintRule, PenaltyRule
+from regkit.rules.weight_rule import WeightRule
+from regkit.weights.block import Block
+from regkit.weights.links import Parameters, links
+from regkit.weights.snapshot import Snapshots
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def named(rule: WeightRule | ActivityRule, run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `run` returns. What a plugin's mathematics raises becomes a StepError that says whose it was, and where."""
+    try:
+        return run(*args, **kwargs)
+    except Exception as error:  # a kind is a stranger's code: anything can come out
+        raise_named(rule, error)
+
+
+def raise_named(rule: WeightRule | ActivityRule | At, error: Exception) -> NoReturn:
+    """Raise what the rule's mathematics raised, as an error that says whose it was, and where."""
+    binding = rule.binding
+    if isinstance(error, AttachError):
+        raise AttachError(f"{binding.label}: {error}") from error
+    if isinstance(error, RegkitError):
+        raise error
+    where = "" if rule.at is None else f" on {rule.at.name or 'the model'}"
+    raise StepError(
+        f"rule {binding.key!r}: {binding.title}, of plugin {binding.origin}, failed{where}: {error!r}"
+    ) from error
+
+
+@dataclass(eq=False)
+class Rules:
+    """Every rule of a plan, in the document's order.
+
+    recorders: what the activity rules need; spoken: of these, the ones of rules via loss. snapshots: of the modules
+    whose parameters make a step the attachment's.
+    """
+
+    penalties: list[PenaltyRule]
+    constraints: list[ConstraintRule]
+    activities: list[ActivityRule]
+    recorders: list[Recorder]
+    snapshots: Snapshots
+
+    def __post_init__(self) -> None:
+        self.by_gradient, self.by_loss, self.by_prox, self.by_decay = (
+            [rule for rule in self.penalties if rule.binding.via == via]
+            for via in ("gradient", "loss", "proximal", "decoupled")
+        )
+        self.by_gradient = merged(self.by_gradient)
+        through = [*(rule.binding for rule in self.activities), *(rule.binding for rule in self.by_loss)]
+        self.scheduled = any(binding.schedule is not None for binding in through)
+        self.spoken = [one for one in self.recorders if not isinstance(one, Injector)]
+
+    @cached_property
+    def intake(self) -> Intake:
+        """What goes through the loss of rules on activity."""
+        return Intake(self.activities, self.spoken, raise_named)
+
+    @property
+    def on_weights(self) -> list[PenaltyRule | ConstraintRule]:
+        """The rules on weights."""
+        return [*self.penalties, *self.constraints]
+
+    @property
+    def to_prove(self) -> list[PenaltyRule | ConstraintRule | ActivityRule]:
+        """Those whose kinds are to be tried: the rules on weights, the sums that were made of them, and one activity
+        rule of each kind, whose outputs are not there yet.
+        """
+        activities = {(type(rule.binding.kind), rule.binding.kind.describe()): rule for rule in self.activities}
+        return [*self.on_weights, *(rule for rule in self.by_gradient if rule.addends), *activities.values()]
+
+    def prove(self) -> None:
+        """Try the kinds; once for all rules of equal ones on weights that look alike.
+
+        Raises PluginError where one does not what its contract says, AttachError where it could not act on a weight.
+        """
+        tried: set[Hashable] = set()
+        for rule in self.to_prove:
+            try:
+                named(rule, _prove, rule, tried)
+            except StepError as error:
+                raise PluginError(str(error)) from error.__cause__
+
+    @property
+    def injectors(self) -> list[Injector]:
+        """The recorders of rules via inject."""
+        return [one for one in self.recorders if isinstance(one, Injector)]
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that rules are bound to and that are there still, and their names."""
+        found = {block.site.name: block.alive() for rule in self.on_weights for block in rule.blocks}
+        found |= {recorder.name: recorder.alive() for recorder in self.recorders}
+        return ((name, module) for name, module in found.items() if module is not None)
+
+    def acts(self) -> Iterator[tuple[Hashable, str, str]]:
+        """Every place that a kind acts on, by what it is and not by its name; the name; the rule."""
+        for rule in self.on_weights:
+            for block in rule.blocks:
+                site, ids = block.site, tuple(map(id, block.leaves()))
+                yield (rule.binding.kind.kind, ids, site.part), block.name, rule.binding.key
+        for activity in self.activities:
+            for output, recorder in activity.places:
+                place = (activity.binding.kind.kind, id(recorder.module), output.role, output.layers, output.directions)
+                yield place, f"the {output.role} of {output.name or 'the model'}", activity.binding.key
+
+    def inject(self, scale: Scale | None, index: Callable[[], int]) -> None:
+        """Tell the injectors what they inject. Raises AttachError where there is a scale without them, or the reverse.
+
+        scale: what the loop multiplies its loss by; index: asks for the step to come.
+        """
+        if (scale is None) == bool(self.injectors):
+            raise AttachError(
+                'loss_scale= goes with rules via "inject", and they with it: what the loop multiplies its loss by, 1.0 '
+                "for nothing, a function such as scaler.get_scale for what changes"
+            )
+        for injector in self.injectors:
+            rules = [rule for rule in self.activities if any(one is injector for _, one in rule.places)]
+            take = Intake(rules, [injector], raise_named).take
+            injector.configure(take, index, 1.0 if scale is None else scale)
+
+    def loss_terms(self, index: int) -> list[Tensor]:
+        """The penalties of weights that go through the loss at a step."""
+        snapshot = self.snapshots.fresh()
+        values = [named(rule, rule.value, index) for rule in self.by_loss]
+        snapshot.forget()
+        return [value for value in values if value is not None]
+
+
+def _prove(rule: PenaltyRule | ConstraintRule | ActivityRule, tried: set[Hashable]) -> None:
+    summed = isinstance(rule, PenaltyRule) and rule.addends
+    trial = None if summed or isinstance(rule, ActivityRule) else rule.trial()
+    if trial is None or trial not in tried:
+        rule.prove()
+        tried.add(trial)
+
+
+def rules_of(plan: Plan, model: nn.Module) -> Rules:
+    """The plan's rules on this model. Nothing is hooked yet."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    recorders = _recorders(plan, modules)
+    paths = dict.fromkeys(site.path for binding in plan.bindings for site in binding.sites)
+    bound: list[tuple[str, list[Block]]] = []
+    watched = _trained(plan, model, modules)
+    everything = Parameters(model) if recorders else ()
+    snapshots = Snapshots(bound, watched, links(model, paths), everything)
+    penalties: list[PenaltyRule] = []
+    constraints: list[ConstraintRule] = []
+    activities: list[ActivityRule] = []
+    for binding in plan.bindings:
+        kind = binding.kind
+        if isinstance(kind, ActivityPenalty):
+            places = [(site, recorders[id(modules[site.path]), binding.via]) for site in binding.outputs]
+            activities.append(ActivityRule(binding, places))
+            continue
+        own = [_block(site, modules, kind.layout) for site in binding.weights]
+        bound.append((binding.label, own))
+        if isinstance(kind, Penalty):
+            penalties.append(PenaltyRule(binding, own, snapshots))
+        else:
+            constraints.append(ConstraintRule(binding, own, snapshots))
+    return Rules(penalties, constraints, activities, list(recorders.values()), snapshots)
+
+
+def _trained(plan: Plan, model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterable[nn.Module]:
+    """The modules whose parameters make a step ours: with an activity rule all, for its gradient may flow anywhere."""
+    bound = [modules[site.path] for binding in plan.bindings for site in binding.weights]
+    if any(binding.outputs for binding in plan.bindings):
+        bound += [module for module in model.modules() if module._parameters]
+    return bound
+
+
+def _block(site: WeightSite, modules: Mapping[str, nn.Module], layout: Layout) -> Block:
+    parent = modules[site.path.rpartition(".")[0]] if site.path else None
+    return Block(site, modules[site.path], parent, layout)
+
+
+def _recorders(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[tuple[int, Via], Recorder]:
+    """One recorder for each module that an activity rule binds and each way it goes, by the module's id and the way.
+
+    Injectors come first: what they put in place of the outputs is what the others record.
+    """
+    found: dict[tuple[int, Via], Recorder] = {}
+    for binding in sorted(plan.bindings, key=lambda one: one.via != "inject"):
+        for site in binding.outputs:
+            module = modules[site.path]
+            if (id(module), binding.via) not in found:
+                make = Injector if binding.via == "inject" else Recorder
+                found[id(module), binding.via] = make(module, plan.registry.adapter(module), site.name)
+    return found

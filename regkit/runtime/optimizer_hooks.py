@@ -1,0 +1,141 @@
+"""The one pair of torch's global optimizer hooks that every attachment in the process shares.
+
+torch loops over its hooks while they run; adding or removing one then (from another thread, or from the garbage
+collector, which runs anywhere) would break that loop. So there is one pair, over a tuple of listeners that is replaced
+and never changed. The pair leaves torch when the last attachment is detached.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import FrameType
+from typing import Any, Final, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from regkit.runtime.modes import compiler, is_dynamo_compiling, uncompiled
+
+
+class Listener(Protocol):
+    """What wants to see optimizer steps. frame: of the step, the same before and after it."""
+
+    def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
+        """A step begins. Returns the arguments to go on with, None for those given."""
+
+    @property
+    def settled(self) -> Callable[[], None] | None:
+        """Hears that every one of several listeners has done what it does before the step."""
+
+    def after(self, frame: FrameType) -> None:
+        """A step has ended without an error."""
+
+
+_listeners: tuple[Listener, ...] = ()
+_handles: list[RemovableHandle] = []
+_lock = threading.RLock()
+
+
+def enlist(listener: Listener) -> None:
+    """Let it see steps from now on."""
+    global _listeners
+    with _lock:
+        _listeners = (*(one for one in _listeners if one is not listener), listener)
+        if not _handles:
+            _handles.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
+
+
+def dismiss(listener: Listener) -> None:
+    """Let it see no more. Safe at any moment, in the middle of a step too."""
+    global _listeners
+    with _lock:
+        _listeners = tuple(one for one in _listeners if one is not listener)
+
+
+def leave() -> None:
+    """Take the pair out of torch if nobody listens. Not to be called within a step."""
+    with _lock:
+        while _handles and not _listeners:
+            _handles.pop().remove()
+
+
+def keep_clear(*numbers: int) -> None:
+    """Give no hook to come the number of these, which may have come with a model from another process.
+
+    torch numbers hooks from 0 in each process, and the later of two with one number takes the place of the other.
+    """
+    RemovableHandle.next_id = max(RemovableHandle.next_id, *(number + 1 for number in numbers), 0)
+
+
+def _before(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | None = None) -> tuple[Any, Any] | None:
+    if frame is None:
+        if is_dynamo_compiling() or compiler() is not None:
+            uncompiled_given: tuple[Any, Any] | None = _uncompiled_before(optimizer, args, kwargs)
+            return uncompiled_given
+        frame = sys._getframe(1)
+    if _STATES in sys.modules:  # whose rehearsals are at learning rate 0
+        lr = optimizer.param_groups[0].get("lr") if optimizer.param_groups else None
+        if (isinstance(lr, Tensor) or not lr) and _rehearsed(frame):
+            return None
+    listeners = _listeners
+    if len(listeners) == 1:
+        return listeners[0].before(optimizer, args, kwargs, frame)
+    given = (args, kwargs)
+    for listener in listeners:
+        given = listener.before(optimizer, *given, frame) or given
+    for listener in listeners:
+        if listener.settled is not None:
+            listener.settled()
+    return given
+
+
+def _after(*_: Any, frame: FrameType | None = None) -> None:
+    if frame is None:
+        if is_dynamo_compiling() or compiler() is not None:
+            _uncompiled_after()
+            return
+        frame = sys._getframe(1)
+    listeners = _listeners
+    if len(listeners) == 1:
+        listeners[0].after(frame)
+        return
+    with ExitStack() as stack:  # each is called, whatever another raises
+        for listener in reversed(listeners):
+            stack.callback(listener.after, frame)
+
+
+@uncompiled
+def _uncompiled_before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    return _before(optimizer, args, kwargs, _frame_of_step())
+
+
+@uncompiled
+def _uncompiled_after() -> None:
+    _after(frame=_frame_of_step())
+
+
+def _frame_of_step() -> FrameType:
+    """The frame that called a hook, past what keeps the compiler out of it."""
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__") in _COMPILER and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _rehearsed(frame: FrameType) -> bool:
+    """Whether torch has the optimizer step only to make its state, at learning rate 0: get_state_dict does so."""
+    above: FrameType | None = frame
+    while above is not None:
+        if above.f_code.co_name == "_init_optim_state" and above.f_globals.get("__name__") == _STATES:
+            return True
+        above = above.f_back
+    return False
+
+
+_COMPILER: Final = (__name__, "torch._compile", "torch._dynamo.eval_frame")
+_STATES: Final = "torch.distributed.checkpoint.state_dict"

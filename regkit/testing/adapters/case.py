@@ -1,0 +1,241 @@
+"""An adapter and an example to try it on: equal modules, inputs, and what regkit's own pipeline makes of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import regkit
+from regkit.adapters import Adapter, Example, Output, Weight
+from regkit.testing.adapters.probes import numbered, registry_of
+from regkit.testing.laws import hold
+
+TIME: Final = 5
+BATCH: Final = 3
+
+_RULES_AT_ONCE: Final = 48
+"""How many rules can be told apart in a gradient: each adds a power of two, and float64 is exact up to 2⁵³."""
+
+Parts = Mapping[str, Tensor]
+"""Of parameters by name: which of their elements, or a number for each."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An adapter, and a module to try it on."""
+
+    adapter: Adapter
+    example: Example
+
+    @cached_property
+    def title(self) -> str:
+        """What it is, for a report: `SequenceAdapter on LSTM(3, 4)`."""
+        module = self.module()
+        name = repr(module)
+        return f"{type(self.adapter).__name__} on {type(module).__name__ if chr(10) in name else name}"
+
+    def module(self, seed: int = 0) -> nn.Module:
+        """The example's module, in float64 and eval mode; equal at each call with one seed.
+
+        Every parameter is moved a little, so that none is at zero, where much has no effect.
+        """
+        with quiet(seed):
+            module = self.example.make()
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"the factory makes {type(module).__name__}, not an nn.Module")
+            module = module.double().eval()
+            with torch.no_grad():
+                for parameter in trained(module).values():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return module
+
+    def inputs(self, time: int = TIME, batch: int = BATCH, seed: int = 1) -> Tensor:
+        """(time, batch, features)."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(time, batch, self.example.features, generator=generator, dtype=torch.float64)
+
+    def run(self, module: nn.Module, x: Tensor | PackedSequence) -> Any:
+        """What the module puts out over x, in time: laid out as x is."""
+        with quiet(0):
+            return self._call(module, x) if self.example.call is None else self.example.call(module, x)
+
+    def _call(self, module: nn.Module, x: Any) -> Any:
+        if not self.adapter.steps:
+            turned = getattr(module, "batch_first", False) and isinstance(x, Tensor) and x.dim() == 3
+            out = first(module(x.transpose(0, 1) if turned else x))
+            return out.transpose(0, 1) if turned else out
+        state = None if self.starts_without_state(module) else self.start(module, x.size(1))
+        outs = []
+        for step in x:
+            state = module(step) if state is None else module(step, state)
+            outs.append(first(state))
+        return torch.stack(outs)
+
+    def starts_without_state(self, module: nn.Module) -> bool:
+        """Whether the module can be called without a state."""
+        try:
+            inspect.signature(module.forward).bind(None)
+        except TypeError:
+            return False
+        return True
+
+    def start(self, module: nn.Module, batch: int) -> Any:
+        """The state that a sequence begins with."""
+        hold(self.example.state is not None, "the example does not say with which state to begin: give state=")
+        assert self.example.state is not None
+        return _doubled(self.example.state(module, batch))
+
+    # --- what the adapter says ---------------------------------------------------------------------------------------
+
+    def weights(self, module: nn.Module) -> list[Weight]:
+        """Every weight, as the adapter gives it."""
+        return list(self.adapter.weights(module))
+
+    def singles(self, module: nn.Module) -> list[Weight]:
+        """The weights that are no pairs."""
+        return [weight for weight in self.weights(module) if len(weight.parameters) == 1]
+
+    def outputs(self, module: nn.Module) -> list[Output]:
+        """Every output, as the adapter gives it."""
+        return list(self.adapter.outputs(module))
+
+    def put_out(self, module: nn.Module) -> Output | None:
+        """The output that is what the module puts out: called `output`, or the only one that is a sequence."""
+        outputs = self.outputs(module)
+        named = [output for output in outputs if output.role == "output"]
+        found = named or [output for output in outputs if output.sequence]
+        return found[0] if len(found) == 1 else None
+
+    # --- what regkit makes of it -------------------------------------------------------------------------------------
+
+    @cached_property
+    def registry(self) -> regkit.Registry:
+        """A registry with this adapter alone."""
+        return registry_of(self.adapter)
+
+    @contextmanager
+    def attached(self, model: nn.Module, *rules: dict[str, Any]) -> Iterator[regkit.Attachment]:
+        """Rules in force on a model, by this adapter."""
+        with regkit.attach(model, {"rules": list(rules)}, registry=self.registry) as attachment:
+            yield attachment
+
+    @cached_property
+    def numbered(self) -> regkit.Registry:
+        """A registry in which each weight that is no pair is a layer of its own, by its number."""
+        module = self.module()
+        return registry_of(numbered(self.adapter, module, self.singles(module)))
+
+    @cached_property
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        """The shape of each weight that is no pair, as kinds see it."""
+        module = self.module()
+        rules = [_marking(number, None, 1.0) for number in range(len(self.singles(module)))]
+        plan = regkit.resolve(module, {"rules": rules}, registry=self.numbered)
+        return [binding.weights[0].shape for binding in plan.bindings]
+
+    @cached_property
+    def blocks(self) -> Mapping[tuple[int, str | None], Parts]:
+        """What regkit acts on, for each weight that is no pair (by its number) and each of its gates (None: the whole).
+
+        Seen from what a rule on it adds to the gradients in a step, and so with all that lies between.
+        """
+        module = self.module()
+        weights = self.singles(module)
+        keys = [(number, gate) for number, weight in enumerate(weights) for gate in (None, *weight.gates)]
+        as_kept = all(weight.through is None for weight in weights)
+        at_once = _RULES_AT_ONCE if as_kept else 1  # what is kept has its own derivative, and no power of two
+        found: dict[tuple[int, str | None], Parts] = {}
+        for start in range(0, len(keys), at_once):
+            some = keys[start : start + at_once]
+            rules = [_marking(*key, 2.0**bit) for bit, key in enumerate(some)]
+            marks = _added(module, {"rules": rules}, self.numbered)
+            for bit, key in enumerate(some):
+                found[key] = {
+                    name: (mark.long() >> bit & 1).bool() if as_kept else mark != 0 for name, mark in marks.items()
+                }
+        return found
+
+    def activity(
+        self,
+        module: nn.Module,
+        kind: str,
+        x: Tensor | PackedSequence,
+        target: Mapping[str, Any],
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """What an activity penalty comes to over one run.  -> ()"""
+        with self.attached(module, {"target": dict(target), "penalty": f"{kind}(1)"}) as attachment:
+            with nullcontext() if lengths is None else attachment.lengths(lengths):
+                self.run(module, x)
+            return attachment.penalty().detach()
+
+
+def _marking(number: int, gate: str | None, strength: float) -> dict[str, Any]:
+    target = {"layer": number} if gate is None else {"layer": number, "gate": gate}
+    return {"name": f"{number} {gate}", "target": target, "penalty": {"kind": "mark", "strength": strength}}
+
+
+def _added(module: nn.Module, spec: dict[str, Any], registry: regkit.Registry) -> dict[str, Tensor]:
+    """What a step adds to gradients of zero."""
+    parameters = trained(module)
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    with regkit.attach(module, spec, registry=registry) as attachment, attachment.step():
+        pass
+    added = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    module.zero_grad()
+    return added
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module that are trained, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def quiet(seed: int) -> Iterator[None]:
+    """Inside, torch draws from a seed of ours and makes tensors in float64; outside, as if nothing had been."""
+    dtype = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would be heard on every device
+        torch.set_default_dtype(torch.float64)  # for states of zeros that a module makes for itself
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def surely(predicate: Callable[[Case], bool]) -> Callable[[Case], bool]:
+    """The same, but true where it cannot be told: then the law is tried, and says what is wrong."""
+
+    def applies(case: Case) -> bool:
+        try:
+            return predicate(case)
+        except Exception:  # a stranger's code runs in it: anything can come out
+            return True
+
+    return applies
+
+
+def first(result: Any) -> Any:
+    """What a call puts out, of what it returns: the first part, where there are several."""
+    while isinstance(result, (tuple, list)) and not isinstance(result, PackedSequence):
+        result = result[0]
+    return result
+
+
+def _doubled(state: Any) -> Any:
+    return state.double() if isinstance(state, Tensor) else tuple(_doubled(part) for part in state)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names, for a sentence."""
+    return ", ".join(names) or "none"

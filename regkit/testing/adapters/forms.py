@@ -1,0 +1,95 @@
+"""The law of the forms that an adapter names: what is at that place is what its segments are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regkit.activity import Pairs, Segment, of_output, of_step
+from regkit.adapters import Adapter, Form, OutputSite
+from regkit.testing.adapters.case import Case, surely
+from regkit.testing.adapters.outputs import watched
+from regkit.testing.laws import Laws, hold
+
+FORMS: Laws[Case] = Laws()
+
+
+def _sites(case: Case, module: nn.Module) -> Iterator[OutputSite]:
+    """Each output: whole, and every layer and direction of it alone."""
+    for output in case.outputs(module):
+        whole = OutputSite("", "", type(module).__name__, output.role, output.layers, output.directions)
+        yield whole
+        parts = [(layer, direction) for layer in output.layers for direction in output.directions]
+        for layer, direction in parts if len(parts) > 1 else ():
+            yield replace(whole, layers=(layer,), directions=(direction,))
+
+
+def _formed(case: Case, module: nn.Module) -> list[tuple[OutputSite, Form]]:
+    """The outputs that have a form, with that."""
+    found = ((site, case.adapter.form(module, site)) for site in _sites(case, module))
+    return [(site, form) for site, form in found if form is not None]
+
+
+def _has_forms(case: Case) -> bool:
+    return type(case.adapter).form is not Adapter.form and bool(_formed(case, case.module()))
+
+
+@FORMS.add(surely(_has_forms))
+def form_is_what_segments_make(case: Case) -> None:
+    """Outputs of a form are reduced many at a time, from what observe() keeps and without segments(): both must mean
+    one tensor, with the same neighbours in time. Name the role, `before` for a cell, the module's batch_first and its
+    directions; for final states, and where padding is known without lengths(), return None.
+    """
+    module = case.module()
+    formed = _formed(case, module)
+    _, calls = watched(case, module, case.inputs())
+    for site, form in formed:
+        hold(isinstance(form, Form), f"form() gives {form!r} for {site.role!r}, not a regkit.Form or None")
+        for step, seen in enumerate(calls):
+            _compare(case, module, site, form, seen.observed, step)
+
+
+def _compare(
+    case: Case, module: nn.Module, site: OutputSite, form: Form, observed: Mapping[str, Any], step: int
+) -> None:
+    what = f"of {site.role!r}, {' and '.join(site.directions)}"
+    for name in (form.role, form.before):
+        hold(name is None or name in observed, f"the form {what} names {name!r}, which observe() does not give")
+    h = observed[form.role]
+    rank = 3 if form.before is None else 2
+    fits = isinstance(h, Tensor) and h.dim() == rank
+    hold(fits, f"the form {what} names {form.role!r}, which is no tensor of {rank} dimensions")
+    meant, made = _meant(site, form, observed), case.adapter.segments(module, site, observed, None, step)
+    hold(len(made) == len(meant), f"segments() makes {len(made)} segments {what}, where the form means {len(meant)}")
+    for ours, theirs in zip(meant, made, strict=True):
+        (values, _), (others, valid) = ours.values(), theirs.values()
+        hold(valid is None, f"segments() leaves something out {what}, which has a form, without being told to")
+        hold(_same(values, others), f"the form {what} means {_shaped(values)}, and segments() makes {_shaped(others)}")
+        same = _same_pairs(ours.pairs(), theirs.pairs())
+        hold(same, f"the form {what} has other neighbours at call {step} than segments() gives")
+
+
+def _meant(site: OutputSite, form: Form, observed: Mapping[str, Any]) -> list[Segment]:
+    """The segments that a form means."""
+    h = observed[form.role]
+    if form.before is not None:
+        return [of_step(h, observed[form.before], None, 0)]
+    return of_output(h, batch_first=form.batch_first, directions=form.directions, wanted=site.directions, valid=None)
+
+
+def _same(ours: Tensor, others: Tensor) -> bool:
+    return ours.shape == others.shape and torch.equal(ours, others)
+
+
+def _same_pairs(ours: Pairs | None, others: Pairs | None) -> bool:
+    if ours is None or others is None:
+        return ours is others
+    return all(map(_same, ours[:2], others[:2])) and others[2] is None
+
+
+def _shaped(h: Tensor) -> str:
+    return f"{tuple(h.shape)} of norm {float(h.detach().norm()):.6g}"

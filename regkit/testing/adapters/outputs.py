@@ -1,0 +1,280 @@
+"""Laws of outputs: what is observed of a call, and that activity penalties are of just that, in every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from regkit.adapters import Adapter, Output
+from regkit.testing.adapters.case import TIME, Case, listed, surely
+from regkit.testing.adapters.equations import has_equations, walk
+from regkit.testing.laws import Laws, hold
+
+OUTPUTS: Laws[Case] = Laws()
+
+LENGTHS: Final = (TIME, TIME - 2, TIME - 3)
+"""Of the sequences in a padded or packed batch."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of a module: what it was given, what it returned, and what the adapter observed of it."""
+
+    given: tuple[Any, ...]
+    result: Any
+    observed: Mapping[str, Any]
+
+
+def watched(case: Case, module: nn.Module, x: Tensor | PackedSequence) -> tuple[Any, list[Seen]]:
+    """What the module puts out over x, and its calls."""
+    calls: list[Seen] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        calls.append(Seen((args, kwargs), result, case.adapter.observe(module, args, kwargs, result)))
+
+    handle = module.register_forward_hook(see, with_kwargs=True)
+    try:
+        return case.run(module, x), calls
+    finally:
+        handle.remove()
+
+
+def tensors(parts: Any) -> Iterator[Tensor]:
+    """Every tensor in what a call was given or returned."""
+    if isinstance(parts, Tensor):
+        yield parts
+    elif isinstance(parts, PackedSequence):
+        yield parts.data
+    elif isinstance(parts, Mapping):
+        yield from tensors(tuple(parts.values()))
+    elif isinstance(parts, (tuple, list)):
+        for part in parts:
+            yield from tensors(part)
+
+
+# --- what is observed ------------------------------------------------------------------------------------------------
+
+
+@OUTPUTS.add()
+def observe_gives_every_output(case: Case) -> None:
+    """What outputs() promises, observe() must bring, with its gradient: a penalty on a detached tensor trains nothing,
+    and no one would be told.
+    """
+    module = case.module()
+    _, calls = watched(case, module, case.inputs())
+    hold(calls, "the module was not called: call it, not its forward(), which runs no hooks")
+    for seen in calls:
+        for output in case.outputs(module):
+            hold(output.role in seen.observed, f"observe() gives {listed(seen.observed)}, and no {output.role!r}")
+            parts = list(tensors(seen.observed[output.role]))
+            one = seen.observed[output.role]
+            hold(len(parts) == 1, f"observe() gives {type(one).__name__} for {output.role!r}, not a tensor")
+            hold(parts[0].requires_grad, f"observe() gives {output.role!r} without its gradient: was it detached?")
+
+
+@OUTPUTS.add()
+def observe_computes_nothing(case: Case) -> None:
+    """observe() runs within the forward pass, also in evaluation, under checkpoints and compiled. Pick parts of what
+    was given and returned, or views of them; compute in segments().
+    """
+    module = case.module()
+    _, calls = watched(case, module, case.inputs())
+    for seen in calls:
+        there = {part.untyped_storage().data_ptr() for part in tensors((*seen.given, seen.result))}
+        for name, one in seen.observed.items():
+            made = [part for part in tensors(one) if part.untyped_storage().data_ptr() not in there]
+            hold(not made, f"observe() gives for {name!r} a new tensor, which is no part of what the call returned")
+
+
+def puts_out(case: Case) -> bool:
+    """Whether the adapter has what the module puts out."""
+    return case.put_out(case.module()) is not None
+
+
+def put_out(case: Case, module: nn.Module) -> Output:
+    """The output that is what the module puts out."""
+    found = case.put_out(module)
+    assert found is not None
+    return found
+
+
+@OUTPUTS.add(surely(puts_out))
+def output_is_what_the_module_puts_out(case: Case) -> None:
+    """The output is what the next layer gets; another state beside it has a role of its own, as `cell`."""
+    module = case.module()
+    role = put_out(case, module).role
+    out, calls = watched(case, module, case.inputs())
+    observed = [seen.observed[role] for seen in calls]
+    whole = torch.stack(observed) if case.adapter.steps else observed[-1]
+    layouts = [whole, whole.transpose(0, 1)] if getattr(module, "batch_first", False) else [whole]
+    same = any(one.shape == out.shape and torch.equal(one, out) for one in layouts)
+    hold(same, f"observe() gives for {role!r} something else than the module puts out")
+
+
+def _steps(case: Case) -> bool:
+    return case.adapter.steps
+
+
+@OUTPUTS.add(surely(_steps))
+def starts_only_at_the_beginning(case: Case) -> None:
+    """starts() tells one sequence from the next where a cell runs twice within lengths(). It may be true of a first
+    call alone, and where it is told by the missing state it must be.
+    """
+    module = case.module()
+    _, calls = watched(case, module, case.inputs())
+    claims = type(case.adapter).starts is not Adapter.starts
+    for at, seen in enumerate(calls):
+        said = bool(case.adapter.starts(seen.observed))
+        hold(not said or at == 0, f"starts() is true at call {at} of one sequence, counted from 0")
+        missed = claims and at == 0 and not said and case.starts_without_state(module)
+        hold(not missed, "starts() is false at a first call, which was given no state")
+
+
+# --- penalties on it -------------------------------------------------------------------------------------------------
+
+
+def by_hand(kind: str, sequences: Sequence[Tensor], directions: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """What an activity penalty comes to.  sequences: (time, directions · features) each, without padding -> ()."""
+    parts = [torch.zeros(0, dtype=torch.float64)]
+    for sequence in sequences:
+        for direction, h in zip(directions, sequence.chunk(len(directions), -1), strict=True):
+            if direction not in wanted:
+                continue
+            later, before = (h[:-1], h[1:]) if direction == "backward" else (h[1:], h[:-1])
+            parts.append(h.square().flatten() if kind == "mean_square" else (later - before / 2).square().flatten())
+    return torch.cat(parts).mean()
+
+
+_WHAT: Final = {"mean_square": "the mean of h²", "neighbours": "the mean of (h_t − ½ h_{t−1})²"}
+
+
+def kinds(output: Output) -> list[str]:
+    """The activity penalties that an output can have: where it is no sequence, it has no neighbours to compare."""
+    return list(_WHAT) if output.sequence else ["mean_square"]
+
+
+def _agree(case: Case, x: Tensor | PackedSequence, out: Sequence[Tensor], lengths: Sequence[int] | None = None) -> None:
+    """Hold the penalties over x, in all its directions and in each, to what they are by hand."""
+    module = case.module()
+    output = put_out(case, module)
+    choices = [output.directions, *((one,) for one in output.directions if len(output.directions) > 1)]
+    for wanted in choices:
+        for kind in kinds(output):
+            target = {"role": output.role, "direction": list(wanted)}
+            value = float(case.activity(module, kind, x, target, lengths))
+            expected = float(by_hand(kind, out, output.directions, wanted))
+            hold(
+                abs(value - expected) <= 1e-9 * max(1.0, abs(expected)),
+                f"{_WHAT[kind]} of {output.role!r}, {' and '.join(wanted)}, is {expected:.6g} by hand, and {value:.6g} "
+                "over its segments",
+            )
+
+
+@OUTPUTS.add(surely(puts_out))
+def segments_are_of_the_whole_output(case: Case) -> None:
+    """Activity penalties are means over all that was put out, and over all neighbours in time. Lay out the segments as
+    (time, batch, features), for each direction that the site wants: `of_output` and `of_step` do it.
+    """
+    x = case.inputs()
+    _agree(case, x, list(case.run(case.module(), x).detach().unbind(1)))
+
+
+@OUTPUTS.add(surely(puts_out))
+def segments_leave_out_padding(case: Case) -> None:
+    """Within lengths(), what lies behind the end of a sequence counts for nothing. Hand `valid` and `step` on to
+    `of_output` or `of_step`.
+    """
+    x = case.inputs()
+    sequences = case.run(case.module(), x).detach().unbind(1)
+    data = [one[:length] for one, length in zip(sequences, LENGTHS, strict=True)]
+    _agree(case, x, data, LENGTHS)
+
+
+def takes_unbatched(case: Case) -> bool:
+    """Whether the module takes (time, features), and makes of it what it makes of a batch of one."""
+    if not puts_out(case) or not (case.starts_without_state(case.module()) or case.example.call):
+        return False
+    module, x = case.module(), case.inputs(batch=1)
+    with torch.no_grad():
+        batched = case.run(module, x)[:, 0]
+        try:
+            out = case.run(module, x[:, 0])
+        except Exception:  # a module says in its own way that it takes no such thing
+            return False
+    return isinstance(out, Tensor) and out.shape == batched.shape and torch.allclose(out, batched, atol=1e-9)
+
+
+@OUTPUTS.add(surely(takes_unbatched))
+def segments_of_unbatched_input_are_right(case: Case) -> None:
+    """(time, features) is one sequence, not a batch of short ones, whatever batch_first says: `of_output` knows."""
+    x = case.inputs(batch=1)[:, 0]
+    _agree(case, x, [case.run(case.module(), x).detach()])
+
+
+def takes_packed(case: Case) -> bool:
+    """Whether the module takes packed sequences, and makes of each what it makes of it alone."""
+    if not puts_out(case) or case.adapter.steps:
+        return False
+    module, x = case.module(), case.inputs()
+    with torch.no_grad():
+        alone = [case.run(module, x[:length, [at]])[:, 0] for at, length in enumerate(LENGTHS)]
+        try:
+            out = case.run(module, pack_padded_sequence(x, torch.tensor(LENGTHS)))
+        except Exception:  # as above
+            return False
+    if not isinstance(out, PackedSequence):
+        return False
+    padded, _ = pad_packed_sequence(out)
+    found = [padded[:length, at] for at, length in enumerate(LENGTHS)]
+    return all(torch.allclose(one, other, atol=1e-9) for one, other in zip(alone, found, strict=True))
+
+
+@OUTPUTS.add(surely(takes_packed))
+def segments_of_packed_sequences_are_right(case: Case) -> None:
+    """A packed sequence knows its own lengths, and its rows are of all sequences in turn. `of_output` takes it as it
+    is.
+    """
+    x = case.inputs()
+    module = case.module()
+    alone = [case.run(module, x[:length, [at]])[:, 0].detach() for at, length in enumerate(LENGTHS)]
+    _agree(case, pack_padded_sequence(x, torch.tensor(LENGTHS)), alone)
+
+
+def _has_states(case: Case) -> bool:
+    outputs = case.outputs(case.module())
+    return has_equations(case) and any(output.role in ("state", "cell") for output in outputs)
+
+
+@OUTPUTS.add(surely(_has_states))
+def states_are_those_of_the_equations(case: Case) -> None:
+    """`state` is the last h of every layer and direction, `cell` the last c (of a cell, each c). Give the segments of
+    the layers and directions that the site wants, and no others.
+    """
+    module, x = case.module(), case.inputs()
+    with torch.no_grad():
+        states = walk(case, module, x).states
+    for output in case.outputs(module):
+        if output.role not in ("state", "cell"):
+            continue
+        everything = []
+        for layer in output.layers:
+            for direction in output.directions:
+                target = {"role": output.role, "layer": layer, "direction": direction}
+                value = float(case.activity(module, "mean_square", x, target))
+                parts = [list(tensors(h)) for h in states[layer, direction]]
+                h = torch.stack([one[0 if output.role == "state" else -1] for one in parts])
+                last = h if output.sequence else h[0 if direction == "backward" else -1]
+                everything.append(last.flatten())
+                hold(
+                    abs(value - float(last.square().mean())) < 1e-9,
+                    f"the mean square of {output.role!r}, layer {layer}, {direction}, is {last.square().mean():.6g} by "
+                    f"the equations, and {value:.6g} over its segments",
+                )
+        whole = float(case.activity(module, "mean_square", x, {"role": output.role}))
+        mean = float(torch.cat(everything).square().mean())
+        hold(abs(whole - mean) < 1e-9, f"{output.role!r} as a whole is not the mean over its layers and directions")

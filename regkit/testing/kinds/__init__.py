@@ -1,0 +1,1 @@
+"""Laws of penalties, constraints and schedules."""

@@ -1,0 +1,1 @@
+"""Small tensors, weights and outputs to try kinds on."""

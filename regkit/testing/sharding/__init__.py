@@ -1,0 +1,1 @@
+"""Laws of kinds that see a part of a weight: by elements, by rows, by sums."""

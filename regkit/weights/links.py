@@ -1,0 +1,51 @@
+"""What is followed of a living model: links between its modules, and its parameters as they are at each reading."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+
+class Link:
+    """That a parent has a module under a name: to see whether it still has."""
+
+    def __init__(self, parent: nn.Module, leaf: str, path: str) -> None:
+        self.name = path
+        self._parent, self._leaf = weakref.ref(parent), leaf
+        self._module = weakref.ref(parent.get_submodule(leaf))
+
+    def intact(self) -> bool:
+        """Whether the module is where it was."""
+        parent, module = self._parent(), self._module()
+        return parent is not None and module is not None and parent._modules.get(self._leaf) is module
+
+
+def links(model: nn.Module, paths: Iterable[str]) -> list[Link]:
+    """Every link from the model down to the modules at these paths, each once."""
+    found: dict[str, Link] = {}
+    for path in paths:
+        parent, above = model, ""
+        for leaf in path.split(".") if path else ():
+            here = f"{above}.{leaf}".lstrip(".")
+            if here not in found:
+                found[here] = Link(parent, leaf, here)
+            parent, above = parent.get_submodule(leaf), here
+    return list(found.values())
+
+
+class Parameters:
+    """The parameters of a module and all in it, as they are at each reading, without a walk by name.
+
+    Which modules there are is taken once; each is held weakly.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = [weakref.ref(one) for one in module.modules() if one._parameters]
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        for reference in self._modules:
+            module = reference()
+            if module is not None:
+                yield from (p for p in module._parameters.values() if p is not None)

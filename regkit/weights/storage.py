@@ -1,0 +1,233 @@
+"""How a weight's numbers are kept: in a parameter, in shards of one, under a mask; behind a parametrization elsewhere.
+
+What a module calls `weight_hh_l0` need not be a parameter. A `Storage` reads the weight that acts, and brings
+gradients and new values to the parameters behind it, its leaves, which are what an optimizer owns.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from regkit.errors import AttachError
+from regkit.runtime.sharding import share, whole
+
+Followed = Sequence["weakref.ref[nn.Module]"]
+
+View = Callable[[Tensor], Tensor]
+"""From a whole weight to a view of the part that a rule is about."""
+
+
+class Storage(ABC):
+    """Where one weight is kept."""
+
+    __slots__ = ()
+
+    leaves: tuple[nn.Parameter, ...]
+    """The parameters behind the weight."""
+
+    limited: ClassVar[bool] = True
+    """Whether there may be points that it cannot be brought to."""
+
+    constants: Sequence[Tensor] = ()
+    """The tensors that it takes for untrained."""
+
+    remembers: ClassVar[bool] = False
+    """Whether it may remember what it read."""
+
+    computed: ClassVar[bool] = False
+    """Whether other parameters than its leaves may have a part in what it reads."""
+
+    follows: Followed = ()
+    """The modules, beside the one that has the weight, whose parameters, buffers and children make it this storage."""
+
+    steady: bool = True
+    """Whether it is this storage for as long as these modules and its own have what they had."""
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """The ids of all that it is made of: equal for one weight under several names, and only there."""
+        return tuple(map(id, self.leaves))
+
+    def forget(self) -> None:  # noqa: B027  # most remember nothing
+        """Read anew the next time."""
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """The weight that acts, whole, as it is in evaluation: no dropout, no power iteration. Autograd may follow."""
+
+    def outline(self) -> Tensor:
+        """A tensor of the whole weight's shape and dtype, for which no processes need to communicate."""
+        return self.read()
+
+    def held(self) -> Tensor:
+        """A tensor with a number that is not finite where the weight has one: a sharded one if that can be."""
+        return self.read()
+
+    @abstractmethod
+    def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
+        """Add amount · ∂(weight)ᵀ gradient to the gradient of each given leaf. gradient: of the viewed part."""
+
+    @abstractmethod
+    def write(self, view: View, point: Tensor) -> None:
+        """Make the viewed part equal to a point. Raises AttachError, and changes nothing, where that cannot be."""
+
+    def free(self, view: View) -> Tensor | None:
+        """Which numbers of the viewed part can be changed; None if all can."""
+        return None
+
+    def prove(self, view: View, points: Sequence[Tensor]) -> None:
+        """Raise AttachError where `write` cannot make the viewed part equal to points like these."""
+        return
+
+
+class Plain(Storage):
+    """A parameter."""
+
+    __slots__ = ("follows", "leaves")
+
+    limited: ClassVar[bool] = False
+
+    def __init__(self, parameter: nn.Parameter, follows: Iterable[nn.Module] = ()) -> None:
+        self.leaves, self.follows = (parameter,), weakly(follows)
+
+    def read(self) -> Tensor:
+        return self.leaves[0]
+
+    def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
+        for parameter, amount in amounts:
+            view(grad_of(parameter)).add_(gradient, alpha=amount)
+
+    def write(self, view: View, point: Tensor) -> None:
+        view(self.leaves[0]).copy_(point)
+
+
+class Whole(Storage):
+    """A storage in which a view of the whole weight would be a view of a temporary."""
+
+    def _placed(self, view: View, part: Tensor) -> Tensor:
+        """The part where it belongs in a weight of zeros."""
+        placed = torch.zeros(self.outline().shape, dtype=part.dtype, device=part.device)
+        view(placed).copy_(part)
+        return placed
+
+    def _changed(self, view: View, point: Tensor) -> Tensor:
+        """The weight with its viewed part changed."""
+        changed = self.read().clone()
+        view(changed).copy_(point)
+        return changed
+
+
+class Sharded(Whole):
+    """A parameter of which each process holds a part (a DTensor). It is read whole: every norm is of whole rows."""
+
+    remembers: ClassVar[bool] = True
+
+    def __init__(self, parameter: nn.Parameter, follows: Iterable[nn.Module] = ()) -> None:
+        self.leaves, self.follows = (parameter,), weakly(follows)
+        self._parameter = parameter
+        self._gathered: Tensor | None = None
+
+    def read(self) -> Tensor:
+        if torch.is_grad_enabled():
+            return whole(self._parameter)
+        if self._gathered is None:
+            self._gathered = whole(self._parameter)
+        return self._gathered
+
+    def forget(self) -> None:
+        self._gathered = None
+
+    def outline(self) -> Tensor:
+        return self._parameter
+
+    held = outline
+
+    def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
+        placed = self._placed(view, gradient)
+        for parameter, amount in amounts:
+            grad = grad_of(parameter)
+            grad.add_(share(placed, grad).to(grad.dtype), alpha=amount)
+
+    def write(self, view: View, point: Tensor) -> None:
+        changed = self._changed(view, point)
+        self._parameter.copy_(share(changed, self._parameter))
+        self._gathered = changed
+
+
+class Masked(Storage):
+    """A weight that acts as under · mask, a mask of 0 and 1: pruned (torch.nn.utils.prune), or wired by its module.
+
+    Where the mask is 0, what is under it is never changed. way: the modules down to the one that the mask is registered
+    with; None where it is an attribute like any other, which cannot be followed.
+    """
+
+    def __init__(
+        self, under: Storage, mask: Tensor, name: str, way: Iterable[nn.Module] | None, how: str = "pruned"
+    ) -> None:
+        self.leaves, self.follows = under.leaves, (*under.follows, *weakly(way or ()))
+        self.steady, self.constants = under.steady and way is not None, (mask,)
+        self._under, self._mask, self._name, self._how = under, mask, name, how
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        return (*self._under.identity, id(self._mask))
+
+    def read(self) -> Tensor:
+        weight = self._under.read()
+        return weight * whole(self._mask).to(weight.dtype)
+
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]  # as what is under it
+        return self._under.remembers
+
+    @property
+    def computed(self) -> bool:  # type: ignore[override]  # and this
+        return self._under.computed
+
+    def forget(self) -> None:
+        self._under.forget()
+
+    def outline(self) -> Tensor:
+        return self._under.outline()
+
+    def held(self) -> Tensor:
+        return self._under.held()  # of NaN · 0, too, NaN comes
+
+    def _acts(self, view: View) -> Tensor:
+        return view(whole(self._mask).bool())
+
+    def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
+        self._under.add(view, torch.where(self._acts(view), gradient, 0.0), amounts)
+
+    def free(self, view: View) -> Tensor:
+        return self._acts(view)
+
+    def _filled(self, view: View, point: Tensor) -> Tensor:
+        """The point, and where the mask is 0 what is under it."""
+        return torch.where(self._acts(view), point, view(self._under.read()))
+
+    def write(self, view: View, point: Tensor) -> None:
+        self._under.write(view, self._filled(view, point))
+
+    def prove(self, view: View, points: Sequence[Tensor]) -> None:
+        out = ~self._acts(view)
+        if any(bool((out & (point != 0)).any()) for point in points):
+            raise AttachError(f"{self._name} is {self._how}, and would not be zero any more where it is")
+        self._under.prove(view, [self._filled(view, point) for point in points])
+
+
+def weakly(modules: Iterable[nn.Module]) -> Followed:
+    """References that keep no module alive."""
+    return tuple(map(weakref.ref, modules))
+
+
+def grad_of(parameter: nn.Parameter) -> Tensor:
+    """The gradient of a leaf that a step trains."""
+    assert parameter.grad is not None  # or it would not be trained
+    return parameter.grad
