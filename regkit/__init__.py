@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from regkit.activity.activity import Activity, Segment
+    from regkit.activity import Activity, Segment
     from regkit.activity.padding import Validity
     from regkit.adapters import Adapter, Example, Form, Output, OutputSite, Site, Weight, WeightSite
     from regkit.attachment.attaching import attach, attachments

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from regkit import _pickled
-from regkit.activity.activity import Segment
+from regkit.activity import Segment
 from regkit.activity.padding import Validity
 
 WEIGHT_ROLES = ("kernel", "recurrent", "bias", "projection")

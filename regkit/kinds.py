@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
 from regkit import _pickled
-from regkit.activity.activity import Activity, Reduction, at_least_float32
+from regkit.activity import Activity, Reduction, at_least_float32
 from regkit.errors import PluginError, StepError
 from regkit.fields import NonNegative
 

@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 
 import regkit
 from regkit import Penalty, buckets
-from regkit.rules.trials import own_forms
 from regkit.testing.samples.compiling import compiles
+from regkit.weights.batch import own_forms
 
 ADDING = [case for case in PENS if "add_gradients" in own_forms(case.kind)]
 SUMMING = [case for case in PENS if "values" in own_forms(case.kind)]

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 
 import regkit
 from regkit import Constraint, Penalty
-from regkit.rules.trials import own_forms
+from regkit.weights.batch import own_forms
 
 
 @pytest.fixture

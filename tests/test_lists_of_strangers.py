@@ -118,7 +118,7 @@ def test_blocks_that_have_numbers_in_common_are_never_together():
 
     def sizes(*sites: regkit.WeightSite) -> list[int]:
         blocks = [Block(site, model, None, "matrix") for site in sites]
-        placed = Placed.of([(block, block.storages()) for block in blocks], Noted(strength=1), together=True)
+        placed = Placed.of([(block, block.storages()) for block in blocks], regkit.Registry().kind("l2")(strength=1))
         return [len(batch.blocks) for batch in placed.batches]
 
     assert sizes(forget, cell) == [2]

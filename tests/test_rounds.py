@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 import regkit
-from regkit.runtime.step_count import StepCount
+from regkit.runtime.step import StepCount
 
 COUNTING = {"kind": "linear", "start": 0.0, "end": 1000.0, "steps": 1000}
 """A schedule of which the factor is the number of the step."""

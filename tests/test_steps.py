@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import regkit
-from regkit.runtime.step_count import StepCount
+from regkit.runtime.step import StepCount
 
 L2 = {"rules": [{"penalty": {"kind": "l2", "strength": 0.5}}]}  # its gradient is the weight itself
 RECURRENT = {"rules": [{"target": {"role": "recurrent"}, "penalty": {"kind": "l2", "strength": 0.5}}]}

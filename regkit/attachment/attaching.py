@@ -79,7 +79,7 @@ def _in_force(model: nn.Module, plan: Plan, only: list[Optimizer] | None, loss_s
     reshard(model)
     attachment = Attachment(model, plan, only, loss_scale)
     _refuse_twice(attachment)
-    attachment._prove()
+    attachment._try()
     if only is not None:
         _refuse_idle(attachment._rules, only)
     attachment._install(model)

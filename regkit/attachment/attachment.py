@@ -21,12 +21,14 @@ from regkit.attachment import reports, state
 from regkit.attachment.copies import Companion
 from regkit.attachment.orphans import Orphans
 from regkit.engine.engine import Engine
-from regkit.engine.tracker import ByHand, Steps
+from regkit.engine.manual_step import ByHand
+from regkit.engine.tracker import Steps
 from regkit.errors import RegkitError
 from regkit.plan.plan import Plan
 from regkit.recording.injector import Scale
 from regkit.recording.tickets import Ticket
 from regkit.rules.rule_set import named, rules_of
+from regkit.rules.trials import try_kinds
 from regkit.runtime import optimizer_hooks
 from regkit.runtime.modes import eager, uncast
 from regkit.runtime.sharding import reshard
@@ -60,9 +62,9 @@ class Attachment:
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _prove(self) -> None:
-        self._engine.prove()
-        self._rules.prove()
+    def _try(self) -> None:
+        self._engine.check_weights()
+        try_kinds(self._rules)
         self._rules.snapshots.release()  # until the first step: parameters may be sharded or replaced before it
 
     def _install(self, model: nn.Module) -> None:

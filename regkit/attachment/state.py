@@ -14,7 +14,7 @@ from torch import nn
 from regkit.errors import listing
 from regkit.plan.modules import named_modules
 from regkit.rules.rule_set import Rules
-from regkit.runtime.step_count import StepCount
+from regkit.runtime.step import StepCount
 
 _VERSION: Final = 2
 

@@ -70,10 +70,10 @@ class Engine:
         owned = self._expected[1]
         return {key for key, parameter in here.parameters.items() if key in owned and parameter.requires_grad}
 
-    def prove(self) -> None:
+    def check_weights(self) -> None:
         """Raise AttachError where a weight is not finite, or where FSDP1 has flattened one that a rule needs."""
         self._refuse_flattened()
-        self._health.prove()
+        self._health.check_finite()
 
     def _refuse_flattened(self) -> None:
         # What trains such a module could not be told any more. Rules on weights refuse as they look for them.

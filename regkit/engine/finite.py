@@ -24,7 +24,7 @@ class Health:
         self._snapshots = snapshots
         self._looked = -1
 
-    def prove(self) -> None:
+    def check_finite(self) -> None:
         """Raise AttachError where a weight is not finite."""
         if names := self._sick():
             raise AttachError(f"NaN or infinite numbers in {names}: initialize or load weights before regkit.attach()")

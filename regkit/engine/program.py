@@ -16,7 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regkit.recording.recorder import Recorder
-from regkit.rules.penalty_rule import ConstraintRule, PenaltyRule
+from regkit.rules.constraint_rule import ConstraintRule
+from regkit.rules.penalty_rule import PenaltyRule
 from regkit.rules.rule_set import Rules
 from regkit.rules.weight_rule import Work
 from regkit.runtime.step import Owned, Step

@@ -25,8 +25,7 @@ from regkit.engine.program import ActiveStep, Program
 from regkit.errors import AttachError, StepError
 from regkit.runtime.modes import uncompiled
 from regkit.runtime.sharding import distributed, reshard, sharded
-from regkit.runtime.step import Owned
-from regkit.runtime.step_count import StepCount
+from regkit.runtime.step import Owned, StepCount
 
 
 class _Thread(threading.local):
@@ -211,25 +210,6 @@ class Steps:
                 self._engine.after(step)
             finally:
                 self.count.advance(step.owned.ids)
-
-
-@dataclass(eq=False)
-class ByHand:
-    """The context of an update that no torch optimizer makes: what is before and after a step is done around it.
-
-    lr: what proximal and decoupled rules multiply by.
-    """
-
-    hooks: Steps
-    lr: float | Tensor | None
-    step: ActiveStep | None = None
-
-    def __enter__(self) -> None:
-        self.step = self.hooks.begin_by_hand(self.lr)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        assert self.step is not None
-        self.hooks.end_by_hand(self.step, failed=kind is not None)
 
 
 def _key(frame: FrameType) -> tuple[int, CodeType]:

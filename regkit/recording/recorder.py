@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from regkit import _pickled
-from regkit.activity.activity import Segment
+from regkit.activity import Segment
 from regkit.activity.padding import Validity
 from regkit.adapters import Adapter, Form, OutputSite
 from regkit.errors import RegkitError, StepError

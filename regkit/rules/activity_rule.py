@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from regkit.activity.activity import Activity, Sequenced, Stepped
+from regkit.activity import Activity
 from regkit.adapters import Form, OutputSite
-from regkit.errors import PluginError, StepError
+from regkit.errors import StepError
 from regkit.kinds import ActivityPenalty
 from regkit.plan.binding import Binding
 from regkit.recording.recorder import Recorder
-from regkit.rules.closed_form import Recorded, Source, Term, Told, evaluate, only_backward
+from regkit.rules.closed_form import Recorded, Source, Told, evaluate, only_backward
 from regkit.rules.dense import Entry, gather
 
 
@@ -56,25 +55,6 @@ class ActivityRule:
     def last(self) -> Tensor | None:
         """The rule's part of the last loss, None where there was none yet.  -> ()."""
         return _sum([value * amount for taken in self.taken.values() for value, amount in taken])
-
-    @torch.enable_grad()
-    def prove(self) -> None:
-        """Raise PluginError where the gradient that the kind adds is not that of its value, for a few small outputs."""
-        kind = self.penalty
-        if not kind.offers_gradients:
-            return
-        leaf = torch.linspace(-1, 9, 36, dtype=torch.float64).cos().view(3, 2, 6).detach().requires_grad_()
-        valid = torch.tensor([[1, 1], [1, 1], [1, 0]], dtype=torch.bool).unsqueeze(-1)
-        activity = Activity((Sequenced(leaf, valid), Sequenced(leaf, backward=True), Stepped(leaf[1], leaf[0])))
-        source = Recorded(activity)
-        source.terms.append(Term(kind, 0.3, 0, self))
-        (closed,) = torch.autograd.grad(evaluate([source], _raise, []), leaf)
-        (wanted,) = torch.autograd.grad(kind.value(activity) * 0.3, leaf)
-        if not torch.allclose(closed, wanted, 1e-6, 1e-6, equal_nan=True):
-            raise PluginError(
-                f"rule {self.binding.key!r}: add_gradients of {type(kind).__module__}.{type(kind).__qualname__} does "
-                "not add the gradient of its value"
-            )
 
     def value(self, index: int) -> Tensor | None:
         """strength · factor · value of what is in store, None where nothing is.  -> ()."""
@@ -193,10 +173,6 @@ class Intake:
                 self._told(where, error)
             sums.append(value * amount)
             values.append((number, value.detach(), amount))
-
-
-def _raise(_: object, error: Exception) -> None:
-    raise error
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from regkit.activity.activity import Activity, Segment
+from regkit.activity import Activity, Segment
 from regkit.kinds import ActivityPenalty
 from regkit.runtime.modes import eager
 

@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from regkit.activity.activity import Activity, Reduction, Sequenced
-from regkit.activity.reduction import ROOM, Total
+from regkit.activity import Activity, Sequenced
+from regkit.activity.reduction import ROOM, Reduction, Total
 from regkit.adapters import Form, OutputSite
 from regkit.errors import PluginError
 from regkit.kinds import ActivityPenalty

@@ -5,18 +5,16 @@ Nothing here is decided: a rule's kind, its sites and its factor come from the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
-from regkit.errors import PluginError, StepError, listing
-from regkit.kinds import Constraint, Penalty
+from regkit.errors import StepError
+from regkit.kinds import Penalty
 from regkit.recording.tickets import Ledger
-from regkit.rules.trials import compare_constraint, compare_penalty, samples
 from regkit.rules.weight_rule import WeightRule, Work
 from regkit.runtime.step import Step
 from regkit.weights.batch import Batch, Shards
@@ -38,29 +36,6 @@ class PenaltyRule(WeightRule):
 
     addends: tuple[Penalty, ...] = ()
     ledger: Ledger = field(default_factory=Ledger)
-
-    def prove(self) -> None:
-        for w in self._samples():
-            self._expect("value", self.penalty.value(w), ())
-            self._expect("gradient", self.penalty.gradient(w), tuple(w.shape))
-            if self.binding.via == "proximal":
-                self._expect("prox", self.penalty.prox(w, 0.1), tuple(w.shape))
-            if self.addends:
-                self._prove_sum(w)
-                self._prove_sum(w * torch.linspace(-3, 3, w.numel()).view(w.shape).to(w))
-        for batch in self._at(self.placed(self.snapshots.now()).batches):
-            self._agree(compare_penalty(self.penalty, samples(batch), self.binding.via == "loss"))
-        if self.binding.via in ("proximal", "decoupled"):
-            self._prove_writable(lambda w: [w * 0.5])
-
-    def _prove_sum(self, w: Tensor) -> None:
-        wanted = sum((one.strength * one.gradient(w) for one in self.addends), start=torch.zeros(()))
-        ours, near = self.penalty.strength * self.penalty.gradient(w), 1e-4 * float(wanted.abs().amax())
-        if not torch.allclose(ours, wanted.to(ours), 0, near):
-            raise PluginError(
-                f"rule {self.binding.key!r}: {self.penalty.describe()}, which `plus` gives for the sum of "
-                f"{listing(one.describe() for one in self.addends)}, has another gradient"
-            )
 
     @cached_property
     def penalty(self) -> Penalty:
@@ -89,9 +64,9 @@ class PenaltyRule(WeightRule):
         return None if total is None else total * amount
 
     def _values(self, work: Work) -> Iterator[Tensor]:
-        for batch in self._at(batch for batch, _, _ in work.batches):
+        for batch in self.at_work(batch for batch, _, _ in work.batches):
             yield batch.value(self.penalty)
-        for block, storages, _ in self._at(work.lone):
+        for block, storages, _ in self.at_work(work.lone):
             yield self.penalty.value(block.weight(storages))
 
     def check(self, work: Work, step: Step) -> None:
@@ -161,10 +136,10 @@ class PenaltyRule(WeightRule):
         amount = self.amount(step.index)
         if not amount:
             return
-        for batch in self._at(batch for batch, _, _ in work.batches):
+        for batch in self.at_work(batch for batch, _, _ in work.batches):
             for parameter, w in batch.each():
                 w.copy_(w - self.penalty.gradient(w) * (_lr(step, parameter) * amount))
-        for block, storages, mine in self._at(work.lone):
+        for block, storages, mine in self.at_work(work.lone):
             gradient = self.penalty.gradient(block.weight(storages))
             for storage in mine:
                 lr = _lr(step, _leaves(step, [storage])[0])
@@ -179,10 +154,10 @@ class PenaltyRule(WeightRule):
         amount = self.amount(step.index)
         if not amount:
             return
-        for batch in self._at(batch for batch, _, _ in work.batches):
+        for batch in self.at_work(batch for batch, _, _ in work.batches):
             for parameter, w in batch.each():
                 w.copy_(self.penalty.prox(w, _lr(step, parameter) * amount))
-        for block, storages, mine in self._at(work.lone):
+        for block, storages, mine in self.at_work(work.lone):
             shares = block.shares(mine) if len(storages) > 1 else 1
             size = _lr(step, _leaves(step, mine)[0]) * amount * shares
             block.move(storages, mine, self.penalty.prox(block.weight(storages), size))
@@ -199,80 +174,3 @@ def _signed(step: Step, storage: Storage, amount: float) -> Iterator[tuple[nn.Pa
         if id(leaf) in step.trained:
             # An optimizer that maximizes turns the gradient around; the penalty is made small all the same.
             yield leaf, -amount if step.groups[id(leaf)].get("maximize") else amount
-
-
-@dataclass(eq=False)
-class ConstraintRule(WeightRule):
-    """A constraint on weights. due: the blocks that wait for a step that trains them to be projected."""
-
-    due: set[Block] = field(default_factory=set)
-    _called: int = -1
-
-    def prove(self) -> None:
-        constraint = self.at_step(0)
-        for w in self._samples():
-            self._expect("project", constraint.project(w), tuple(w.shape))
-            self._expect("violation", constraint.violation(w), ())
-        for batch in self._at(self.placed(self.snapshots.now()).batches):
-            self._agree(compare_constraint(constraint, samples(batch)))
-        # One of the points is far outside, so that the projection is sure to move it.
-        self._prove_writable(lambda w: [constraint.project(w), constraint.project(w * 1e3)])
-
-    @cached_property
-    def constraint(self) -> Constraint:
-        """Its kind."""
-        kind = self.binding.kind
-        assert isinstance(kind, Constraint)
-        return kind
-
-    def at_step(self, index: int) -> Constraint:
-        """The constraint, its bound scaled as the schedule says."""
-        return self.constraint if self.binding.schedule is None else self.constraint.at(self.binding.factor(index))
-
-    def project(self, work: Work, index: int, now: bool = False) -> None:
-        """Project what is to be acted on, if the step is the N-th or if the N-th did not train it.
-
-        Where the N-th is a round of several optimizers, each of them moves what it trains, and that is projected.
-        now: whatever is due.
-        """
-        due: set[Block] | None = None
-        if not now and (index + 1) % self.binding.every:
-            due = self.due
-            if not due:
-                return
-        elif not now and index != self._called:
-            self._called, self.due = index, set(self.blocks)  # until they are projected: that may fail
-        constraint = self.constraint if self.binding.schedule is None else self.at_step(index)
-        for batch, _, _ in work.batches:
-            ready = batch if due is None else batch.among(due)
-            if ready.blocks:
-                self.at = ready
-                ready.project(constraint)
-                if due is not None or not work.all:
-                    self.due -= ready.members
-        for block, storages, mine in work.lone:
-            if due is None or block in due:
-                self.at = block
-                block.move(storages, mine, constraint.project(block.weight(storages)))
-                self.due.discard(block)
-        if work.all and due is None:
-            self.due = set()
-        self.at = None
-
-    def restore(self, count: int, due: Iterable[str]) -> None:
-        """Go on after `count` steps, with the blocks of these names waiting."""
-        names = set(due)
-        self._called, self.due = count - 1, {block for block in self.blocks if block.name in names}
-
-    def project_all(self, index: int) -> None:
-        """Project every block that is not frozen."""
-        due = set(self.due)
-        self.project(self.work(self.snapshots.now(), self.unfrozen()), index, now=True)
-        self.due = due
-
-    def violation(self, index: int) -> Tensor:
-        """The largest violation over its blocks.  -> ()."""
-        constraint, placed = self.at_step(index), self.placed(self.snapshots.now())
-        found = [batch.violation(constraint) for batch in self._at(placed.batches)]
-        found += [constraint.violation(block.weight(storages)) for block, storages in self._at(placed.lone)]
-        return torch.stack([one.to(found[0].device) for one in found]).amax()

@@ -10,14 +10,15 @@ from typing import NoReturn, ParamSpec, TypeVar
 from torch import Tensor, nn
 
 from regkit.adapters import WeightSite
-from regkit.errors import AttachError, PluginError, RegkitError, StepError
+from regkit.errors import AttachError, RegkitError, StepError
 from regkit.kinds import ActivityPenalty, Layout, Penalty, Via
 from regkit.plan.plan import Plan
 from regkit.recording.injector import Injector, Scale
 from regkit.recording.recorder import Recorder
 from regkit.rules.activity_rule import ActivityRule, At, Intake
+from regkit.rules.constraint_rule import ConstraintRule
 from regkit.rules.merging import merged
-from regkit.rules.penalty_rule import ConstraintRule, PenaltyRule
+from regkit.rules.penalty_rule import PenaltyRule
 from regkit.rules.weight_rule import WeightRule
 from regkit.weights.block import Block
 from regkit.weights.links import Parameters, links
@@ -83,26 +84,6 @@ class Rules:
         return [*self.penalties, *self.constraints]
 
     @property
-    def to_prove(self) -> list[PenaltyRule | ConstraintRule | ActivityRule]:
-        """Those whose kinds are to be tried: the rules on weights, the sums that were made of them, and one activity
-        rule of each kind, whose outputs are not there yet.
-        """
-        activities = {(type(rule.binding.kind), rule.binding.kind.describe()): rule for rule in self.activities}
-        return [*self.on_weights, *(rule for rule in self.by_gradient if rule.addends), *activities.values()]
-
-    def prove(self) -> None:
-        """Try the kinds; once for all rules of equal ones on weights that look alike.
-
-        Raises PluginError where one does not what its contract says, AttachError where it could not act on a weight.
-        """
-        tried: set[Hashable] = set()
-        for rule in self.to_prove:
-            try:
-                named(rule, _prove, rule, tried)
-            except StepError as error:
-                raise PluginError(str(error)) from error.__cause__
-
-    @property
     def injectors(self) -> list[Injector]:
         """The recorders of rules via inject."""
         return [one for one in self.recorders if isinstance(one, Injector)]
@@ -145,14 +126,6 @@ class Rules:
         values = [named(rule, rule.value, index) for rule in self.by_loss]
         snapshot.forget()
         return [value for value in values if value is not None]
-
-
-def _prove(rule: PenaltyRule | ConstraintRule | ActivityRule, tried: set[Hashable]) -> None:
-    summed = isinstance(rule, PenaltyRule) and rule.addends
-    trial = None if summed or isinstance(rule, ActivityRule) else rule.trial()
-    if trial is None or trial not in tried:
-        rule.prove()
-        tried.add(trial)
 
 
 def rules_of(plan: Plan, model: nn.Module) -> Rules:

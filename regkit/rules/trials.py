@@ -1,26 +1,177 @@
-"""The trial of a kind's list forms, on small weights of each shape of a rule's, against the loops they stand for."""
+"""The trial of every kind before its rules are in force: what it returns, and its list forms against their loops."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from regkit.activity import Activity, Sequenced, Stepped
+from regkit.errors import PluginError, StepError, listing
 from regkit.kinds import Constraint, Penalty
-from regkit.weights.batch import Batch
-
-LOOPS = {"values": "value", "add_gradients": "gradient", "project_": "project"}
-"""What each list form is a list form of."""
-
-
-def own_forms(kind: Penalty | Constraint) -> set[str]:
-    """The list forms that the kind's class has of its own."""
-    base = Penalty if isinstance(kind, Penalty) else Constraint
-    return {form for form in LOOPS if hasattr(base, form) and getattr(type(kind), form) is not getattr(base, form)}
+from regkit.rules.activity_rule import ActivityRule
+from regkit.rules.closed_form import Recorded, Term, evaluate
+from regkit.rules.constraint_rule import ConstraintRule
+from regkit.rules.penalty_rule import PenaltyRule
+from regkit.rules.rule_set import Rules, named
+from regkit.rules.weight_rule import WeightRule
+from regkit.weights.batch import LOOPS, Batch, own_forms
 
 
-def samples(batch: Batch) -> list[Tensor]:
+def try_kinds(rules: Rules) -> None:
+    """Try every kind, once for all rules of equal ones on weights that look alike.
+
+    These are the rules on weights, the sums that were made of them, and one activity rule of each kind, whose outputs
+    are not there yet. Raises PluginError where a kind does not do what its contract says, AttachError where it could
+    not act on a weight.
+    """
+    activities = {(type(rule.binding.kind), rule.binding.kind.describe()): rule for rule in rules.activities}
+    tried: set[Hashable] = set()
+    for rule in (*rules.on_weights, *(rule for rule in rules.by_gradient if rule.addends), *activities.values()):
+        try:
+            named(rule, _try_once, rule, tried)
+        except StepError as error:
+            raise PluginError(str(error)) from error.__cause__
+
+
+def _try_once(rule: WeightRule | ActivityRule, tried: set[Hashable]) -> None:
+    key = _key(rule)
+    if key is None or key not in tried:
+        if isinstance(rule, PenaltyRule):
+            _try_penalty(rule)
+        elif isinstance(rule, ConstraintRule):
+            _try_constraint(rule)
+        elif isinstance(rule, ActivityRule):
+            _try_activity_penalty(rule)
+        tried.add(key)
+
+
+def _key(rule: WeightRule | ActivityRule) -> Hashable:
+    """A key: of rules with equal keys one need be tried. None: this rule must be tried itself."""
+    if isinstance(rule, ActivityRule) or (isinstance(rule, PenaltyRule) and rule.addends):
+        return None
+    if rule.placed(rule.snapshots.now()).lone:
+        return None
+    weights = (block.weight(storages) for block, storages in rule.each())
+    looks = frozenset((w.shape, w.stride(), w.dtype, w.device) for w in weights)
+    key = rule.binding.kind, rule.binding.via, rule.binding.schedule, looks
+    try:
+        hash(key)
+    except TypeError:  # an option is a list
+        return None
+    return key
+
+
+def _try_penalty(rule: PenaltyRule) -> None:
+    """Try a penalty on a block of each shape. Raises PluginError; AttachError where a weight cannot be written."""
+    penalty, via = rule.penalty, rule.binding.via
+    for w in _samples(rule):
+        _check_result(rule, "value", penalty.value(w), ())
+        _check_result(rule, "gradient", penalty.gradient(w), tuple(w.shape))
+        if via == "proximal":
+            _check_result(rule, "prox", penalty.prox(w, 0.1), tuple(w.shape))
+        if rule.addends:
+            _check_sum(rule, w)
+            _check_sum(rule, w * torch.linspace(-3, 3, w.numel()).view(w.shape).to(w))
+    for batch in rule.at_work(rule.placed(rule.snapshots.now()).batches):
+        _check_forms(rule, _forms_of_penalty(penalty, small_weights(batch), via == "loss"))
+    if via in ("proximal", "decoupled"):
+        _check_writable(rule, lambda w: [w * 0.5])
+
+
+def _try_constraint(rule: ConstraintRule) -> None:
+    """Try a constraint on a block of each shape. Raises PluginError; AttachError where a weight cannot be written."""
+    constraint = rule.at_step(0)
+    for w in _samples(rule):
+        _check_result(rule, "project", constraint.project(w), tuple(w.shape))
+        _check_result(rule, "violation", constraint.violation(w), ())
+    for batch in rule.at_work(rule.placed(rule.snapshots.now()).batches):
+        _check_forms(rule, _forms_of_constraint(constraint, small_weights(batch)))
+    # One of the points is far outside, so that the projection is sure to move it.
+    _check_writable(rule, lambda w: [constraint.project(w), constraint.project(w * 1e3)])
+
+
+@torch.enable_grad()
+def _try_activity_penalty(rule: ActivityRule) -> None:
+    """Raise PluginError where the gradient that the kind adds is not that of its value, for a few small outputs."""
+    kind = rule.penalty
+    if not kind.offers_gradients:
+        return
+    leaf = torch.linspace(-1, 9, 36, dtype=torch.float64).cos().view(3, 2, 6).detach().requires_grad_()
+    valid = torch.tensor([[1, 1], [1, 1], [1, 0]], dtype=torch.bool).unsqueeze(-1)
+    activity = Activity((Sequenced(leaf, valid), Sequenced(leaf, backward=True), Stepped(leaf[1], leaf[0])))
+    source = Recorded(activity)
+    source.terms.append(Term(kind, 0.3, 0, rule))
+    (closed,) = torch.autograd.grad(evaluate([source], _raise, []), leaf)
+    (wanted,) = torch.autograd.grad(kind.value(activity) * 0.3, leaf)
+    if not torch.allclose(closed, wanted, 1e-6, 1e-6, equal_nan=True):
+        raise PluginError(
+            f"rule {rule.binding.key!r}: add_gradients of {type(kind).__module__}.{type(kind).__qualname__} does "
+            "not add the gradient of its value"
+        )
+
+
+def _raise(_: object, error: Exception) -> None:
+    raise error
+
+
+# --- what is checked -------------------------------------------------------------------------------------------------
+
+
+def _samples(rule: WeightRule) -> Iterator[Tensor]:
+    """Ones, then zeros, in the place of a block, for each shape and dtype; on the CPU where there is no memory."""
+    seen = set()
+    for block, storages in rule.each():
+        w = block.weight(storages)
+        device = torch.device("cpu") if w.is_meta else w.device
+        if (key := (w.shape, w.dtype, device)) not in seen:
+            seen.add(key)
+            yield torch.ones_like(w, device=device)
+            yield torch.zeros_like(w, device=device)
+
+
+def _check_result(rule: WeightRule, method: str, result: object, shape: tuple[int, ...]) -> None:
+    kind = type(rule.binding.kind)
+    whose = f"rule {rule.binding.key!r}: {method} of {kind.__module__}.{kind.__qualname__} returns"
+    # A wrong shape would be broadcast, and change every weight without a word.
+    if not isinstance(result, Tensor) or tuple(result.shape) != shape or not result.is_floating_point():
+        got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise PluginError(f"{whose} {got}, not a floating-point tensor of shape {shape}")
+    if not bool(result.isfinite().all()):
+        raise PluginError(f"{whose} NaN or infinity for a weight of ones or zeros")
+
+
+def _check_sum(rule: PenaltyRule, w: Tensor) -> None:
+    """Raise PluginError where the sum of several penalties has another gradient at w than they have together."""
+    penalty = rule.penalty
+    wanted = sum((one.strength * one.gradient(w) for one in rule.addends), start=torch.zeros(()))
+    ours, near = penalty.strength * penalty.gradient(w), 1e-4 * float(wanted.abs().amax())
+    if not torch.allclose(ours, wanted.to(ours), 0, near):
+        raise PluginError(
+            f"rule {rule.binding.key!r}: {penalty.describe()}, which `plus` gives for the sum of "
+            f"{listing(one.describe() for one in rule.addends)}, has another gradient"
+        )
+
+
+def _check_writable(rule: WeightRule, points: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    """Raise AttachError where a weight cannot be brought to points like these. points: from the weight as it is."""
+    for block, storages in rule.at_work(rule.placed(rule.snapshots.now()).lone):
+        for storage in storages:
+            if storage.limited:
+                # Of a sum each half takes a share, which depends on the other: there, any other point will do.
+                w = block.weight(storages) if len(storages) == 1 else block.view(storage.read())
+                if not w.is_meta:
+                    block.check_writable(storage, points(w) if len(storages) == 1 else [w * 0.5])
+
+
+# --- list forms against loops ----------------------------------------------------------------------------------------
+
+Compared = Iterator[tuple[str, Sequence[Tensor], Sequence[Tensor]]]
+"""Each list form that a kind has of its own, what comes of it, and what comes of the loop."""
+
+
+def small_weights(batch: Batch) -> list[Tensor]:
     """Ones, zeros and ramps up to 1 and 100, of each shape among its weights but for sizes above 8, which are cut."""
     found: list[Tensor] = []
     small = (w[(slice(8),) * w.dim()] for w in batch.outlines())
@@ -31,11 +182,7 @@ def samples(batch: Batch) -> list[Tensor]:
     return found
 
 
-Compared = Iterator[tuple[str, Sequence[Tensor], Sequence[Tensor]]]
-"""Each list form that a kind has of its own, what comes of it, and what comes of the loop."""
-
-
-def compare_penalty(penalty: Penalty, weights: list[Tensor], by_loss: bool) -> Compared:
+def _forms_of_penalty(penalty: Penalty, weights: list[Tensor], by_loss: bool) -> Compared:
     """The list forms of a penalty at these weights; by_loss: with the gradient that autograd makes of `values`."""
     own, kept = own_forms(penalty), [w.clone() for w in weights]
     if "values" in own:
@@ -54,7 +201,7 @@ def compare_penalty(penalty: Penalty, weights: list[Tensor], by_loss: bool) -> C
         yield "add_gradients", weights, kept
 
 
-def compare_constraint(constraint: Constraint, weights: list[Tensor]) -> Compared:
+def _forms_of_constraint(constraint: Constraint, weights: list[Tensor]) -> Compared:
     """The list form of a constraint at these weights."""
     if "project_" in own_forms(constraint):
         ours = [w.clone() for w in weights]
@@ -62,7 +209,18 @@ def compare_constraint(constraint: Constraint, weights: list[Tensor]) -> Compare
         yield "project_", ours, [constraint.project(w) for w in weights]
 
 
-def close(one: Tensor, other: Tensor) -> bool:
+def _check_forms(rule: WeightRule, compared: Compared) -> None:
+    kind = type(rule.binding.kind)
+    for form, ours, wanted in compared:
+        for one, other in zip(ours, wanted, strict=True):
+            if one.shape != other.shape or not _close(one, other):
+                raise PluginError(
+                    f"rule {rule.binding.key!r}: {form} of {kind.__module__}.{kind.__qualname__} does not do what "
+                    f"the loop over its {LOOPS[form]} does, for weights of shape {tuple(other.shape)}"
+                )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal up to rounding. Most are just equal, which is told in a tenth of the time."""
     near = max(torch.finfo(of.dtype).eps for of in (one, other)) ** 0.5
     now = one.to(other)

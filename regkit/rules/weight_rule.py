@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from abc import ABC
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from regkit.errors import PluginError
 from regkit.kinds import Constraint, Penalty
 from regkit.plan.binding import Binding
-from regkit.rules.trials import LOOPS, Compared, close, own_forms
 from regkit.weights.batch import Batch, Kept, Pick, Placed
 from regkit.weights.block import Block
 from regkit.weights.snapshot import Snapshot, Snapshots
@@ -66,13 +63,6 @@ class WeightRule(ABC):
             for storage in snapshot.storages[block]:
                 yield from storage.leaves
 
-    @abstractmethod
-    def prove(self) -> None:
-        """Raise PluginError unless the kind returns what its contract says, on a block of each shape.
-
-        Raises AttachError where a weight is not finite, or cannot be written as the rule needs.
-        """
-
     def unfrozen(self) -> frozenset[int]:
         """The ids of its parameters that are not frozen."""
         return frozenset(id(parameter) for parameter in self.parameters() if parameter.requires_grad)
@@ -89,8 +79,7 @@ class WeightRule(ABC):
                 first.setdefault((self.whose.get(block), *block.place(storages)), (block, storages))
             kind = self.binding.kind
             assert isinstance(kind, (Penalty, Constraint))
-            # A kind without list forms is called for each block, and so an error of it can name that.
-            found = snapshot.placed[self] = Placed.of(list(first.values()), kind, together=bool(own_forms(kind)))
+            found = snapshot.placed[self] = Placed.of(list(first.values()), kind)
         return found
 
     def work(
@@ -121,71 +110,15 @@ class WeightRule(ABC):
         complete = sum(len(batch.blocks) for batch, _, _ in batches) + len(lone) == placed.number
         return Work(batches, lone, complete)
 
-    def _each(self) -> Iterator[Kept]:
+    def each(self) -> Iterator[Kept]:
         """Each block with where it is kept now."""
         snapshot = self.snapshots.now()
         placed = self.placed(snapshot)
         live = ((block, snapshot.storages[block]) for batch in placed.batches for block in batch.blocks)
-        return self._at((*live, *placed.lone))
+        return self.at_work((*live, *placed.lone))
 
-    def _at(self, parts: Iterable[Part]) -> Iterator[Part]:
+    def at_work(self, parts: Iterable[Part]) -> Iterator[Part]:
         for part in parts:
             self.at = part if isinstance(part, Batch) else part[0]
             yield part
         self.at = None
-
-    # --- the trial of its kind ---------------------------------------------------------------------------------------
-
-    def trial(self) -> Hashable:
-        """What `prove` tries: equal for rules of which one may stand for all; None for one that nothing stands for."""
-        if self.placed(self.snapshots.now()).lone:
-            return None
-        weights = (block.weight(storages) for block, storages in self._each())
-        looks = frozenset((w.shape, w.stride(), w.dtype, w.device) for w in weights)
-        trial = self.binding.kind, self.binding.via, self.binding.schedule, looks
-        try:
-            hash(trial)
-        except TypeError:  # an option is a list
-            return None
-        return trial
-
-    def _samples(self) -> Iterator[Tensor]:
-        """Ones, then zeros, in the place of a block, for each shape and dtype; on the CPU where there is no memory."""
-        seen = set()
-        for block, storages in self._each():
-            w = block.weight(storages)
-            device = torch.device("cpu") if w.is_meta else w.device
-            if (key := (w.shape, w.dtype, device)) not in seen:
-                seen.add(key)
-                yield torch.ones_like(w, device=device)
-                yield torch.zeros_like(w, device=device)
-
-    def _prove_writable(self, points: Callable[[Tensor], Sequence[Tensor]]) -> None:
-        """Raise AttachError where a weight cannot be brought to points like these. points: from the weight as it is."""
-        for block, storages in self._at(self.placed(self.snapshots.now()).lone):
-            for storage in storages:
-                if storage.limited:
-                    # Of a sum each half takes a share, which depends on the other: there, any other point will do.
-                    w = block.weight(storages) if len(storages) == 1 else block.view(storage.read())
-                    if not w.is_meta:
-                        block.prove(storage, points(w) if len(storages) == 1 else [w * 0.5])
-
-    def _expect(self, method: str, result: object, shape: tuple[int, ...]) -> None:
-        kind = type(self.binding.kind)
-        whose = f"rule {self.binding.key!r}: {method} of {kind.__module__}.{kind.__qualname__} returns"
-        # A wrong shape would be broadcast, and change every weight without a word.
-        if not isinstance(result, Tensor) or tuple(result.shape) != shape or not result.is_floating_point():
-            got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-            raise PluginError(f"{whose} {got}, not a floating-point tensor of shape {shape}")
-        if not bool(result.isfinite().all()):
-            raise PluginError(f"{whose} NaN or infinity for a weight of ones or zeros")
-
-    def _agree(self, compared: Compared) -> None:
-        kind = type(self.binding.kind)
-        for form, ours, wanted in compared:
-            for one, other in zip(ours, wanted, strict=True):
-                if one.shape != other.shape or not close(one, other):
-                    raise PluginError(
-                        f"rule {self.binding.key!r}: {form} of {kind.__module__}.{kind.__qualname__} does not do what "
-                        f"the loop over its {LOOPS[form]} does, for weights of shape {tuple(other.shape)}"
-                    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -67,3 +68,74 @@ class Step:
     def by(self) -> str:
         """Who makes the step, for a sentence."""
         return "attachment.step()" if self.optimizer is None else type(self.optimizer).__name__
+
+
+_REMEMBERED: Final = 64
+"""How many steps are remembered, where there are several optimizers."""
+
+
+class StepCount:
+    """Optimizer steps, where several optimizers that share the parameters out among them count once.
+
+    A step joins the one before if it trains none of the same parameters; one that does begins the next.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.stepped: AbstractSet[int] = frozenset()
+        self.history: list[frozenset[int]] = []
+        """Who stepped, the last one last; empty while that is one alone."""
+
+    def index(self, parameters: AbstractSet[int]) -> int:
+        """The number, from 0, of the step that an optimizer of these parameters is about to take part in."""
+        joins = self.stepped and self.stepped is not parameters and self.stepped.isdisjoint(parameters)
+        return self.count - 1 if joins else self.count
+
+    def upcoming(self, expected: Callable[[], AbstractSet[int]]) -> int:
+        """The number of the step to come, whoever makes it: a loss is computed before that is known.
+
+        Who steps next is who did the last time that those before had stepped in this order; where they never had,
+        whoever has not stepped yet. expected: the parameters that any optimizer owns.
+        """
+        if not self.stepped:
+            return self.count
+        likely = self._likely()
+        if likely is None:
+            return self.count if expected() <= self.stepped else self.count - 1
+        return self.index(likely)
+
+    def _likely(self) -> frozenset[int] | None:
+        """Who followed on the longest stretch of steps that was there before."""
+        past, best, length = self.history, None, 0
+        for end in range(len(past) - 1, 0, -1):
+            same = 0
+            while same < end and past[end - 1 - same] == past[-1 - same]:
+                same += 1
+            if same > length:
+                best, length = past[end], same
+        return best
+
+    def advance(self, parameters: AbstractSet[int]) -> None:
+        """An optimizer of these parameters has stepped."""
+        parameters = frozenset(parameters)  # which it mostly is itself
+        if self.stepped and self.stepped != parameters and not self.history:
+            self.history.append(frozenset(self.stepped))
+        if self.history:
+            self.history = [*self.history[-_REMEMBERED:], parameters]
+        if self.stepped and self.stepped is not parameters and self.stepped.isdisjoint(parameters):
+            if not isinstance(self.stepped, set):
+                self.stepped = set(self.stepped)
+            self.stepped.update(parameters)
+        else:
+            self.count += 1
+            self.stepped = parameters
+
+    def keep(self, parameters: Mapping[int, object]) -> None:
+        """These are there now. Where none of those that were stepped is, all were replaced: no step can join theirs."""
+        if self.stepped.isdisjoint(parameters):
+            self.stepped, self.history = frozenset(), []
+
+    def restore(self, count: int, stepped: Iterable[int]) -> None:
+        """Go on from a saved count, of which these parameters have been stepped."""
+        self.count = count
+        self.stepped, self.history = frozenset(stepped), []

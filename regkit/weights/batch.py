@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress, repeat
 from operator import attrgetter, itemgetter
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from regkit.activity.activity import at_least_float32
+from regkit.activity import at_least_float32
 from regkit.buckets import buckets, room
 from regkit.kinds import Constraint, Penalty
 from regkit.runtime.sharding import divided, held_here, local, placement, pooled
@@ -218,17 +218,28 @@ class Placed(NamedTuple):
     """How many blocks there are."""
 
     @classmethod
-    def of(cls, distinct: list[Kept], kind: Penalty | Constraint, together: bool) -> Placed:
-        """Blocks by how they are kept. together: whether many of them are one batch, and each its own else."""
-        batches = list(_batched(distinct, kind, together))
+    def of(cls, distinct: list[Kept], kind: Penalty | Constraint) -> Placed:
+        """Blocks by how they are kept: many are one batch of a kind with list forms of its own, each its own else."""
+        batches = list(_batched(distinct, kind))
         live = {block for batch in batches for block in batch.blocks}
         return cls(batches, [one for one in distinct if one[0] not in live], len(distinct))
 
 
-def _batched(distinct: Iterable[Kept], kind: Penalty | Constraint, together: bool) -> Iterator[Batch]:
+LOOPS: Final = {"values": "value", "add_gradients": "gradient", "project_": "project"}
+"""Each list form, and the method of which it is one."""
+
+
+def own_forms(kind: Penalty | Constraint) -> set[str]:
+    """The list forms that the kind's class has of its own."""
+    base = Penalty if isinstance(kind, Penalty) else Constraint
+    return {form for form in LOOPS if hasattr(base, form) and getattr(type(kind), form) is not getattr(base, form)}
+
+
+def _batched(distinct: Iterable[Kept], kind: Penalty | Constraint) -> Iterator[Batch]:
     batches: dict[Hashable, Batch] = {}
     sharing: dict[nn.Parameter, list[Block]] = {}
     makes: dict[nn.Parameter, type[Batch]] = {}
+    together = bool(own_forms(kind))
     for block, storages in distinct:
         make = _batch_for(kind, block, storages[0]) if len(storages) == 1 else None
         if make is not None:
@@ -241,6 +252,7 @@ def _batched(distinct: Iterable[Kept], kind: Penalty | Constraint, together: boo
         make, key = makes[parameter], (parameter.dtype, parameter.device)
         where = () if make is Batch else placement(parameter)
         for block in blocks:
+            # A kind without list forms is called for each block, and so an error of it can name that.
             own = () if together else (block,)
             batch = batches.setdefault((make, *key, *where, *own), make())
             batch.blocks.append(block)

@@ -142,10 +142,10 @@ class Block:
         except AttachError as error:
             raise self._named(error) from error
 
-    def prove(self, storage: Storage, points: Sequence[Tensor]) -> None:
+    def check_writable(self, storage: Storage, points: Sequence[Tensor]) -> None:
         """Raise AttachError where `write` could not bring the block to points like these."""
         try:
-            storage.prove(self.view, points)
+            storage.check_writable(self.view, points)
         except AttachError as error:
             raise self._named(error) from error
 

@@ -127,7 +127,7 @@ class Parametrized(Computed):
         names = ", ".join(type(one).__name__ for one in self._parametrization)
         return f"{self._name} cannot be set to a point: its parametrization {names} {reason}"
 
-    def prove(self, view: View, points: Sequence[Tensor]) -> None:
+    def check_writable(self, view: View, points: Sequence[Tensor]) -> None:
         # On a copy, for writing may move buffers and draw random numbers, as torch's `orthogonal` does.
         trial = Parametrized(copy.deepcopy(self._parametrization), self._name)
         if not any(one.requires_grad for one in trial.leaves):
@@ -185,5 +185,5 @@ class Through(Computed):
         found: Tensor = inverse(weight)
         return found
 
-    def prove(self, view: View, points: Sequence[Tensor]) -> None:
-        self._under.prove(lambda whole: whole, [self._kept(view, point) for point in points])
+    def check_writable(self, view: View, points: Sequence[Tensor]) -> None:
+        self._under.check_writable(lambda whole: whole, [self._kept(view, point) for point in points])

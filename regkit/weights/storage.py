@@ -81,7 +81,7 @@ class Storage(ABC):
         """Which numbers of the viewed part can be changed; None if all can."""
         return None
 
-    def prove(self, view: View, points: Sequence[Tensor]) -> None:
+    def check_writable(self, view: View, points: Sequence[Tensor]) -> None:
         """Raise AttachError where `write` cannot make the viewed part equal to points like these."""
         return
 
@@ -215,11 +215,11 @@ class Masked(Storage):
     def write(self, view: View, point: Tensor) -> None:
         self._under.write(view, self._filled(view, point))
 
-    def prove(self, view: View, points: Sequence[Tensor]) -> None:
+    def check_writable(self, view: View, points: Sequence[Tensor]) -> None:
         out = ~self._acts(view)
         if any(bool((out & (point != 0)).any()) for point in points):
             raise AttachError(f"{self._name} is {self._how}, and would not be zero any more where it is")
-        self._under.prove(view, [self._filled(view, point) for point in points])
+        self._under.check_writable(view, [self._filled(view, point) for point in points])
 
 
 def weakly(modules: Iterable[nn.Module]) -> Followed:

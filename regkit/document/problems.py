@@ -1,0 +1,112 @@
+"""Problems: pydantic's errors, as sentences in the words of JSON, each at its place in the document as written."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from typing import Any, Final
+
+from pydantic import BaseModel, ValidationError
+
+from regkit import errors
+from regkit.document import json_text
+from regkit.document.spec import Layer, Provenance, Rule, Spec
+from regkit.document.target import Target
+from regkit.errors import Problem
+from regkit.registry.registry import Registry
+
+_IN_WORDS_OF_JSON: Final = {
+    "tuple_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "string_type": "must be a string",
+    "bool_type": "must be true or false",
+    "string_too_short": "must not be empty",
+    "string_too_long": "is too long",
+    "string_pattern_mismatch": "must have no control characters",
+    "none_required": "must be null",
+}
+
+
+_echo: Final = reprlib.Repr()
+_echo.maxstring = _echo.maxother = _echo.maxlong = 80
+
+
+def problems(error: ValidationError, read: json_text.Source, registry: Registry) -> list[Problem]:
+    """A problem for each of pydantic's errors, each once, in the order of the text."""
+    found: list[tuple[str, str]] = []
+    for one in error.errors():
+        place = _place(one["loc"], read.value)
+        sentence = _sentence(dict(one), read, registry)
+        if place != one["loc"] and isinstance(one["loc"][-1], str) and one["type"] != "missing":
+            sentence = f"`{one['loc'][-1]}` {sentence}"  # the document does not show the option's name
+        found.append((json_text.pointer(place), sentence))
+    problems = [read.problem(pointer, sentence) for pointer, sentence in dict.fromkeys(found)]
+    return sorted(problems, key=lambda p: (p.line or 0, p.column or 0))
+
+
+def _place(path: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
+    """Where in the document as written the value at a path of its canonical form stands.
+
+    An option of a kind in shorthand is in its string, or under the kind's name: /penalty/l2 for /penalty/strength.
+    """
+    place: list[str | int] = []
+    for part in path:
+        if isinstance(value, dict):
+            if part not in value and "kind" not in value and len(value) == 1:
+                name, value = next(iter(value.items()))
+                place.append(name)
+                if not isinstance(value, dict):
+                    break
+            value = value.get(part)
+        elif isinstance(value, (list, tuple)) and isinstance(part, int):
+            value = value[part]
+        else:
+            break  # a scalar that stands for all that would be below it
+        place.append(part)
+    return tuple(place)
+
+
+def _sentence(error: dict[str, Any], read: json_text.Source, registry: Registry) -> str:
+    kind, path, given = error["type"], error["loc"], error["input"]
+    if kind == "extra_forbidden":
+        return errors.unknown("key", str(path[-1]), _known_keys(path[:-1], read.value, registry))
+    if kind == "missing":
+        return f"`{path[-1]}` is missing"
+    if kind == "regkit":
+        return str(error["msg"])
+    if kind in _IN_WORDS_OF_JSON:
+        return f"{_IN_WORDS_OF_JSON[kind]}, got {_shown(given)}"
+    if kind == "value_error":  # raised by a kind's own validator, which says what was given
+        return str(error["ctx"]["error"])
+    message = str(error["msg"]).replace("Input should be", "must be")
+    return f"{message}, got {_shown(given)}"
+
+
+def _shown(value: Any) -> str:
+    """The value as JSON writes it where it is one of the three words, and not too long."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else _echo.repr(value)
+
+
+def _known_keys(path: tuple[str | int, ...], value: Any, registry: Registry) -> list[str]:
+    """The keys that the object at this path may have."""
+    shapes: dict[tuple[str, ...], type[BaseModel]] = {
+        (): Spec, ("rules",): Rule, ("rules", "target"): Target, ("layers",): Layer, ("provenance",): Provenance,
+    }  # fmt: skip
+    names = tuple(part for part in path if isinstance(part, str))
+    if names[:1] == ("provenance",):
+        names = names[:1]
+    model = shapes.get(names) or _kind_at(path, value, registry)
+    return [field.alias or name for name, field in model.model_fields.items()] if model else []
+
+
+def _kind_at(path: tuple[str | int, ...], value: Any, registry: Registry) -> type[BaseModel] | None:
+    """The class of the kind that stands at this path, in its canonical form or in shorthand."""
+    for part in path:
+        value = value[part]
+    name = value.get("kind") if isinstance(value, dict) else value
+    if name is None and isinstance(value, dict):
+        name = next(iter(value), None)
+    bare = str(name).partition("(")[0].strip()
+    entry = registry.find(bare) or registry.find(f"activity_{bare}")
+    return None if entry is None else entry.kind
