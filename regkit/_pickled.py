@@ -17,7 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from regkit.attachment.copies import Companion
+    from regkit.attachment.copies import ModelCompanion
     from regkit.kinds import Kind
     from regkit.plan.binding import Binding
     from regkit.plan.plan import Plan
@@ -65,7 +65,7 @@ def _classes() -> dict[str, type]:
         "layer": spec.Layer,
         "provenance": spec.Provenance,
         "target": target.Target,
-        "missing kind": context.Foreign,
+        "missing kind": context.MissingKind,
         "weight": adapters.Weight,
         "output": adapters.Output,
         "weight site": adapters.WeightSite,
@@ -188,11 +188,11 @@ def _registry(*tables: Any) -> Registry:
 # --- what hangs on a model -------------------------------------------------------------------------------------------
 
 
-def _companion() -> Companion:
+def _companion() -> ModelCompanion:
     from regkit.attachment.attaching import attach_copy
-    from regkit.attachment.copies import Companion
+    from regkit.attachment.copies import ModelCompanion
 
-    companion = object.__new__(Companion)
+    companion = object.__new__(ModelCompanion)
     companion._attach = attach_copy
     return companion
 

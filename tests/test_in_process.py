@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import regkit
 from regkit import PluginError, Registry
 from regkit.registry.entries import Origin
-from regkit.registry.plugin import HOOKS, Offers, ask
+from regkit.registry.plugin import HOOKS, PluginOffers, ask
 
 CELL = """
 from typing import Literal
@@ -274,7 +274,7 @@ def test_a_plugin_of_today_works_where_a_hook_has_gained_an_argument():
     def regkit_penalties(model=None):
         return []
 
-    offers = Offers(Origin("stranger"))
+    offers = PluginOffers(Origin("stranger"))
     ask(Today(), offers, specs(regkit_penalties=(regkit_penalties, {})))
     assert [entry.name for entry in offers.kinds] == ["l2"]
 
@@ -285,4 +285,4 @@ def test_a_hook_that_is_to_go_warns_its_implementer():
 
     later = specs(regkit_penalties=(regkit_penalties, {"warn_on_impl": DeprecationWarning("use regkit_kinds")}))
     with pytest.warns(DeprecationWarning, match="use regkit_kinds"):
-        ask(Today(), Offers(Origin("stranger")), later)
+        ask(Today(), PluginOffers(Origin("stranger")), later)

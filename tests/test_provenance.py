@@ -13,7 +13,7 @@ from torch import nn
 
 import regkit
 from regkit import Registry, SpecError
-from regkit.document.context import Foreign
+from regkit.document.context import MissingKind
 
 NUCLEAR = PLUGIN.format(name="nuclear", title="Nuclear")
 RULES = {"rules": [{"penalty": "nuclear(1)"}, {"penalty": "l2(1)"}]}
@@ -118,7 +118,7 @@ def test_a_tool_may_keep_foreign_rules_and_save_them_untouched():
     assert again.to_json() == spec.to_json()
     assert again == spec
     assert pickle.loads(pickle.dumps(spec)).to_json() == spec.to_json()
-    assert [isinstance(rule.kind, Foreign) for rule in spec.rules] == [True, True, True, True, False]
+    assert [isinstance(rule.kind, MissingKind) for rule in spec.rules] == [True, True, True, True, False]
 
 
 def test_a_tool_may_edit_the_rules_around_a_foreign_one(install):

@@ -15,7 +15,7 @@ from scale import REALISTIC, Document, cells, rules
 from torch import nn
 
 import regkit
-from regkit.runtime.step import Owned
+from regkit.runtime.step import OwnedParameters
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_what_an_optimizer_owns_is_held_once_where_all_of_it_is_ours(strangers: 
     ours = list(cells(2).parameters())
     optimizer = torch.optim.SGD([*ours, *nn.GRUCell(2, 2).parameters()][: len(ours) + strangers], lr=0.1)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    owned = Owned({id(one): one for one in ours}, groups)
+    owned = OwnedParameters({id(one): one for one in ours}, groups)
     assert (owned.groups is owned.ours) == (not strangers)
     assert len(owned.groups) == len(owned.ours) + strangers
 

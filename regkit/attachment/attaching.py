@@ -18,7 +18,7 @@ from regkit.plan.plan import Plan, resolve
 from regkit.recording.injector import Scale
 from regkit.recording.recorder import drop_copied_hooks
 from regkit.registry.registry import Registry
-from regkit.rules.rule_set import Rules
+from regkit.rules.rule_set import RuleSet
 from regkit.runtime.optimizer_hooks import Listener, keep_clear
 from regkit.runtime.sharding import reshard
 
@@ -116,7 +116,7 @@ def _optimizers(given: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
     return found
 
 
-def _refuse_idle(rules: Rules, optimizers: list[Optimizer]) -> None:
+def _refuse_idle(rules: RuleSet, optimizers: list[Optimizer]) -> None:
     """Raise AttachError for a rule that none of the only optimizers to act at could ever reach."""
     owned = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
     for rule in rules.on_weights:

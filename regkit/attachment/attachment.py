@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 from regkit.activity.padding import Lengths, Mask, Validity
 from regkit.activity.reduction import total
 from regkit.attachment import reports, state
-from regkit.attachment.copies import Companion
-from regkit.attachment.orphans import Orphans
+from regkit.attachment.copies import ModelCompanion
+from regkit.attachment.orphans import OrphanedModules
 from regkit.engine.engine import Engine
-from regkit.engine.manual_step import ByHand
-from regkit.engine.tracker import Steps
+from regkit.engine.manual_step import ManualStep
+from regkit.engine.tracker import StepTracker
 from regkit.errors import RegkitError
 from regkit.plan.plan import Plan
 from regkit.recording.injector import Scale
@@ -52,12 +52,12 @@ class Attachment:
         self._rules = rules_of(plan, model)
         self._rules.inject(loss_scale, lambda: self._steps.upcoming())
         self._engine = Engine(self._rules, model, optimizers is not None)
-        self._steps = Steps(self._engine, optimizers)
+        self._steps = StepTracker(self._engine, optimizers)
         self._watch = self._engine.watch
         self._watch.inside, self._watch.open = self._steps.inside, self._steps.open
-        self._companion: Companion | None = None
+        self._companion: ModelCompanion | None = None
         self._hooked = False
-        self._orphans: Orphans | None = None
+        self._orphans: OrphanedModules | None = None
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ class Attachment:
         self._rules.snapshots.release()  # until the first step: parameters may be sharded or replaced before it
 
     def _install(self, model: nn.Module) -> None:
-        self._companion = Companion(model, self.plan, lambda: self.step_count)
+        self._companion = ModelCompanion(model, self.plan, lambda: self.step_count)
         try:
             self._hook()
         except BaseException:
@@ -152,7 +152,7 @@ class Attachment:
 
     # --- updates that no torch optimizer makes -----------------------------------------------------------------------
 
-    def step(self, lr: float | Tensor | None = None) -> ByHand:
+    def step(self, lr: float | Tensor | None = None) -> ManualStep:
         """The context of an update that no torch optimizer makes: all that is done at a step is done around it.
 
         `with attachment.step(lr=0.1): update(model)`, with the gradients of the backward pass in `.grad`, unscaled.
@@ -161,7 +161,7 @@ class Attachment:
         Raises RegkitError after detach, StepError as an optimizer's step would.
         """
         self._refuse_dead("no rule in force at a step")
-        return ByHand(self._steps, lr)
+        return ManualStep(self._steps, lr)
 
     def weights_changed(self) -> None:
         """Say that the weights were changed on purpose and not by a step: a new initialization, copied weights."""
@@ -293,4 +293,4 @@ class Attachment:
 def _forget(model_id: int) -> None:
     for attachment in _attached.pop(model_id, []):
         attachment._remove()
-        attachment._orphans = Orphans(attachment._rules.modules())
+        attachment._orphans = OrphanedModules(attachment._rules.modules())

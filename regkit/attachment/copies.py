@@ -1,10 +1,10 @@
-"""Copies of a model that has an attachment: what makes the rules stay in force on them.
+"""Copies of a model that has an attachment: how the rules stay in force on them.
 
-`copy.deepcopy`, pickle and `torch.save` copy a model with all that hangs on it. A `Companion` hangs on it for that: its
-copy knows the model's copy, and attaches the same plan to it when that is asked for, or when an optimizer first steps
-it. Until then it sleeps, holds nothing and records nothing; a copy that is never trained (an average of weights, a
-target network) stays as good as bare. However many sleep, one listener hears of steps for all of them, and asks about
-each optimizer once.
+`copy.deepcopy`, pickle and `torch.save` copy a model with all that hangs on it. A `ModelCompanion` hangs on it for
+that: its copy knows the model's copy, and attaches the same plan to it when that is asked for, or when an optimizer
+first steps it. Until then it sleeps, holds nothing and records nothing; a copy that is never trained (an average of
+weights, a target network) stays as good as bare. However many sleep, one listener hears of steps for all of them, and
+asks about each optimizer once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _OF_A_COPY: Final = (
 )
 
 
-class Companion:
+class ModelCompanion:
     """What of one attachment travels with copies of its model.
 
     count: the attachment's step count when it is asked for.
@@ -106,22 +106,22 @@ class Companion:
         return model is not None and any(id(p) in owned for p in model.parameters())
 
 
-class _Dormitory:
+class _SleepingCopies:
     """The one listener for all companions that sleep. It holds them weakly: they belong to their models."""
 
     def __init__(self) -> None:
-        self._asleep: dict[int, weakref.ref[Companion]] = {}
+        self._asleep: dict[int, weakref.ref[ModelCompanion]] = {}
         self._ever = 0
         self._strangers: weakref.WeakKeyDictionary[Optimizer, tuple[int, list[int]]] = weakref.WeakKeyDictionary()
 
-    def take_in(self, companion: Companion) -> None:
+    def take_in(self, companion: ModelCompanion) -> None:
         """Listen for it from now on, until it wakes or is gone."""
         key = id(companion)
         self._ever += 1
         self._asleep[key] = weakref.ref(companion, lambda _: self._forget(key))
         optimizer_hooks.enlist(self)
 
-    def let_go(self, companion: Companion) -> None:
+    def let_go(self, companion: ModelCompanion) -> None:
         """Listen for it no more."""
         self._forget(id(companion))
 
@@ -160,7 +160,7 @@ class _Dormitory:
         """Nothing of it is in any step."""
 
 
-_dormitory: Final = _Dormitory()
+_dormitory: Final = _SleepingCopies()
 
 
 def compiled_from(model: nn.Module) -> Iterator[nn.Module]:
@@ -188,6 +188,6 @@ def _of_what_was_compiled(plan: Plan) -> Plan:
     )
 
 
-def companions(model: nn.Module) -> list[Companion]:
+def companions(model: nn.Module) -> list[ModelCompanion]:
     """The companions that hang on the model."""
     return list(model.__dict__.get(ATTRIBUTE, []))

@@ -18,7 +18,7 @@ from regkit.errors import AttachError
 from regkit.runtime import optimizer_hooks
 
 
-class Orphans:
+class OrphanedModules:
     """Modules that rules were bound to. It hears of steps until all of them are gone."""
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:

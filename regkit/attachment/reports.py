@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regkit.rules.rule_set import Rules, named
+from regkit.rules.rule_set import RuleSet, named
 
 
-def values(rules: Rules, index: int, device: torch.device) -> dict[str, Tensor]:
+def values(rules: RuleSet, index: int, device: torch.device) -> dict[str, Tensor]:
     """The value of each penalty rule at a step, detached, by the rule's key.  -> () each.
 
     device: of the values of rules that have nothing to say it.
@@ -24,7 +24,7 @@ def values(rules: Rules, index: int, device: torch.device) -> dict[str, Tensor]:
     return {key: zero if value is None else value.detach() for key, value in found.items()}
 
 
-def violations(rules: Rules, index: int, device: torch.device) -> dict[str, Tensor]:
+def violations(rules: RuleSet, index: int, device: torch.device) -> dict[str, Tensor]:
     """The largest violation of each constraint rule at a step, by the rule's key.  -> () each."""
     snapshot = rules.snapshots.fresh()
     zero = torch.zeros((), device=device)

@@ -13,20 +13,20 @@ from torch import nn
 
 from regkit.errors import listing
 from regkit.plan.modules import named_modules
-from regkit.rules.rule_set import Rules
+from regkit.rules.rule_set import RuleSet
 from regkit.runtime.step import StepCount
 
 _VERSION: Final = 2
 
 
-def read(count: StepCount, rules: Rules, model: nn.Module | None) -> dict[str, Any]:
+def read(count: StepCount, rules: RuleSet, model: nn.Module | None) -> dict[str, Any]:
     """The state, as JSON could hold it."""
     stepped = [name for name, parameter in _named(model) if id(parameter) in count.stepped] if count.stepped else []
     due = {rule.binding.key: sorted(block.name for block in rule.due) for rule in rules.constraints if rule.due}
     return {"version": _VERSION, "step_count": count.count, "stepped": stepped, "due": due}
 
 
-def restore(saved: Mapping[str, Any], count: StepCount, rules: Rules, model: nn.Module | None) -> None:
+def restore(saved: Mapping[str, Any], count: StepCount, rules: RuleSet, model: nn.Module | None) -> None:
     """Go on from a saved state. Raises ValueError, and changes nothing, where it is none or of another model."""
     if not isinstance(saved, Mapping) or "version" not in saved:
         raise ValueError(f"not a state of an attachment: {saved!r}")

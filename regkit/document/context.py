@@ -15,7 +15,7 @@ Unknown = Literal["error", "keep"]
 """What to do with a kind that no plugin offers."""
 
 
-class Foreign(Kind):
+class MissingKind(Kind):
     """A kind that no plugin offers here. A rule with one can be kept and saved again, and nothing else."""
 
     kind: str
@@ -38,7 +38,7 @@ class Foreign(Kind):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingContext:
     """What a reader of a document brings to it: a registry, where kinds came from, what to do with unknown ones."""
 
     registry: Registry
@@ -46,10 +46,10 @@ class Reading:
     unknown: Unknown = "error"
 
     @classmethod
-    def of(cls, info: ValidationInfo) -> Reading:
+    def of(cls, info: ValidationInfo) -> ReadingContext:
         """The reading that validation is a part of; outside of any, with the registry of everything installed."""
         reading = (info.context or {}).get("reading")
-        return reading if isinstance(reading, Reading) else cls(default(), {})
+        return reading if isinstance(reading, ReadingContext) else cls(default(), {})
 
     def saved(self, name: str) -> Mapping[str, Any] | None:
         """The provenance of a kind, where there is one that can be read."""

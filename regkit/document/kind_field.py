@@ -10,14 +10,14 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
 from regkit.document import shorthand
-from regkit.document.context import Foreign, Reading
+from regkit.document.context import MissingKind, ReadingContext
 from regkit.fields import mistake, mistakes_at
 from regkit.kinds import Kind
 from regkit.registry.entries import CONTRACTS, Family
 
 
 @dataclass(frozen=True)
-class OpenUnion:
+class KindField:
     """A field that holds any installed kind of some families.
 
     The registry is asked at each validation, so that a plugin's kind is as good as one that was there when this module
@@ -37,7 +37,7 @@ class OpenUnion:
     def _validate(self, value: Any, info: ValidationInfo) -> Kind:
         if isinstance(value, Kind):
             return self._of_family(value)
-        reading = Reading.of(info)
+        reading = ReadingContext.of(info)
         try:
             options = shorthand.canonical(value, self.families, reading.registry)
         except shorthand.KindError as error:
@@ -47,7 +47,7 @@ class OpenUnion:
                 if reading.unknown == "keep":
                     saved = reading.saved(error.name)
                     given = _plain(value)
-                    return Foreign.model_construct(kind=error.name, given=given, saved=saved, reason=sentence)
+                    return MissingKind.model_construct(kind=error.name, given=given, saved=saved, reason=sentence)
             if isinstance(value, dict) and "kind" in value:
                 raise mistakes_at([("kind", value["kind"], sentence)]) from None
             raise mistake(sentence) from None
@@ -75,15 +75,15 @@ def _plain(value: Any) -> Any:
 
 def _dump_kind(kind: Kind) -> Any:
     """The options, without those that are null and would be if left out; of a foreign kind what was given."""
-    if isinstance(kind, Foreign):
+    if isinstance(kind, MissingKind):
         return kind.given
     options = kind.model_dump(mode="json")
     fields = type(kind).model_fields
     return {name: value for name, value in options.items() if value is not None or fields[name].default is not None}
 
 
-AnyPenalty = Annotated[Kind, OpenUnion(("penalty", "activity penalty"))]
-WeightPenalty = Annotated[Kind, OpenUnion(("penalty",))]
-OutputPenalty = Annotated[Kind, OpenUnion(("activity penalty",))]
-AnyConstraint = Annotated[Kind, OpenUnion(("constraint",))]
-AnySchedule = Annotated[Kind, OpenUnion(("schedule",))]
+AnyPenalty = Annotated[Kind, KindField(("penalty", "activity penalty"))]
+WeightPenalty = Annotated[Kind, KindField(("penalty",))]
+OutputPenalty = Annotated[Kind, KindField(("activity penalty",))]
+AnyConstraint = Annotated[Kind, KindField(("constraint",))]
+AnySchedule = Annotated[Kind, KindField(("schedule",))]

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from regkit.document import json_text
-from regkit.document.context import Foreign, Reading, Unknown
+from regkit.document.context import MissingKind, ReadingContext, Unknown
 from regkit.document.problems import problems
 from regkit.document.spec import Spec
 from regkit.errors import SpecError
@@ -46,7 +46,7 @@ def load(
     if not isinstance(read.value, dict):
         raise SpecError(read.origin, [read.problem("", "a document is an object with `rules` or `layers`")])
     given = read.value.get("provenance")
-    reading = Reading(registry, given if isinstance(given, dict) else {}, unknown)
+    reading = ReadingContext(registry, given if isinstance(given, dict) else {}, unknown)
     try:
         spec = Spec.model_validate(read.value, context={"reading": reading})
     except ValidationError as error:
@@ -56,9 +56,9 @@ def load(
     return spec
 
 
-def _drift(spec: Spec, reading: Reading, strict: bool) -> Iterator[tuple[str, str]]:
+def _drift(spec: Spec, reading: ReadingContext, strict: bool) -> Iterator[tuple[str, str]]:
     """Which kinds come from elsewhere than when the document was saved: a pointer and a sentence for each."""
-    for name in sorted({kind.kind for kind in spec.kinds() if not isinstance(kind, Foreign)}):
+    for name in sorted({kind.kind for kind in spec.kinds() if not isinstance(kind, MissingKind)}):
         entry, saved = reading.registry.find(name), reading.saved(name)
         if entry is None:  # Python code has made it, and only what is saved must be found again
             continue

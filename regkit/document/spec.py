@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from regkit.document.context import Foreign
+from regkit.document.context import MissingKind
 from regkit.document.kind_field import AnyConstraint, AnyPenalty, AnySchedule, OutputPenalty, WeightPenalty
 from regkit.document.target import AnyOf, Frozen, Name, Pattern, Target
 from regkit.errors import PluginError
@@ -239,7 +239,7 @@ def _provenance(spec: Spec, registry: Registry) -> Mapping[str, Mapping[str, str
 
 def _saved(kind: Kind, registry: Registry) -> Mapping[str, str | None] | None:
     """Where a kind comes from; of one that is not here, where it came from when the document was saved, if known."""
-    if isinstance(kind, Foreign):
+    if isinstance(kind, MissingKind):
         saved: Mapping[str, str | None] | None = kind.saved
         return saved
     origin = _entry(kind, registry).origin

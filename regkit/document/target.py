@@ -19,7 +19,7 @@ from pydantic_core import CoreSchema
 
 from regkit import _pickled
 from regkit.adapters import GATE_ALIASES
-from regkit.document.context import Reading
+from regkit.document.context import ReadingContext
 from regkit.errors import unknown
 from regkit.fields import Index, mistake
 
@@ -60,7 +60,7 @@ AnyOf = Annotated[
 
 
 def _known_role(role: str, info: ValidationInfo) -> str:
-    reading = Reading.of(info)
+    reading = ReadingContext.of(info)
     roles = reading.registry.roles
     if role not in roles and reading.unknown == "error":
         raise mistake(unknown("role", role, roles))
@@ -68,7 +68,7 @@ def _known_role(role: str, info: ValidationInfo) -> str:
 
 
 def _known_gate(gate: str, info: ValidationInfo) -> str:
-    reading = Reading.of(info)
+    reading = ReadingContext.of(info)
     gates = reading.registry.gates
     name = gate if gate in gates else GATE_ALIASES.get(gate, gate)
     if name not in gates and reading.unknown == "error":

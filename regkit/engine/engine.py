@@ -14,13 +14,13 @@ from torch._C import _is_any_autocast_enabled as _casts
 from torch.optim import Optimizer
 
 from regkit.activity.reduction import total
-from regkit.engine.finite import EVERY, Health
+from regkit.engine.finite import EVERY, FiniteCheck
 from regkit.engine.program import ActiveStep, Jobs, Program
-from regkit.engine.watchdog import Watch, owned_by_any
+from regkit.engine.watchdog import Watchdog, owned_by_any
 from regkit.errors import AttachError, StepError, listing
 from regkit.recording.recorder import all_in_the_loss, settle
 from regkit.rules.penalty_rule import PenaltyRule
-from regkit.rules.rule_set import Rules, raise_named
+from regkit.rules.rule_set import RuleSet, raise_named
 from regkit.rules.weight_rule import WeightRule
 from regkit.runtime.modes import plain
 from regkit.runtime.sharding import FSDP1, flattened
@@ -37,7 +37,7 @@ class Engine:
     restricted: whether `attach(optimizer=...)` said which steps to act in.
     """
 
-    def __init__(self, rules: Rules, model: nn.Module, restricted: bool) -> None:
+    def __init__(self, rules: RuleSet, model: nn.Module, restricted: bool) -> None:
         self._rules = rules
         self.model = weakref.ref(model)  # the model, while it lives
         self._parameters = Parameters(model)
@@ -47,10 +47,10 @@ class Engine:
         self._armed: Snapshot | None = None
         self._owned: set[int] = set()
         self._expected: tuple[Snapshot, set[int]] | None = None
-        self._health = Health(rules.snapshots)
+        self._health = FiniteCheck(rules.snapshots)
         self._counting = [rule.binding for rule in rules.on_weights if rule.binding.counts]
         self._checks = bool(self._counting or rules.activities or rules.by_loss or rules.by_prox or rules.by_decay)
-        self.watch = Watch(self._watched)
+        self.watch = Watchdog(self._watched)
         self._by_hand = False
 
     def moved(self) -> str | None:

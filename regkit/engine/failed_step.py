@@ -8,7 +8,7 @@ from regkit.errors import StepError
 from regkit.runtime.step import Step
 
 
-class Mark:
+class FailedStep:
     """That gradients hold what a step added to them: the first of them, as it was then. gradient: None where none do.
 
     complete: whether all was added, or something failed before. version: the gradient's, then. trained: the parameters

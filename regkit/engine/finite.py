@@ -17,7 +17,7 @@ EVERY: Final = 64
 """Steps between two looks. Each reads every weight once and, on a GPU, waits for it."""
 
 
-class Health:
+class FiniteCheck:
     """Looks at weights when rules are attached, before the first step, and before every 64th."""
 
     def __init__(self, snapshots: Snapshots) -> None:

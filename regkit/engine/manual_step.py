@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from regkit.engine.program import ActiveStep
-from regkit.engine.tracker import Steps
+from regkit.engine.tracker import StepTracker
 
 
 @dataclass(eq=False)
-class ByHand:
+class ManualStep:
     """The context of an update that no torch optimizer makes: what is before and after a step is done around it.
 
     lr: what proximal and decoupled rules multiply by.
     """
 
-    hooks: Steps
+    hooks: StepTracker
     lr: float | Tensor | None
     step: ActiveStep | None = None
 

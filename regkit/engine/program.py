@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from regkit.recording.recorder import Recorder
 from regkit.rules.constraint_rule import ConstraintRule
 from regkit.rules.penalty_rule import PenaltyRule
-from regkit.rules.rule_set import Rules
+from regkit.rules.rule_set import RuleSet
 from regkit.rules.weight_rule import Work
-from regkit.runtime.step import Owned, Step
+from regkit.runtime.step import OwnedParameters, Step
 from regkit.weights.snapshot import Snapshot
 
 Acts = list[tuple[PenaltyRule, Work]]
@@ -39,7 +39,7 @@ class Jobs:
     """
 
     def __init__(
-        self, rules: Rules, snapshot: Snapshot, owned: Owned, trained: frozenset[int], up: frozenset[int]
+        self, rules: RuleSet, snapshot: Snapshot, owned: OwnedParameters, trained: frozenset[int], up: frozenset[int]
     ) -> None:
         self.snapshot, self.trained, self.up = snapshot, trained, up
         self.usual = trained is owned.ids and not up
@@ -80,13 +80,14 @@ class Program:
     jobs: those of its last step. met: whether what is asked of an optimizer at its first step was asked.
     """
 
-    def __init__(self, optimizer: Optimizer | None, snapshot: Snapshot, owned: Owned | None = None) -> None:
+    def __init__(self, optimizer: Optimizer | None, snapshot: Snapshot, owned: OwnedParameters | None = None) -> None:
         self.snapshot = snapshot
         self._groups = [] if optimizer is None else list(optimizer.param_groups)
         self._sizes = list(map(len, map(_params, self._groups)))
         self._parameters = list(chain.from_iterable(map(_params, self._groups)))
         if owned is None:
-            owned = Owned(snapshot.parameters, {id(p): group for group in self._groups for p in group["params"]})
+            group_of = {id(p): group for group in self._groups for p in group["params"]}
+            owned = OwnedParameters(snapshot.parameters, group_of)
         self.owned = owned
         self.jobs: Jobs | None = None
         self.met = False

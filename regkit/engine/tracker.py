@@ -25,7 +25,7 @@ from regkit.engine.program import ActiveStep, Program
 from regkit.errors import AttachError, StepError
 from regkit.runtime.modes import uncompiled
 from regkit.runtime.sharding import distributed, reshard, sharded
-from regkit.runtime.step import Owned, StepCount
+from regkit.runtime.step import OwnedParameters, StepCount
 
 
 class _Thread(threading.local):
@@ -35,7 +35,7 @@ class _Thread(threading.local):
         self.running: list[ActiveStep] = []
 
 
-class Steps:
+class StepTracker:
     """The optimizer steps of one attachment: hears of all, and acts on its own."""
 
     def __init__(self, engine: Engine, optimizers: Iterable[Optimizer] | None) -> None:
@@ -193,7 +193,7 @@ class Steps:
         snapshot = self._engine.now()
         here = snapshot.parameters
         self.count.keep(here)
-        owned = Owned(here, dict.fromkeys(here, group))
+        owned = OwnedParameters(here, dict.fromkeys(here, group))
         program = Program(None, snapshot, owned)
         step = ActiveStep(None, owned, None, False, self.count.index(owned.ids), None, program=program)
         self._engine.at_gradients(step)
@@ -233,7 +233,7 @@ def _closure(args: Any, kwargs: Any) -> tuple[Callable[[], Any] | None, Callable
 class _Closure:
     """A training closure with the work of a step behind it."""
 
-    hooks: Steps
+    hooks: StepTracker
     step: ActiveStep
     closure: Callable[[], Any]
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from regkit import _pickled
-from regkit.engine.failed_step import Mark
+from regkit.engine.failed_step import FailedStep
 from regkit.errors import StepError
 from regkit.runtime.modes import capturing, compiler, is_dynamo_compiling, uncompiled
 from regkit.runtime.sharding import sharded
@@ -38,7 +38,7 @@ _UNHEARD: Final = (
 )
 
 
-class Watch:
+class Watchdog:
     """Watches one parameter from its backward passes.
 
     find: the name of the parameter to watch, its module, and itself as it is now. inside: whether a step that is acted
@@ -49,7 +49,7 @@ class Watch:
         self._find = find
         self.inside: Callable[[], bool] = bool  # never, until there are steps
         self.open: Collection[object] = ()  # the steps that may be running
-        self.mark = Mark()
+        self.mark = FailedStep()
         self.leaf: Tensor | None = None  # is watched; torch converts no sharded parameter that has a weak reference
         self._name = ""
         self._handles: list[RemovableHandle] = []  # on the parameter
@@ -147,7 +147,7 @@ class Watch:
 class _Hook:
     """What hangs on the parameter and its module. It holds the watch weakly, and a copy of it holds none."""
 
-    def __init__(self, watch: Watch | None = None) -> None:
+    def __init__(self, watch: Watchdog | None = None) -> None:
         self._watch = (lambda: None) if watch is None else weakref.ref(watch)
         self.inert = watch is None
         self.number = -1

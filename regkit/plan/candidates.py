@@ -8,15 +8,15 @@ from functools import cached_property
 
 from regkit.adapters import Output, OutputSite, Weight, WeightSite
 from regkit.plan.declarations import Outline, outline, outputs_of, weights_of
-from regkit.plan.modules import Recurrent
+from regkit.plan.modules import RecurrentModule
 from regkit.plan.patterns import glob, literal
 
 
 @dataclass(eq=False, slots=True)
-class WeightPlace:
+class WeightCandidate:
     """A weight of a recurrent module."""
 
-    recurrent: Recurrent
+    recurrent: RecurrentModule
     weight: Weight
     _outline: Outline | None = None
     _sites: dict[str | None, WeightSite] = field(default_factory=dict)
@@ -55,10 +55,10 @@ class WeightPlace:
 
 
 @dataclass(eq=False, slots=True)
-class OutputPlace:
+class OutputCandidate:
     """Something that a recurrent module puts out."""
 
-    recurrent: Recurrent
+    recurrent: RecurrentModule
     output: Output
     _sites: dict[tuple[object, object], OutputSite] = field(default_factory=dict)
 
@@ -76,37 +76,37 @@ class OutputPlace:
 
 
 @dataclass(eq=False)
-class ModulePlace:
+class ModuleCandidate:
     """A recurrent module under one of its names. What its adapter does wrong is raised, as by `declarations`."""
 
-    recurrent: Recurrent
+    recurrent: RecurrentModule
 
     @cached_property
-    def outputs(self) -> list[OutputPlace]:
+    def outputs(self) -> list[OutputCandidate]:
         """Everything that it puts out."""
-        return [OutputPlace(self.recurrent, output) for output in outputs_of(self.recurrent)]
+        return [OutputCandidate(self.recurrent, output) for output in outputs_of(self.recurrent)]
 
     @cached_property
-    def _weights(self) -> list[WeightPlace]:
-        return [WeightPlace(self.recurrent, weight) for weight in weights_of(self.recurrent)]
+    def _weights(self) -> list[WeightCandidate]:
+        return [WeightCandidate(self.recurrent, weight) for weight in weights_of(self.recurrent)]
 
     @cached_property
-    def each(self) -> list[WeightPlace]:
+    def each(self) -> list[WeightCandidate]:
         """Its weights, each bias on its own."""
         return [one for one in self._weights if not one.paired]
 
     @cached_property
-    def effective(self) -> list[WeightPlace]:
+    def effective(self) -> list[WeightCandidate]:
         """Its weights, biases in a sum where there is one."""
         summed = {name for one in self._weights if one.paired for name in one.weight.parameters}
         return [one for one in self._weights if one.paired or one.weight.parameters[0] not in summed]
 
 
-class Places:
+class Candidates:
     """The recurrent modules of a model, in its order, under all their names."""
 
-    def __init__(self, recurrents: Sequence[Recurrent]) -> None:
-        self._all = [ModulePlace(one) for one in recurrents]
+    def __init__(self, recurrents: Sequence[RecurrentModule]) -> None:
+        self._all = [ModuleCandidate(one) for one in recurrents]
         self._named: dict[str, list[int]] = {}
         for number, one in enumerate(recurrents):
             self._named.setdefault(one.name, []).append(number)
@@ -117,7 +117,7 @@ class Places:
         self._covered: dict[str, list[int]] = {}
 
     @property
-    def modules(self) -> list[Recurrent]:
+    def modules(self) -> list[RecurrentModule]:
         """Each module, under the first of its names."""
         return [place.recurrent for place in self._first(range(len(self._all)))]
 
@@ -129,12 +129,12 @@ class Places:
         """Whether a pattern covers any of the modules of these ids."""
         return any(id(self._all[number].recurrent.module) in modules for number in self._numbers(pattern))
 
-    def chosen(self, patterns: Sequence[str]) -> list[ModulePlace]:
+    def chosen(self, patterns: Sequence[str]) -> list[ModuleCandidate]:
         """Each module that any of the patterns covers, under the first of its names that one does."""
         return self._first(sorted({number for pattern in patterns for number in self._numbers(pattern)}))
 
-    def _first(self, numbers: Sequence[int]) -> list[ModulePlace]:
-        found: dict[int, ModulePlace] = {}
+    def _first(self, numbers: Sequence[int]) -> list[ModuleCandidate]:
+        found: dict[int, ModuleCandidate] = {}
         for number in numbers:
             place = self._all[number]
             found.setdefault(id(place.recurrent.module), place)

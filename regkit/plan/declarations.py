@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regkit.adapters import OUTPUT_ROLES, WEIGHT_ROLES, Output, Weight, turned
 from regkit.errors import AttachError, PluginError, listing, unknown
-from regkit.plan.modules import Recurrent
+from regkit.plan.modules import RecurrentModule
 from regkit.runtime.sharding import sharded
 from regkit.weights.locate import MissingError, function_of, mask_of, storage_of
 from regkit.weights.storage import Storage
@@ -21,7 +21,7 @@ from regkit.weights.storage import Storage
 T = TypeVar("T", Weight, Output)
 
 
-def weights_of(recurrent: Recurrent) -> list[Weight]:
+def weights_of(recurrent: RecurrentModule) -> list[Weight]:
     """Every weight that the adapter tells of. Raises PluginError where it fails, or gives what no target can name."""
     weights = _given(recurrent, "weights", Weight)
     for weight in weights:
@@ -43,7 +43,7 @@ def weights_of(recurrent: Recurrent) -> list[Weight]:
     return weights
 
 
-def outputs_of(recurrent: Recurrent) -> list[Output]:
+def outputs_of(recurrent: RecurrentModule) -> list[Output]:
     """Everything that the module puts out. Raises PluginError as `weights_of`."""
     outputs = _given(recurrent, "outputs", Output)
     for output in outputs:
@@ -52,7 +52,7 @@ def outputs_of(recurrent: Recurrent) -> list[Output]:
     return outputs
 
 
-def _given(recurrent: Recurrent, method: str, contract: type[T]) -> list[T]:
+def _given(recurrent: RecurrentModule, method: str, contract: type[T]) -> list[T]:
     try:
         given: Iterable[object] = getattr(recurrent.adapter, method)(recurrent.module)
         found = list(given)
@@ -78,7 +78,7 @@ _WEIGHT: Final = _Fields(Weight)
 _OUTPUT: Final = _Fields(Output)
 
 
-def _refuse_types(recurrent: Recurrent, what: str, given: Weight | Output) -> None:
+def _refuse_types(recurrent: RecurrentModule, what: str, given: Weight | Output) -> None:
     fields = _WEIGHT if isinstance(given, Weight) else _OUTPUT
     values = fields.values(given)
     try:
@@ -90,7 +90,7 @@ def _refuse_types(recurrent: Recurrent, what: str, given: Weight | Output) -> No
         raise broken(recurrent, f"gives {what} {wrong}") from None
 
 
-def _refuse_role(recurrent: Recurrent, what: str, role: str) -> None:
+def _refuse_role(recurrent: RecurrentModule, what: str, role: str) -> None:
     roles = (*WEIGHT_ROLES, *OUTPUT_ROLES, *recurrent.adapter.roles)
     if role not in roles:
         raise broken(recurrent, f"gives {what} the {unknown('role', role, dict.fromkeys(roles))} (in its `roles`)")
@@ -106,7 +106,7 @@ class Outline(NamedTuple):
     identity: tuple[int, ...]
 
 
-def outline(recurrent: Recurrent, weight: Weight) -> Outline:
+def outline(recurrent: RecurrentModule, weight: Weight) -> Outline:
     """The outline of a weight.
 
     Raises AttachError where the weight cannot be followed, PluginError where it is not there, or not as it is told.
@@ -124,7 +124,7 @@ def outline(recurrent: Recurrent, weight: Weight) -> Outline:
     return Outline(shapes[0], tuple(one for storage, _ in kept for one in storage.identity))
 
 
-def _kept(recurrent: Recurrent, weight: Weight, name: str) -> tuple[Storage, tuple[int, ...]]:
+def _kept(recurrent: RecurrentModule, weight: Weight, name: str) -> tuple[Storage, tuple[int, ...]]:
     """Where a parameter is kept, and its shape there."""
     module, mask = recurrent.module, weight.mask
     try:
@@ -142,7 +142,7 @@ def _kept(recurrent: Recurrent, weight: Weight, name: str) -> tuple[Storage, tup
     return storage, tuple(kept.shape)
 
 
-def _turned(recurrent: Recurrent, weight: Weight, kept: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def _turned(recurrent: RecurrentModule, weight: Weight, kept: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The shapes of what is kept as kinds see it: units in rows, and the columns of the weight alone."""
     try:
         seen = [turned(torch.empty(one, device="meta"), weight.transposed, weight.columns) for one in kept]
@@ -158,7 +158,7 @@ def _turned(recurrent: Recurrent, weight: Weight, kept: Sequence[tuple[int, ...]
     return [tuple(one.shape) for one in seen]
 
 
-def _refuse_mask(recurrent: Recurrent, name: str, mask: Tensor, shape: Sequence[int]) -> None:
+def _refuse_mask(recurrent: RecurrentModule, name: str, mask: Tensor, shape: Sequence[int]) -> None:
     """Raise PluginError unless the mask is of 0 and 1. On shards and on no device, nobody looks."""
     if tuple(mask.shape) != tuple(shape):
         raise broken(recurrent, f"masks {tuple(shape)} by {name}, which is {tuple(mask.shape)}")
@@ -166,7 +166,7 @@ def _refuse_mask(recurrent: Recurrent, name: str, mask: Tensor, shape: Sequence[
         raise broken(recurrent, f"masks a weight by {name}, which holds more than 0 and 1")
 
 
-def broken(recurrent: Recurrent, how: str) -> PluginError:
+def broken(recurrent: RecurrentModule, how: str) -> PluginError:
     """That the adapter broke its contract, and how."""
     adapter = type(recurrent.adapter)
     whose = f"{adapter.__module__}.{adapter.__qualname__} of plugin {recurrent.origin}"

@@ -16,7 +16,7 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 @dataclass(frozen=True)
-class Recurrent:
+class RecurrentModule:
     """A recurrent module, under one of its names.
 
     path: where it is; name: the same without wrappers' prefixes ('' is the model itself); parent: what holds it under
@@ -66,7 +66,7 @@ def _walk(
         yield from _walk(f"{path}.{child_name}".lstrip("."), inner, child, (*above, module))
 
 
-def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
+def recurrent_modules(model: nn.Module, registry: Registry) -> list[RecurrentModule]:
     """Every module that an adapter knows, under all its names, in the model's order; but none that another encloses."""
     places: dict[int, list[tuple[str, str]]] = {}
     modules: dict[int, nn.Module] = {}
@@ -76,14 +76,14 @@ def recurrent_modules(model: nn.Module, registry: Registry) -> list[Recurrent]:
         modules[id(module)] = by_path[path] = module
     known = {key: adapter for key, module in modules.items() if (adapter := registry.adapter(module)) is not None}
     enclosing = {path for key, adapter in known.items() if adapter.encloses for path, _ in places[key]}
-    found: list[Recurrent] = []
+    found: list[RecurrentModule] = []
     for key, adapter in known.items():
         at = [(path, name) for path, name in places[key] if not (enclosing and _inside(path, enclosing))]
         if at:
             first, module = at[0][0], modules[key]
             parent = by_path[first.rpartition(".")[0]] if first else None
             origin, of_class = str(registry.adapter_origin(module)), class_name(module)
-            found += [Recurrent(path, name, module, of_class, adapter, parent, origin) for path, name in at]
+            found += [RecurrentModule(path, name, module, of_class, adapter, parent, origin) for path, name in at]
     return found
 
 

@@ -17,13 +17,13 @@ from torch import nn
 from regkit import _pickled
 from regkit.adapters import WeightSite, turned
 from regkit.document import reader
-from regkit.document.context import Foreign
+from regkit.document.context import MissingKind
 from regkit.document.spec import Spec
 from regkit.errors import AttachError, Problem, ResolveError, listing
 from regkit.plan.binding import Binding
-from regkit.plan.candidates import Places
+from regkit.plan.candidates import Candidates
 from regkit.plan.modules import class_name, named_modules, recurrent_modules
-from regkit.plan.selection import Unbound, bind
+from regkit.plan.selection import DoesNotFit, bind
 from regkit.plan.table import table
 from regkit.registry.registry import Registry, default
 from regkit.weights.locate import storage_of
@@ -112,25 +112,25 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
         raise TypeError(f"a model is an nn.Module, not {type(model).__name__}")
     registry = registry or default()
     spec = reader.load(spec, registry=registry)
-    everywhere = Places(recurrent_modules(model, registry))
+    everywhere = Candidates(recurrent_modules(model, registry))
     bindings: list[Binding] = []
     problems: list[Problem] = []
     for key, rule in spec.keyed_rules().items():
-        if gone := [kind for kind in (rule.kind, rule.schedule) if isinstance(kind, Foreign)]:
+        if gone := [kind for kind in (rule.kind, rule.schedule) if isinstance(kind, MissingKind)]:
             problems += [Problem(key, kind.reason) for kind in gone]
             continue
         try:
             entry = registry.find(rule.kind.kind)
             origin = rule.kind.__class__.__module__ if entry is None else str(entry.origin)
             bindings.append(replace(bind(key, rule, everywhere), origin=origin))
-        except Unbound as error:
+        except DoesNotFit as error:
             problems.append(Problem(key, _sentence(str(error), model, everywhere, registry)))
     if problems:
         raise ResolveError("the spec", problems)
     return Plan(tuple(bindings), registry)
 
 
-def _sentence(reason: str, model: nn.Module, everywhere: Places, registry: Registry) -> str:
+def _sentence(reason: str, model: nn.Module, everywhere: Candidates, registry: Registry) -> str:
     if everywhere.modules:
         return reason
     classes = listing(sorted({type(module).__name__ for _, _, module in named_modules(model)}))

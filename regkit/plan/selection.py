@@ -13,17 +13,17 @@ from regkit.document.target import Target
 from regkit.errors import AttachError, listing, nearest
 from regkit.kinds import ActivityPenalty, Constraint, Layout, Penalty, Schedule, Via
 from regkit.plan.binding import Binding
-from regkit.plan.candidates import ModulePlace, OutputPlace, Places, WeightPlace
+from regkit.plan.candidates import Candidates, ModuleCandidate, OutputCandidate, WeightCandidate
 
 # Of a stacked module only the top layer's sequence comes out; the others stay inside.
 _VISIBLE: Final = "visible layer"
 
 
-class Unbound(Exception):  # noqa: N818  # a signal within this room; what users see is ResolveError
+class DoesNotFit(Exception):  # noqa: N818  # a signal within this room; what users see is ResolveError
     """Why a rule does not fit."""
 
 
-def bind(key: str, rule: Rule, everywhere: Places) -> Binding:
+def bind(key: str, rule: Rule, everywhere: Candidates) -> Binding:
     """Bind one rule to the recurrent modules of a model. Raises Unbound where it does not fit."""
     kind = rule.kind
     assert isinstance(kind, (Penalty, ActivityPenalty, Constraint))  # the spec's fields hold no other family
@@ -41,7 +41,7 @@ def bind(key: str, rule: Rule, everywhere: Places) -> Binding:
         raise
 
 
-class _Missing(Unbound):
+class _Missing(DoesNotFit):
     """The rule asks for something that the model does not have; an optional rule may, so its sentence is made late."""
 
     def __init__(self, sentence: Callable[[], str]) -> None:
@@ -51,7 +51,7 @@ class _Missing(Unbound):
         return self._sentence()
 
 
-def _modules(target: Target, everywhere: Places) -> list[ModulePlace]:
+def _modules(target: Target, everywhere: Candidates) -> list[ModuleCandidate]:
     """The modules that the target's patterns cover; every pattern must cover one."""
     patterns = target.module or ("**",)
     for pattern in patterns:
@@ -60,14 +60,14 @@ def _modules(target: Target, everywhere: Places) -> list[ModulePlace]:
     return everywhere.chosen(patterns)
 
 
-def _unnamed(pattern: str, everywhere: Places) -> str:
+def _unnamed(pattern: str, everywhere: Candidates) -> str:
     recurrents = everywhere.modules
     near = nearest(pattern, [one.name for one in recurrents if one.name])
     hint = f"; did you mean {near!r}?" if near and near != pattern else "."
     return f"no recurrent module is named {pattern!r}{hint} Available: {listing(map(str, recurrents))}"
 
 
-P = TypeVar("P", WeightPlace, OutputPlace)
+P = TypeVar("P", WeightCandidate, OutputCandidate)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class _Choice(Generic[P]):
         return [f"{self.field} {value!r}" for value in self.wanted if value not in there]
 
 
-def _select(target: Target, everywhere: Places, candidates: list[P], choices: list[_Choice[P]]) -> list[P]:
+def _select(target: Target, everywhere: Candidates, candidates: list[P], choices: list[_Choice[P]]) -> list[P]:
     """The candidates that every choice keeps. Each item of each list, and each pattern, must keep one."""
     for choice in choices:
         candidates = choice.keep(candidates)
@@ -124,16 +124,16 @@ def _together(out: list[str], choices: list[_Choice[P]]) -> str:
 
 
 def _weights(
-    target: Target, kind: Penalty | Constraint, modules: list[ModulePlace], everywhere: Places
+    target: Target, kind: Penalty | Constraint, modules: list[ModuleCandidate], everywhere: Candidates
 ) -> tuple[WeightSite, ...]:
     wanted = target.role
     put_out = {o.output.role for r in modules for o in r.outputs} | set(OUTPUT_ROLES)
     if unfit := [role for role in wanted or () if role in put_out]:
-        raise Unbound(f"{kind.kind} acts on weights, not on the {listing(unfit)}")
+        raise DoesNotFit(f"{kind.kind} acts on weights, not on the {listing(unfit)}")
     if target.bias == "effective" and wanted and "bias" not in wanted:
-        raise Unbound('"bias": "effective" says how biases are read, but the target has no role bias')
+        raise DoesNotFit('"bias": "effective" says how biases are read, but the target has no role bias')
     if target.gate and kind.layout == "cell":
-        raise Unbound(f"{kind.kind} per cell takes all gates of a hidden unit together; leave out the gate")
+        raise DoesNotFit(f"{kind.kind} per cell takes all gates of a hidden unit together; leave out the gate")
     candidates = _select(
         target,
         everywhere,
@@ -157,8 +157,8 @@ def _weights(
 
 
 def _of_fitting_rank(
-    kind: Penalty | Constraint, candidates: list[WeightPlace], wanted: Sequence[str] | None
-) -> list[WeightPlace]:
+    kind: Penalty | Constraint, candidates: list[WeightCandidate], wanted: Sequence[str] | None
+) -> list[WeightCandidate]:
     """The candidates that the kind is defined for. A constraint takes biases only where the target names them."""
     spared = ("bias",) if isinstance(kind, Constraint) and not wanted else ()
     candidates = [w for w in candidates if w.weight.role not in spared]
@@ -166,28 +166,28 @@ def _of_fitting_rank(
     fitting = [w for w in candidates if len(_shape(w)) in ranks]
     unfit = sorted({w.weight.role for w in candidates} - {w.weight.role for w in fitting})
     if wanted and unfit:
-        raise Unbound(f"{kind.kind} is not defined for the {listing(unfit)}: it takes {_ranks(kind)}")
+        raise DoesNotFit(f"{kind.kind} is not defined for the {listing(unfit)}: it takes {_ranks(kind)}")
     if not fitting:
         raise _Missing(lambda: f"no weight is left that {kind.kind} is defined for: it takes {_ranks(kind)}")
     return fitting
 
 
-def _shape(place: WeightPlace) -> tuple[int, ...]:
+def _shape(place: WeightCandidate) -> tuple[int, ...]:
     """The shape that kinds see of it. Raises Unbound where it cannot be read and followed."""
     try:
         return place.outline.shape
     except AttachError as error:
-        raise Unbound(f"{place.recurrent}: {error}") from None
+        raise DoesNotFit(f"{place.recurrent}: {error}") from None
 
 
-def _refuse_scattered(kind: Penalty | Constraint, candidates: list[WeightPlace]) -> None:
+def _refuse_scattered(kind: Penalty | Constraint, candidates: list[WeightCandidate]) -> None:
     """Raise Unbound where the gates of one hidden unit are not in one weight: no block holds them together."""
     found: dict[tuple[Any, ...], tuple[str, ...]] = {}
     for recurrent, weight in ((one.recurrent, one.weight) for one in candidates):
         place = (id(recurrent.module), weight.role, weight.layer, weight.direction)
         if found.setdefault(place, weight.gates) != weight.gates:
             gates = listing([*found[place], *weight.gates])
-            raise Unbound(
+            raise DoesNotFit(
                 f"{kind.kind} per cell takes all gates of a hidden unit together, but {recurrent} keeps {gates} of the "
                 f"{weight.role} in weights of their own"
             )
@@ -198,7 +198,7 @@ def _ranks(kind: Penalty | Constraint) -> str:
     return " and ".join(names.get(rank, f"{rank}-dimensional weights") for rank in kind.ranks)
 
 
-def _gates(place: WeightPlace, target: Target, layout: Layout) -> Iterator[str | None]:
+def _gates(place: WeightCandidate, target: Target, layout: Layout) -> Iterator[str | None]:
     """The gates that are taken one by one, where the target or the kind tells them apart; else none, for the whole."""
     weight = place.weight
     if (target.gate or layout == "gate") and weight.gates:
@@ -211,31 +211,32 @@ def _gates(place: WeightPlace, target: Target, layout: Layout) -> Iterator[str |
         yield None
 
 
-def _refuse_separate(place: WeightPlace, gates: tuple[str, ...]) -> None:
+def _refuse_separate(place: WeightCandidate, gates: tuple[str, ...]) -> None:
     weight = place.weight
     if apart := [gate for gate in gates if gate in weight.separate]:
         together = [gate for gate in weight.gates if gate not in weight.separate]
-        raise Unbound(
+        raise DoesNotFit(
             f"the biases of {place.recurrent} have no effective sum in the gate {listing(apart)}, where each acts "
             f'alone; use "bias": "each", or name the gates {listing(together)}'
         )
 
 
 def _outputs(
-    target: Target, kind: ActivityPenalty, modules: list[ModulePlace], everywhere: Places
+    target: Target, kind: ActivityPenalty, modules: list[ModuleCandidate], everywhere: Candidates
 ) -> tuple[OutputSite, ...]:
     if target.gate:
-        raise Unbound(f"{kind.kind} acts on outputs, which have no gates")
+        raise DoesNotFit(f"{kind.kind} acts on outputs, which have no gates")
     if target.bias != "each":
-        raise Unbound(f"{kind.kind} acts on outputs, which have no bias")
+        raise DoesNotFit(f"{kind.kind} acts on outputs, which have no bias")
     roles = target.role or ("output",)
     everything = [o for r in modules for o in r.outputs]
     put_out = dict.fromkeys([*OUTPUT_ROLES, *(o.output.role for o in everything)])
     if unfit := [role for role in roles if role not in put_out]:
-        raise Unbound(f"{kind.kind} acts on outputs, not on the {listing(unfit)}; available roles: {listing(put_out)}")
-    by_role = _Choice[OutputPlace]("role", roles, lambda o: (o.output.role,))
+        wrong, known = listing(unfit), listing(put_out)
+        raise DoesNotFit(f"{kind.kind} acts on outputs, not on the {wrong}; available roles: {known}")
+    by_role = _Choice[OutputCandidate]("role", roles, lambda o: (o.output.role,))
     if kind.sequence and (still := {o.output.role: None for o in by_role.keep(everything) if not o.output.sequence}):
-        raise Unbound(f"{kind.kind} compares neighbours in time; the role {listing(still)} has none")
+        raise DoesNotFit(f"{kind.kind} compares neighbours in time; the role {listing(still)} has none")
     candidates = _select(
         target,
         everywhere,

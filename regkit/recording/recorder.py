@@ -27,7 +27,7 @@ from regkit.activity.padding import Validity
 from regkit.adapters import Adapter, Form, OutputSite
 from regkit.errors import RegkitError, StepError
 from regkit.recording.calls import Call, Calls, Record
-from regkit.recording.tickets import Ledger
+from regkit.recording.tickets import Tickets
 from regkit.runtime import modes
 from regkit.weights.links import Parameters
 
@@ -53,7 +53,7 @@ class Recorder:
         self._handle: RemovableHandle | None = None
         self.name = name
         self.title = name or "the model"
-        self.ledger = Ledger()
+        self.ledger = Tickets()
         self.calls = Calls()
         self.left = 0
         self.waiting: list[Any] = []  # what no backward pass has reached, of an injector

@@ -17,7 +17,7 @@ class Ticket:
 
 
 @dataclass
-class Ledger:
+class Tickets:
     """The tickets of one thing that must go through the loss.
 
     Several optimizers may train it, each a part of its parameters: the first of them settles the tickets, and a step

@@ -37,7 +37,7 @@ _CLASS: Final = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 
 
 @dataclass
-class Offers:
+class PluginOffers:
     """What a plugin offers."""
 
     origin: Origin
@@ -85,15 +85,15 @@ def _origin(point: metadata.EntryPoint) -> Origin:
     return Origin(point.dist.name, point.dist.version, point.name)
 
 
-def loaded(point: metadata.EntryPoint, origin: Origin) -> tuple[Plugin, Offers]:
+def loaded(point: metadata.EntryPoint, origin: Origin) -> tuple[Plugin, PluginOffers]:
     """Import a plugin and ask what it offers. Whatever it does wrong is its own affair: then it offers nothing."""
-    offers = Offers(origin)
+    offers = PluginOffers(origin)
     try:
         with _asked():
             ask(_imported(point, origin), offers)
     except PluginError as error:
         report = "".join(traceback.format_exception(error))
-        return record(point.value, offers, reason=str(error), report=report), Offers(origin)
+        return record(point.value, offers, reason=str(error), report=report), PluginOffers(origin)
     return record(point.value, offers), offers
 
 
@@ -136,7 +136,7 @@ def _said(error: BaseException) -> str:
         return type(error).__name__
 
 
-def record(place: str, offers: Offers, *, reason: str = "", report: str = "") -> Plugin:
+def record(place: str, offers: PluginOffers, *, reason: str = "", report: str = "") -> Plugin:
     """The record of a plugin that was loaded, or is broken for a reason."""
     kinds = tuple(entry.name for entry in offers.kinds)
     adapters = tuple(name_of(known) for known, _ in offers.adapters)
@@ -165,7 +165,7 @@ def name_of(known: Known) -> str:
     return known.rpartition(":")[2] if isinstance(known, str) else known.__name__
 
 
-def ask(plugin: object, offers: Offers, specs: ModuleType = hookspecs) -> None:
+def ask(plugin: object, offers: PluginOffers, specs: ModuleType = hookspecs) -> None:
     """Put what a plugin offers into `offers`: an object with hooks, or a kind or an adapter itself.
 
     Raises PluginError for what cannot be used; `offers` then holds what came before it.
@@ -184,7 +184,7 @@ def ask(plugin: object, offers: Offers, specs: ModuleType = hookspecs) -> None:
             raise PluginError(f"plugin {offers.origin} offers an adapter for {name_of(known)} twice")
 
 
-def _ask(plugin: object, offers: Offers, specs: ModuleType) -> None:
+def _ask(plugin: object, offers: PluginOffers, specs: ModuleType) -> None:
     origin = offers.origin
     if isinstance(plugin, type) and issubclass(plugin, Kind):
         fitting: list[Family] = [name for name, contract in CONTRACTS.items() if issubclass(plugin, contract)]
@@ -204,7 +204,7 @@ def _made(plugin: Adapter | type[Adapter], origin: Origin) -> Adapter:
         raise PluginError(f"plugin {origin}: {plugin.__qualname__}() failed: {error}") from error
 
 
-def _ask_hooks(plugin: object, offers: Offers, specs: ModuleType) -> None:
+def _ask_hooks(plugin: object, offers: PluginOffers, specs: ModuleType) -> None:
     origin = offers.origin
     # A manager for each: pluggy's own then sees wrappers, arguments that grow and deprecations, and no other plugin.
     manager = pluggy.PluginManager(hookspecs.GROUP)

@@ -17,8 +17,8 @@ from regkit.kinds import Kind
 from regkit.registry.entries import CONTRACTS, Entry, Family, Origin, canonical
 from regkit.registry.plugin import (
     Known,
-    Offers,
     Plugin,
+    PluginOffers,
     ask,
     being_asked,
     clashes,
@@ -94,7 +94,7 @@ class Registry:
         Raises PluginError, and adds nothing, where it offers something that is no kind or a name that exists.
         """
         place = place_of(plugin)
-        offers = Offers(Origin(place.partition(":")[0]))
+        offers = PluginOffers(Origin(place.partition(":")[0]))
         ask(plugin, offers)
         if problems := list(self._clashes(offers)):
             raise PluginError("\n".join(problems))
@@ -114,13 +114,13 @@ class Registry:
         finally:
             self._plugins, self._kinds, self._adapters = kept
 
-    def _take(self, offers: Offers) -> None:
+    def _take(self, offers: PluginOffers) -> None:
         self._kinds.update((entry.name, entry) for entry in offers.kinds)
         for known, _ in offers.adapters:  # a class that was known by its name before, say, or the other way round
             self._adapters = {one: held for one, held in self._adapters.items() if not same(one, known)}
         self._adapters.update((known, (adapter, offers.origin)) for known, adapter in offers.adapters)
 
-    def _clashes(self, offers: Offers) -> Iterator[str]:
+    def _clashes(self, offers: PluginOffers) -> Iterator[str]:
         """What of the offers is there already."""
         for entry in offers.kinds:
             other = self._kinds.get(entry.name)

@@ -14,7 +14,7 @@ from torch.optim import LBFGS
 
 from regkit.errors import StepError
 from regkit.kinds import Penalty
-from regkit.recording.tickets import Ledger
+from regkit.recording.tickets import Tickets
 from regkit.rules.weight_rule import WeightRule, Work
 from regkit.runtime.step import Step
 from regkit.weights.batch import Batch, Shards
@@ -35,7 +35,7 @@ class PenaltyRule(WeightRule):
     """A penalty on weights. The ledger is of one via the loss. addends: what it is the sum of, if it is one."""
 
     addends: tuple[Penalty, ...] = ()
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: Tickets = field(default_factory=Tickets)
 
     @cached_property
     def penalty(self) -> Penalty:

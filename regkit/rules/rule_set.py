@@ -50,7 +50,7 @@ def raise_named(rule: WeightRule | ActivityRule | At, error: Exception) -> NoRet
 
 
 @dataclass(eq=False)
-class Rules:
+class RuleSet:
     """Every rule of a plan, in the document's order.
 
     recorders: what the activity rules need; spoken: of these, the ones of rules via loss. snapshots: of the modules
@@ -128,7 +128,7 @@ class Rules:
         return [value for value in values if value is not None]
 
 
-def rules_of(plan: Plan, model: nn.Module) -> Rules:
+def rules_of(plan: Plan, model: nn.Module) -> RuleSet:
     """The plan's rules on this model. Nothing is hooked yet."""
     modules = dict(model.named_modules(remove_duplicate=False))
     recorders = _recorders(plan, modules)
@@ -152,7 +152,7 @@ def rules_of(plan: Plan, model: nn.Module) -> Rules:
             penalties.append(PenaltyRule(binding, own, snapshots))
         else:
             constraints.append(ConstraintRule(binding, own, snapshots))
-    return Rules(penalties, constraints, activities, list(recorders.values()), snapshots)
+    return RuleSet(penalties, constraints, activities, list(recorders.values()), snapshots)
 
 
 def _trained(plan: Plan, model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterable[nn.Module]:

@@ -14,12 +14,12 @@ from regkit.rules.activity_rule import ActivityRule
 from regkit.rules.closed_form import Recorded, Term, evaluate
 from regkit.rules.constraint_rule import ConstraintRule
 from regkit.rules.penalty_rule import PenaltyRule
-from regkit.rules.rule_set import Rules, named
+from regkit.rules.rule_set import RuleSet, named
 from regkit.rules.weight_rule import WeightRule
 from regkit.weights.batch import LOOPS, Batch, own_forms
 
 
-def try_kinds(rules: Rules) -> None:
+def try_kinds(rules: RuleSet) -> None:
     """Try every kind, once for all rules of equal ones on weights that look alike.
 
     These are the rules on weights, the sums that were made of them, and one activity rule of each kind, whose outputs

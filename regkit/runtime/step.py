@@ -18,7 +18,7 @@ Groups = Mapping[int, dict[str, Any]]
 """The parameter group of each parameter, by its id."""
 
 
-class Owned:
+class OwnedParameters:
     """The parameters of an optimizer that are also the model's.
 
     groups: of all parameters of the optimizer; ours: of the model's, which `leaves` lists and `ids` holds.
@@ -31,13 +31,13 @@ class Owned:
         self.leaves = [here[key] for key in self.ours]
         self.ids = frozenset(self.ours)
 
-    def among(self, here: ParametersById) -> Owned:
+    def among(self, here: ParametersById) -> OwnedParameters:
         """This ownership, restricted to the parameters that the model has now."""
-        return self if here is self.here else Owned(here, self.groups)
+        return self if here is self.here else OwnedParameters(here, self.groups)
 
-    def without(self, taken: Collection[int]) -> Owned:
+    def without(self, taken: Collection[int]) -> OwnedParameters:
         """This ownership, less the parameters of these ids."""
-        return Owned({key: leaf for key, leaf in self.here.items() if key not in taken}, self.groups)
+        return OwnedParameters({key: leaf for key, leaf in self.here.items() if key not in taken}, self.groups)
 
 
 @dataclass(eq=False)
@@ -51,7 +51,7 @@ class Step:
     """
 
     optimizer: Optimizer | None
-    owned: Owned
+    owned: OwnedParameters
     scale: Tensor | None
     skipped: bool
     index: int

@@ -22,7 +22,7 @@ LENGTHS: Final = (TIME, TIME - 2, TIME - 3)
 
 
 @dataclass(frozen=True)
-class Seen:
+class LiveActivity:
     """One call of a module: what it was given, what it returned, and what the adapter observed of it."""
 
     given: tuple[Any, ...]
@@ -30,12 +30,12 @@ class Seen:
     observed: Mapping[str, Any]
 
 
-def watched(case: Case, module: nn.Module, x: Tensor | PackedSequence) -> tuple[Any, list[Seen]]:
+def watched(case: Case, module: nn.Module, x: Tensor | PackedSequence) -> tuple[Any, list[LiveActivity]]:
     """What the module puts out over x, and its calls."""
-    calls: list[Seen] = []
+    calls: list[LiveActivity] = []
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        calls.append(Seen((args, kwargs), result, case.adapter.observe(module, args, kwargs, result)))
+        calls.append(LiveActivity((args, kwargs), result, case.adapter.observe(module, args, kwargs, result)))
 
     handle = module.register_forward_hook(see, with_kwargs=True)
     try:
