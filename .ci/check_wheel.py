@@ -17,6 +17,7 @@ tops = {name.split("/")[0] for name in names}
 assert {top for top in tops if not top.endswith(".dist-info")} == {"regkit", "regkit_standard"}, tops
 assert {"regkit/py.typed", "regkit_standard/py.typed"} <= set(names)
 
+assert metadata.version("torch-regkit") == regkit.__version__
 points = {point.name: point.value for point in metadata.entry_points(group="regkit")}
 section = pyproject.read_text(encoding="utf-8").partition("[project.entry-points.regkit]\n")[2].partition("\n\n")[0]
 expected = dict(line.replace('"', "").split(" = ") for line in section.splitlines())

@@ -45,10 +45,12 @@ def unpack(source: Path, site: Path) -> None:
 def environment(folder: Path) -> Path:
     """A fresh virtual environment, and the interpreter in it.
 
-    It sees what this one has, regkit and torch among it, so that nothing is downloaded; it is itself empty.
+    It sees what this one has, regkit and torch among it, so that nothing is downloaded; by itself it has pip alone.
     """
     run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    # Python 3.11 and older put an old setuptools there, which would hide the one that torch requires.
+    run(python, "-m", "pip", "uninstall", "-q", "-y", "setuptools", cwd=folder)
     ours, own = sysconfig.get_path("purelib"), "import sysconfig; print(sysconfig.get_path('purelib'))"
     # A line of code rather than a path: it reads the path files in there too, and so finds an editable regkit.
     line = f"import site; site.addsitedir({ours!r})\n"
@@ -56,11 +58,11 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def install(python: Path, *sources: Path) -> None:
-    """What a user does, without the index."""
+def install(python: Path, *arguments: Path | str) -> None:
+    """What a user does, without the index: what is required must be there."""
     pytest.importorskip("hatchling")
-    flags = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
-    run(python, "-m", "pip", "install", *flags, *sources, cwd=python.parent)
+    flags = ("--quiet", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    run(python, "-m", "pip", "install", *flags, *arguments, cwd=python.parent)
 
 
 def passed_in(python: Path | str, *sources: Path, cwd: Path, **environment: str) -> int:

@@ -84,7 +84,7 @@ def test_an_adapter_may_add_roles_and_gates_to_the_language():
 def test_a_known_class_cannot_get_a_second_adapter():
     with pytest.raises(PluginError, match="LSTM") as caught:
         Registry([plugin(adapter(nn.LSTM))])
-    assert f"regkit {regkit.__version__}" in str(caught.value)
+    assert f"torch-regkit {regkit.__version__}" in str(caught.value)
     assert "stranger" in str(caught.value)
 
 

@@ -205,7 +205,7 @@ def test_an_unknown_distribution_is_told_with_the_nearest(install, capsys):
 
 
 def test_regkits_own_schedules_keep_every_law(capsys):
-    status, told = conformance(capsys, "regkit:schedules")
+    status, told = conformance(capsys, "torch-regkit:schedules")
     assert status == 0
     assert {line.split("(")[0] for line in told.splitlines()[:-1]} == {
         *("constant", "linear", "cosine", "exponential", "piecewise")
@@ -271,8 +271,9 @@ def test_new_quotes_a_folder_with_a_space_and_refuses_one_that_is_in_use(elsewhe
     ("name", "sentence"),
     [
         ("Regkit Mine", "regkit: a distribution is named in lower-case words"),
-        ("regkit-l2", "regkit: 'regkit-l2' would name its kind 'l2', which regkit"),
-        ("regkit", "regkit: a distribution 'regkit' is installed already"),
+        ("regkit-l2", "regkit: 'regkit-l2' would name its kind 'l2', which torch-regkit"),
+        ("regkit", "regkit: 'regkit' would need a package 'regkit', which Python has already"),
+        ("torch-regkit", "regkit: a distribution 'torch-regkit' is installed already"),
     ],
 )
 def test_new_refuses_a_name_in_one_clear_line_and_writes_nothing(elsewhere, capsys, name, sentence):

@@ -43,7 +43,7 @@ def test_kinds_are_a_table_for_each_family(capsys):
 
 
 def test_where_no_kind_is_loaded_that_is_said(capsys, monkeypatch):
-    monkeypatch.setenv("REGKIT_DISABLE_PLUGINS", "regkit")
+    monkeypatch.setenv("REGKIT_DISABLE_PLUGINS", "torch-regkit")
     assert out(capsys, "kinds") == "none is loaded; see `regkit plugins`\n"
 
 
@@ -51,7 +51,7 @@ def test_where_no_kind_is_loaded_that_is_said(capsys, monkeypatch):
 def test_the_manual_of_a_kind_says_what_it_is_and_where_it_stands(entry: Entry, capsys):
     told = out(capsys, "kinds", entry.name)
     words = " ".join(told.split())
-    head = f"{entry.name}: a kind of {entry.family}, from regkit {regkit.__version__} "
+    head = f"{entry.name}: a kind of {entry.family}, from torch-regkit {regkit.__version__} "
     assert words.startswith(head + " ".join(entry.meaning.split()))
     assert " ".join((entry.kind.__doc__ or "").split()) in words  # all of it
     for name, field in entry.kind.model_fields.items():

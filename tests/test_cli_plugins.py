@@ -68,7 +68,7 @@ def test_plugins_is_a_table_of_what_is_installed_and_why_some_is_not_in_use(caps
     assert ["regkit-cells", "0.3", "cells_plugin", "loaded", "Mine, Cell", "cells_plugin"] in rows
     assert ["regkit-broken", "3.1", "broken_plugin", "broken", "nuclear", "broken_plugin"] in rows
     assert ["regkit-blocked", "9", "blocked_plugin", "blocked", "blocked_plugin"] in rows  # nobody knows what it offers
-    assert ["regkit", regkit.__version__, "norms", "loaded", "l1, l2, l1_l2", "regkit_standard.norms"] in rows
+    assert ["torch-regkit", regkit.__version__, "norms", "loaded", "l1, l2, l1_l2", "regkit_standard.norms"] in rows
     reasons = " ".join("\n".join(lines).split())
     assert "regkit-blocked 9 (blocked_plugin) is blocked: REGKIT_DISABLE_PLUGINS names it" in reasons
     assert "plugin regkit-broken 3.1: regkit_schedules failed: RuntimeError('no schedules today')" in reasons
@@ -102,7 +102,7 @@ def test_plugins_as_json_hold_everything_under_the_same_keys(capsys):
 @pytest.mark.usefixtures("zoo")
 def test_requirements_pin_each_distribution_in_use_once(capsys):
     pins = out(capsys, "plugins", "--requirements").splitlines()
-    assert pins == [f"regkit=={regkit.__version__}", "regkit-cells==0.3", "Regkit.Good==1.2"]
+    assert pins == ["regkit-cells==0.3", "Regkit.Good==1.2", f"torch-regkit=={regkit.__version__}"]
 
 
 @pytest.mark.usefixtures("zoo")
@@ -236,7 +236,7 @@ def test_the_doctor_finds_what_is_too_old(tmp_path, monkeypatch, capsys):
 
 def test_every_version_that_regkit_asks_for_is_compared():
     needed, wanted = minimums()
-    always = [one for one in metadata.requires("regkit") or () if ";" not in one]
+    always = [one for one in metadata.requires("torch-regkit") or () if ";" not in one]
     assert {f"{name}>={minimum}" for name, minimum in needed.items()} == set(always)
     assert not set(wanted) & set(needed)
 
@@ -244,4 +244,5 @@ def test_every_version_that_regkit_asks_for_is_compared():
 def test_the_doctor_sees_that_another_version_was_installed(monkeypatch, capsys):
     monkeypatch.setattr(regkit, "__version__", "99.0")
     told = out(capsys, "doctor", status=1)
-    assert f"problem: regkit 99.0 runs, where {metadata.version('regkit')} was installed: install it anew" in told
+    recorded = metadata.version("torch-regkit")
+    assert f"problem: torch-regkit 99.0 runs, where {recorded} was installed: install it anew" in told

@@ -42,7 +42,7 @@ def test_a_distribution_cannot_take_the_name_of_a_standard_kind(install):
     with pytest.raises(PluginError, match="'l2'") as caught:
         Registry()
     assert "usurper 1.0" in str(caught.value)
-    assert f"regkit {regkit.__version__}" in str(caught.value)
+    assert f"torch-regkit {regkit.__version__}" in str(caught.value)
     assert Registry(block=["norms"]).find("l2").origin.distribution == "usurper"  # who wants it says so
 
 
@@ -82,7 +82,7 @@ def test_two_adapters_of_one_class_are_both_named(install, known):
     install("their-rnns", "4.0", "their_rnns", ADAPTER.format(known=known))
     with pytest.raises(PluginError, match=r"adapter for GRU: .*their-rnns 4\.0") as caught:
         Registry()
-    assert f"regkit {regkit.__version__}" in str(caught.value)
+    assert f"torch-regkit {regkit.__version__}" in str(caught.value)
 
 
 def test_every_clash_is_told_at_once(install):
@@ -94,7 +94,13 @@ def test_every_clash_is_told_at_once(install):
 
 @pytest.mark.parametrize(
     ("name", "allowed"),
-    [("nuclear", True), ("regkit_low_rank.nuclear", True), ("regkit.nuclear", False), ("keras.nuclear", False)],
+    [
+        ("nuclear", True),
+        ("regkit_low_rank.nuclear", True),
+        ("regkit.nuclear", False),
+        ("torch_regkit.nuclear", False),
+        ("keras.nuclear", False),
+    ],
 )
 def test_a_name_with_a_dot_begins_with_its_distributions_own(install, name, allowed):
     install("Regkit.Low-Rank", "1.0", "low_rank", PLUGIN.format(name=name, title="Nuclear"))
@@ -107,12 +113,12 @@ def test_a_name_with_a_dot_begins_with_its_distributions_own(install, name, allo
 
 def test_the_standard_kinds_come_through_entry_points():
     points = importlib.metadata.entry_points(group="regkit")
-    ours = [point for point in points if point.dist.name == "regkit"]
+    ours = [point for point in points if point.dist.name == "torch-regkit"]
     assert {point.value.partition(".")[0] for point in ours} == {"regkit_standard"}
     modules = {point.value for point in ours}
     entries = Registry().entries()
     assert {entry.kind.__module__ for entry in entries} <= modules
-    assert {entry.origin.distribution for entry in entries} == {"regkit"}
+    assert {entry.origin.distribution for entry in entries} == {"torch-regkit"}
     assert {entry.family for entry in entries} == {"penalty", "activity penalty", "constraint", "schedule"}
 
 

@@ -75,7 +75,7 @@ def test_the_first_two_bash_blocks_are_the_main_job_and_the_tests():
 
 @pytest.mark.parametrize("family", ["penalty", "activity penalty", "constraint", "schedule"])
 def test_the_tables_of_kinds_are_complete(family):
-    ours = [e.name for e in default().entries(family) if e.origin.distribution == "regkit"]
+    ours = [e.name for e in default().entries(family) if e.origin.distribution == "torch-regkit"]
     assert sorted(first_column(family)) == ours
 
 
@@ -167,14 +167,14 @@ def test_the_costs_in_readme_are_those_that_were_measured():
 
 
 def test_versions_agree():
-    assert regkit.__version__ == metadata.version("regkit")
+    assert regkit.__version__ == metadata.version("torch-regkit")
     assert f"## {regkit.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_constraints_pin_what_readme_installs():
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
-    wanted = {re.match(r"[\w-]+", one)[0] for one in metadata.requires("regkit") or []}
-    assert wanted - {"regkit"} <= pinned
+    wanted = {re.match(r"[\w-]+", one)[0] for one in metadata.requires("torch-regkit") or []}
+    assert wanted - {"torch-regkit"} <= pinned
 
 
 COLLECT = """

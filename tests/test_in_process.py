@@ -86,7 +86,7 @@ def test_a_standard_kind_cannot_be_redefined():
         def value(self, w: Tensor) -> Tensor:
             return w.sum()
 
-    with pytest.raises(PluginError, match=f"'l2': regkit {regkit.__version__}"):
+    with pytest.raises(PluginError, match=f"'l2': torch-regkit {regkit.__version__}"):
         registry.register(L2)
     assert registry.kind("l2") is not L2
 

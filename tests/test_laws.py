@@ -20,7 +20,7 @@ from regkit.registry.registry import default
 
 
 def test_the_table_holds_every_kind_of_this_distribution() -> None:
-    registered = {entry.name for entry in Registry().entries() if entry.origin.distribution == "regkit"}
+    registered = {entry.name for entry in Registry().entries() if entry.origin.distribution == "torch-regkit"}
     assert {case.kind.kind for case in CASES} == registered
 
 

@@ -18,7 +18,7 @@ def two(install: Install) -> None:
 
 
 def strangers(registry: Registry) -> set[str]:
-    return {entry.name for entry in registry.entries() if entry.origin.distribution != "regkit"}
+    return {entry.name for entry in registry.entries() if entry.origin.distribution != "torch-regkit"}
 
 
 @pytest.mark.usefixtures("two")
@@ -46,11 +46,11 @@ def test_what_is_not_allowed_is_never_imported():
 def test_regkits_own_kinds_need_no_leave_but_can_be_blocked():
     assert Registry(allow=[]).find("l2") is not None
     assert strangers(Registry(allow=[])) == set()
-    assert strangers(Registry(allow=["regkit"])) == set()
-    registry = Registry(block=["regkit:norms"])
+    assert strangers(Registry(allow=["torch-regkit"])) == set()
+    registry = Registry(block=["torch-regkit:norms"])
     assert registry.find("l2") is None
     assert registry.find("max_norm") is not None
-    assert Registry(block=["regkit", "first", "second"]).entries() == []
+    assert Registry(block=["torch-regkit", "first", "second"]).entries() == []
 
 
 @pytest.mark.usefixtures("two")

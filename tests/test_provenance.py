@@ -63,7 +63,7 @@ def test_strict_compares_versions(install):
     registry = Registry()
     spec = regkit.load(RULES, registry=registry)
     assert regkit.load(spec.to_json(registry), registry=registry, strict=True) == spec
-    older = saved(nuclear=("regkit-low-rank", "1.1"), l2=("regkit", regkit.__version__))
+    older = saved(nuclear=("regkit-low-rank", "1.1"), l2=("torch-regkit", regkit.__version__))
     assert regkit.load(older, registry=registry) == spec
     with pytest.raises(SpecError) as caught:
         regkit.load(older, registry=registry, strict=True)
@@ -88,13 +88,13 @@ def test_another_distributions_kind_of_the_same_name_is_another_kind(install):
     # A class that is tried out in a notebook, and published later, is not: it had no version to compare.
     assert regkit.load(saved(nuclear=("__main__", None)), registry=registry).rules
     with pytest.raises(SpecError, match="strict"):
-        regkit.load(saved(nuclear=("__main__", None), l2=("regkit", "0.1.0")), registry=registry, strict=True)
+        regkit.load(saved(nuclear=("__main__", None), l2=("torch-regkit", "0.1.0")), registry=registry, strict=True)
 
 
 FOREIGN = {
     "version": 1,
     "provenance": {
-        "l2": {"distribution": "regkit", "version": regkit.__version__},
+        "l2": {"distribution": "torch-regkit", "version": regkit.__version__},
         "nuclear": {"distribution": "regkit-low-rank", "version": "1.2"},
     },
     "rules": [

@@ -15,7 +15,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(s
 VALID = {
     "$schema": "s.json",
     "version": 1,
-    "provenance": {"l2": {"distribution": "regkit", "version": "0.1.0"}},
+    "provenance": {"l2": {"distribution": "torch-regkit", "version": "0.1.0"}},
     "rules": [
         {"name": "a", "target": {"module": "enc.*", "role": ["kernel"], "layer": 0}, "penalty": "l2(1e-4)"},
         {"constraint": {"max_norm": {"max_value": 3, "per": "cell"}}, "every": 2},

@@ -47,7 +47,7 @@ def doctor(_: argparse.Namespace) -> int:
     broken = [plugin for plugin in plugins if plugin.state == "broken"]
     problems += [plugin.reason for plugin in broken if not any(plugin.reason in told for told in problems)]
     if not any(plugin.origin.distribution == OWN for plugin in plugins):
-        problems.append("regkit's own kinds are not there: it is not installed, or was not installed anew")
+        problems.append(f"regkit's own kinds are not there: {OWN} is not installed, or was not installed anew")
     states = Counter(plugin.state for plugin in plugins)
     blocked = [plugin for plugin in plugins if plugin.state == "blocked"]
     print("versions", listed(dict(_versions())), sep="\n", end="\n\n")
@@ -74,7 +74,7 @@ def _one_by_one() -> Iterator[Plugin]:
 def _versions() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()}, {platform.python_implementation()}, {sys.executable}"
     yield "platform", platform.platform()
-    yield "regkit", f"{regkit.__version__}, {os.path.dirname(regkit.__file__)}"
+    yield OWN, f"{regkit.__version__}, {os.path.dirname(regkit.__file__)}"
     needed, _ = minimums()
     for name in (*sorted(needed), *_INTEGRATIONS):
         if (version := _version(name)) is not None:
@@ -90,7 +90,7 @@ def _environment() -> Iterator[tuple[str, str]]:
 def _outdated() -> Iterator[str]:
     """What is installed in another version than regkit needs."""
     if (recorded := _version(OWN)) not in (None, regkit.__version__):
-        yield f"regkit {regkit.__version__} runs, where {recorded} was installed: install it anew"
+        yield f"{OWN} {regkit.__version__} runs, where {recorded} was installed: install it anew"
     needed, wanted = minimums()
     for name in (*sorted(needed), *_INTEGRATIONS):
         version, minimum = _version(name), needed.get(name) or wanted.get(name)

@@ -75,7 +75,7 @@ def _words(name: str, family: Family) -> dict[str, str]:
             f"a distribution is named in lower-case words with hyphens between, as 'regkit-nuclear', in at most "
             f"{_LONGEST} characters, not {name!r}"
         )
-    kind = name.removeprefix(f"{OWN}-").replace("-", "_")
+    kind = name.removeprefix("regkit-").replace("-", "_")
     return {
         "name": name,
         "package": name.replace("-", "_"),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationInfo
 
+from regkit.entries import OWN, canonical
 from regkit.kinds import Kind
 from regkit.registry.registry import Registry, default
 
@@ -52,9 +53,14 @@ class ReadingContext:
         return reading if isinstance(reading, ReadingContext) else cls(default(), {})
 
     def saved(self, name: str) -> Mapping[str, Any] | None:
-        """The provenance of a kind, where there is one that can be read."""
+        """The provenance of a kind, where there is one that can be read.
+
+        Documents that were saved when regkit's own distribution was called `regkit` are read as if by its current name.
+        """
         found = self.provenance.get(name)
-        return found if isinstance(found, dict) and isinstance(found.get("distribution"), str) else None
+        if not isinstance(found, dict) or not isinstance(distribution := found.get("distribution"), str):
+            return None
+        return {**found, "distribution": OWN if canonical(distribution) == "regkit" else distribution}
 
     def absence(self, name: str) -> str:
         """Why a kind may be missing: a sentence to append, or none."""

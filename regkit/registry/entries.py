@@ -21,8 +21,8 @@ CONTRACTS: Final[Mapping[Family, type[Kind]]] = {
 }
 """The class that every kind of a family is made from."""
 
-OWN: Final = "regkit"
-"""The distribution that regkit itself is, and the prefix that no stranger's kind may have."""
+OWN: Final = "torch-regkit"
+"""The distribution that regkit itself is. The one called `regkit` on PyPI is a stranger's."""
 
 RESERVED: Final = frozenset(
     {
@@ -131,6 +131,6 @@ def _refuse_foreign_prefix(name: str, origin: Origin) -> None:
     """A name with a dot says whose it is: the part before the first dot is the distribution's own name."""
     prefix, dot, rest = name.partition(".")
     own = canonical(origin.distribution).replace("-", "_")
-    if not dot or prefix == own or (prefix != OWN and not origin.installed):
+    if not dot or prefix == own or (prefix not in ("regkit", "torch_regkit") and not origin.installed):
         return
     raise PluginError(f"plugin {origin} may not name a kind {name!r}: it may be {rest!r}, or {f'{own}.{rest}'!r}")

@@ -61,7 +61,9 @@ def conditions() -> Results:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": {
             "Python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "regkit", "keras")},
+            "torch": version("torch"),
+            "regkit": version("torch-regkit"),
+            "keras": version("keras"),
         },
     }
 

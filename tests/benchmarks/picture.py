@@ -18,7 +18,7 @@ BARS = {
 
 
 def draw(results: Results, path: Path) -> None:
-    """Save it. Raises ImportError where there is no matplotlib: `pip install regkit[examples]` brings it."""
+    """Save it. Raises ImportError where there is no matplotlib: `pip install torch-regkit[examples]` brings it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
