@@ -51,6 +51,12 @@ def test_a_missing_plugin_is_named_with_the_version_that_the_document_was_saved_
         regkit.load(saved(nuclear=("regkit-low-rank", "1.2")))
 
 
+def test_a_module_that_had_the_kind_is_named_but_no_distribution_of_its_name_is_recommended():
+    with pytest.raises(SpecError, match=r"saved with it from train") as caught:
+        regkit.load(saved(nuclear=("train", None)))
+    assert "pip install" not in str(caught.value)
+
+
 def test_a_newer_version_without_the_kind_is_named_too(install):
     install("regkit-low-rank", "2.0", "low_rank", PLUGIN.format(name="other", title="Other"))
     message = r"from regkit-low-rank 1\.2; regkit-low-rank 2\.0 is installed, which has it not; try: pip install"

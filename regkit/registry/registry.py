@@ -174,14 +174,13 @@ class Registry:
         """
         idle = [plugin for plugin in self._plugins if plugin.state != "loaded"]
         if distribution is not None:
-            origin, wanted = Origin(distribution, version), f"{distribution}=={version}" if version else distribution
-            saved = f". The document was saved with it from {origin}"
+            saved = f". The document was saved with it from {Origin(distribution, version)}"
             mine = [p for p in self._plugins if canonical(p.origin.distribution) == canonical(distribution)]
             unusable = [plugin for plugin in idle if plugin in mine]
             if unusable:
                 return f"{saved}; here is {'; '.join(map(str, unusable))}"
             here = f"; {mine[0].origin} is installed, which has it not" if mine else ""
-            return f"{saved}{here}; try: pip install {wanted}"
+            return f"{saved}{here}" + (f"; try: pip install {distribution}=={version}" if version else "")
         if offering := [plugin for plugin in idle if name in plugin.kinds]:
             return f". It is of {'; '.join(map(str, offering))}"
         return self.idle("have it")
