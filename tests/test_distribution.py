@@ -14,7 +14,7 @@ from installing import PLUGIN
 
 import regkit
 from regkit import Registry
-from regkit.scaffold import FAMILIES, scaffold
+from regkit.cli.scaffold import FAMILIES, scaffold
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = {"", ".cfg", ".ini", ".json", ".md", ".py", ".sh", ".tmpl", ".toml", ".txt", ".yaml", ".yml"}

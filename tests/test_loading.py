@@ -128,7 +128,7 @@ def test_one_class_under_two_entry_points_is_an_error_that_names_them(install):
 def test_threads_that_need_the_registry_at_once_get_the_same():
     program = """
 import threading
-import regkit.registry
+import regkit.registry.registry
 
 found = []
 threads = [threading.Thread(target=lambda: found.append(regkit.registry.registry.default())) for _ in range(8)]

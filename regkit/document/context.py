@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationInfo
 
-from regkit.entries import OWN, canonical
 from regkit.kinds import Kind
+from regkit.registry.entries import OWN, canonical
 from regkit.registry.registry import Registry, default
 
 Unknown = Literal["error", "keep"]
