@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from mutants_adapters import BATCH_FIRST, GRU, GRU_CELL, LSTM, LSTM_CELL, STACKED, mutant
-from regkit_standard.torch_rnn import CellAdapter, SequenceAdapter
+from regkit_standard.torch_adapters import CellAdapter, SequenceAdapter
 from torch.nn.utils.rnn import PackedSequence
 
 from regkit import Form

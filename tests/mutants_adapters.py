@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from regkit_standard.torch_rnn import CellAdapter, SequenceAdapter
+from regkit_standard.torch_adapters import CellAdapter, SequenceAdapter
 from torch import nn
 
 from regkit import Adapter, Example, Output, Weight

@@ -64,7 +64,7 @@ def regkit_schedules():
 ADAPTER = """
 import regkit
 from torch import nn
-from regkit_standard.torch_rnn import CellAdapter
+from regkit_standard.torch_adapters import CellAdapter
 
 class Cell(nn.RNNCell): ...
 

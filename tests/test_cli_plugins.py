@@ -68,7 +68,7 @@ def test_plugins_is_a_table_of_what_is_installed_and_why_some_is_not_in_use(caps
     assert ["regkit-cells", "0.3", "cells_plugin", "loaded", "Mine, Cell", "cells_plugin"] in rows
     assert ["regkit-broken", "3.1", "broken_plugin", "broken", "nuclear", "broken_plugin"] in rows
     assert ["regkit-blocked", "9", "blocked_plugin", "blocked", "blocked_plugin"] in rows  # nobody knows what it offers
-    assert ["torch-regkit", regkit.__version__, "norms", "loaded", "l1, l2, l1_l2", "regkit_standard.norms"] in rows
+    assert ["torch-regkit", regkit.__version__, "norms", "loaded", "l1, l2, l1_l2", "regkit_standard.l1_l2"] in rows
     reasons = " ".join("\n".join(lines).split())
     assert "regkit-blocked 9 (blocked_plugin) is blocked: REGKIT_DISABLE_PLUGINS names it" in reasons
     assert "plugin regkit-broken 3.1: regkit_schedules failed: RuntimeError('no schedules today')" in reasons
@@ -96,7 +96,7 @@ def test_plugins_as_json_hold_everything_under_the_same_keys(capsys):
     (nuclear,) = broken["kinds"]
     assert list(nuclear) == ["name", "family", "class", "meaning", "file", "line"]
     assert nuclear["name"] == "nuclear"
-    assert told["norms"]["kinds"][0]["file"].endswith("norms.py")
+    assert told["norms"]["kinds"][0]["file"].endswith("l1_l2.py")
 
 
 @pytest.mark.usefixtures("zoo")

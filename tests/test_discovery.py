@@ -162,7 +162,7 @@ def test_no_plugin_is_imported_before_a_kind_is_asked_for():
     found = modules_after("import regkit; regkit.attach; regkit.load; regkit.Penalty; regkit.Registry")
     assert {"torch", "pydantic", "regkit.attachment.attaching"} <= found
     assert not any(name.startswith("regkit_standard") for name in found)
-    assert "regkit_standard.norms" in modules_after("import regkit; regkit.load({'rules': [{'penalty': 'l2(1)'}]})")
+    assert "regkit_standard.l1_l2" in modules_after("import regkit; regkit.load({'rules': [{'penalty': 'l2(1)'}]})")
 
 
 def test_what_is_public_is_said_three_times_and_alike():

@@ -16,7 +16,7 @@ import regkit
 pytest.importorskip("ncps.torch")
 # Where the package is absent, there is nothing to import.
 from ncps_nets import LAYERS, AutoNCP, Net, make, ncps_torch, rule, sequences, train
-from regkit_standard.ncps_cells import regkit_adapters
+from regkit_standard.ncps_adapters import regkit_adapters
 
 from regkit.testing.adapters.laws import check_example
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from regkit_standard.activities import ActivityL2, Temporal
-from regkit_standard.balls import MaxNorm, MinMaxNorm, NonNegativity, UnitNorm
-from regkit_standard.norms import L1, L1L2, L2
+from regkit_standard.activity import ActivityL2, Temporal
+from regkit_standard.constraints import MaxNorm, MinMaxNorm, NonNegativity, UnitNorm
+from regkit_standard.l1_l2 import L1, L1L2, L2
 from regkit_standard.orthogonality import Orthogonal
 from regkit_standard.schedules import Constant, Exponential, Linear, Piecewise
 
@@ -142,13 +142,12 @@ def test_two_coefficients_as_an_activity_regularizer_mean_activity_l1_l2():
 
 def test_layers_ask_the_given_registry_alone(monkeypatch):
     """A plugin that is installed but broken must not stand in the way of a registry that leaves it out."""
-    import regkit_standard.norms as norms
-    import regkit_standard.torch_rnn as torch_rnn
+    from regkit_standard import l1_l2, torch_adapters
 
     def broken():
         raise regkit.PluginError("an installed plugin is broken")
 
-    registry = regkit.Registry([norms, torch_rnn], entry_points=False)
+    registry = regkit.Registry([l1_l2, torch_adapters], entry_points=False)
     for module in list(vars(regkit).values()):
         if isinstance(module, types.ModuleType) and hasattr(module, "default"):
             monkeypatch.setattr(module, "default", broken)

@@ -157,7 +157,7 @@ def test_an_adapter_by_name_knows_subclasses_and_copies_of_the_class(batches):
 def test_the_adapters_of_ncps_do_not_import_it():
     code = (
         "import sys, torch, regkit; lstm = torch.nn.LSTM(2, 3); regkit.attach(lstm, {'rules': [{'penalty': 'l2(1)'}]});"
-        "import regkit_standard.ncps_cells as cells; assert cells.regkit_adapters();"
+        "import regkit_standard.ncps_adapters as cells; assert cells.regkit_adapters();"
         "print(sorted(name for name in sys.modules if name.split('.')[0] == 'ncps'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
