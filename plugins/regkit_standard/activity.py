@@ -14,7 +14,12 @@ from regkit.fields import NonNegative
 
 @final
 class ActivityL1(ActivityPenalty):
-    """|h|, reduced over the valid outputs  (Keras activity_regularizer L1, at `reduction` batch)."""
+    """L1 of outputs: |h|, reduced over the valid ones  (Keras activity_regularizer L1, at `reduction` batch).
+
+    >>> from regkit.activity import Stepped
+    >>> ActivityL1(strength=1).value(Activity([Stepped(torch.tensor([[1.0, -2.0]]))]))
+    tensor(1.5000)
+    """
 
     kind: Literal["activity_l1"] = "activity_l1"
 
@@ -29,7 +34,12 @@ class ActivityL1(ActivityPenalty):
 
 @final
 class ActivityL2(ActivityPenalty):
-    """h², reduced over the valid outputs: AR  (Merity et al. 2017, §4.6, there after dropout; Keras L2, at `batch`)."""
+    """L2 of outputs (AR): h², reduced over the valid ones  (Merity et al. 2017, §4.6, there after dropout; Keras L2).
+
+    >>> from regkit.activity import Stepped
+    >>> ActivityL2(strength=1).value(Activity([Stepped(torch.tensor([[1.0, -2.0]]))]))
+    tensor(2.5000)
+    """
 
     kind: Literal["activity_l2"] = "activity_l2"
 
@@ -44,7 +54,12 @@ class ActivityL2(ActivityPenalty):
 
 @final
 class ActivityL1L2(ActivityPenalty):
-    """l1·|h| + l2·h², reduced over the valid outputs  (Keras ActivityRegularization, at `reduction` batch)."""
+    """Elastic net of outputs: l1·|h| + l2·h², reduced over the valid ones  (Keras ActivityRegularization, at `batch`).
+
+    >>> from regkit.activity import Stepped
+    >>> ActivityL1L2(l1=1.0, l2=2.0).value(Activity([Stepped(torch.tensor([[1.0, -2.0]]))]))
+    tensor(6.5000)
+    """
 
     kind: Literal["activity_l1_l2"] = "activity_l1_l2"
 
@@ -80,7 +95,12 @@ class ActivityL1L2(ActivityPenalty):
 
 @final
 class Temporal(ActivityPenalty):
-    """(h_t − h_{t−1})², reduced over valid neighbours: TAR  (Merity et al. 2017, §4.6, as they released it)."""
+    """Temporal L2 (TAR): (h_t − h_{t−1})², reduced over valid neighbours  (Merity et al. 2017, §4.6, as released).
+
+    >>> from regkit.activity import Sequenced
+    >>> Temporal(strength=1).value(Activity([Sequenced(torch.tensor([[[1.0]], [[3.0]], [[0.0]]]))]))
+    tensor(6.5000)
+    """
 
     kind: Literal["temporal"] = "temporal"
 
@@ -101,9 +121,13 @@ class Temporal(ActivityPenalty):
 
 @final
 class NormStabilizer(ActivityPenalty):
-    """(‖h_t‖ − ‖h_{t−1}‖)², reduced over valid neighbours  (Krueger & Memisevic 2015).
+    """Norm stabilizer: (‖h_t‖ − ‖h_{t−1}‖)², reduced over valid neighbours  (Krueger & Memisevic 2015).
 
     Each direction of a bidirectional module is a state of its own. The norm of a zero state has a zero gradient.
+
+    >>> from regkit.activity import Sequenced
+    >>> NormStabilizer(strength=1).value(Activity([Sequenced(torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]]]))]))
+    tensor(9.)
     """
 
     kind: Literal["norm_stabilizer"] = "norm_stabilizer"

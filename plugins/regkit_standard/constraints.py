@@ -2,103 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
+from collections.abc import Sequence
 from typing import ClassVar, Final, Literal, final
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from regkit import Constraint, hookimpl
 from regkit.activity import at_least_float32
-from regkit.buckets import buckets, pieces, room
 from regkit.fields import Fraction, NonNegative, Positive
 from regkit.kinds import Layout, Separable
-
-Per = Literal["unit", "input", "cell", "matrix"]
+from regkit_standard.foreach import Per, group_norms, ratio, scale_groups_
 
 _POOLED: Final[dict[Per, tuple[int, ...]]] = {"unit": (1,), "input": (0,), "matrix": (0, 1)}
 """The axes over which squares are summed. A cell's rows lie apart, gate by gate: they are no axis of a matrix."""
 
 
-def _grouped(w: Tensor, per: Per) -> Tensor:
-    """w as (rows, columns), as (gates, hidden, columns) for cells, as (1, rows, columns) for inputs and the whole.
-
-    A bias has one column. Groups stand side by side along the first axis, those of cells along the second.
-    """
-    matrix = w.unsqueeze(-1) if w.dim() < (3 if per == "cell" else 2) else w
-    return matrix.unsqueeze(0) if per in ("input", "matrix") else matrix
-
-
-def _norms(w: Tensor, per: Per) -> Tensor:
-    """The 2-norms of the groups of w, which is `_grouped`, in float32 or better, and broadcastable to w. Each is the
-    same to the last bit, whatever stands beside a group and however it lies in memory."""
-    if w.numel() <= (limit := room(w)):
-        norms = _of_rows(w, per)
-    else:
-        norms = torch.cat([_of_rows(piece, per) for piece in pieces(w, limit, -2)], -2)
-    if per == "unit":
-        return norms
-    return _sum(norms if per == "input" else norms.square(), -3 if per == "cell" else -2).sqrt()
-
-
-def _of_rows(w: Tensor, per: Per) -> Tensor:
-    """The norm of each row; for inputs, the sum of the rows' squares."""
-    w = at_least_float32(w)
-    if per == "input":
-        return _sum(w.square(), -2)
-    rows = w if w.stride(-1) == 1 else w.contiguous()  # or torch would add up in another order, and slowly
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return norms
-
-
-def _sum(w: Tensor, axis: int) -> Tensor:
-    """The sum along an axis, in the place of w: half of it onto the other half, again and again.
-
-    As exact as a sum can be; and on a CPU ten times as fast as `vector_norm` along columns, or more.
-    """
-    while (size := w.size(axis)) > 1:
-        half = size // 2
-        w.narrow(axis, 0, half).add_(w.narrow(axis, size - half, half))
-        w = w.narrow(axis, 0, size - half)
-    return w
-
-
-def _portions(weights: list[Tensor], per: Per) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Pieces of large weights, with whole groups in them; and copies of many small ones side by side, with these."""
-    limit, axis = room(weights[0]), 1 if per == "cell" else 0
-    together, large = buckets(weights, limit)
-    for index in large:
-        yield from (([piece], []) for piece in pieces(weights[index], limit, axis))
-    for some in together:
-        alike: dict[tuple[int, ...], list[Tensor]] = {}
-        for w in (weights[index] for index in some):
-            alike.setdefault((*w.shape[:axis], *w.shape[axis + 1 :]), []).append(w)
-        for ws in alike.values():
-            yield (ws, []) if len(ws) == 1 else ([at_least_float32(torch.cat(ws, axis))], ws)
-
-
-def _side_by_side(rows: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Large matrices; and copies of many small ones of as many columns side by side, with these themselves."""
-    together, large = buckets(rows)
-    if large:
-        yield [rows[index] for index in large], []
-    for some in together:
-        alike: dict[int, list[Tensor]] = {}
-        for index in some:
-            alike.setdefault(rows[index].size(1), []).append(rows[index])
-        for ws in alike.values():
-            yield (ws, []) if len(ws) == 1 else ([torch.cat(ws)], ws)
-
-
-_FEW: Final = 2  # matrices are looked at one by one
-
-
 class _NormConstraint(Constraint):
+    """Groups of weights, each scaled to the 2-norm that is wanted of it: w · wanted(‖w‖) / ‖w‖."""
+
     per: Per = "unit"
     """Whose norm: `unit`, the incoming weights of each gate unit (a torch row; Keras axis=0); `input`, a column (Keras
     axis=1); `cell`, all gate rows of one hidden unit; `matrix`, the whole. A bias' unit is one scalar."""
@@ -114,14 +38,6 @@ class _NormConstraint(Constraint):
     def sums(self, w: Tensor) -> Tensor:
         return at_least_float32(w).square().sum(_POOLED[self.per], keepdim=True)
 
-    def project_given(self, w: Tensor, sums: Tensor) -> Tensor:
-        norms = sums.sqrt()
-        return (w * self._factors(norms, self._wanted(norms))).to(w.dtype)
-
-    def violation_given(self, w: Tensor, sums: Tensor) -> Tensor:
-        norms = sums.sqrt()
-        return (norms - self._nearest(norms)).abs().amax()
-
     @property
     def layout(self) -> Layout:
         return "cell" if self.per == "cell" else "matrix"
@@ -134,59 +50,38 @@ class _NormConstraint(Constraint):
         """The norms that groups of these norms are given."""
         return self._nearest(norms)
 
-    def _factors(self, norms: Tensor, wanted: Tensor) -> Tensor:
-        """What groups of these norms are multiplied by: exactly 1 where a group is as wanted already, and where its
-        norm is zero, NaN, infinite (numbers in it may be finite), or so small that the factor would overflow."""
-        factors = wanted / norms
-        return torch.where((factors > 0) & (factors < math.inf), factors, 1.0)
-
     def project(self, w: Tensor) -> Tensor:
-        groups = _grouped(w, self.per)
-        norms = _norms(groups, self.per)
-        return (groups * self._factors(norms, self._wanted(norms))).to(w.dtype).view(w.shape)
+        return self._scaled(w, group_norms(w, self.per))
+
+    def project_given(self, w: Tensor, sums: Tensor) -> Tensor:
+        return self._scaled(w, sums.sqrt())
 
     def project_(self, weights: list[Tensor]) -> None:
-        axis = 1 if self.per == "cell" else 0
-        if by_rows := self.per == "unit" and weights[0].dtype in (torch.float32, torch.float64):
-            rows = [*weights]
-            for index, w in enumerate(weights):  # a comprehension would be a call more
-                if w.dim() == 1:
-                    rows[index] = w.unsqueeze(-1)
-            portions: Iterable[tuple[list[Tensor], list[Tensor]]]
-            portions = [(rows, [])] if len(rows) <= _FEW else _side_by_side(rows)
-        else:
-            portions = _portions([_grouped(w, self.per) for w in weights], self.per)
-        for some, copied in portions:
-            each = []
-            for w in some:
-                if by_rows and w.stride(-1) == 1:
-                    each.append(torch.linalg.vector_norm(w, dim=-1, keepdim=True))
-                else:
-                    each.append(_norms(w, self.per))
-            # The norms of all are looked at together: they are few numbers.
-            norms = each[0] if len(each) == 1 else torch.cat(each)
-            wanted = self._wanted(norms)
-            if type(norms) is Tensor and norms.is_cpu and not is_compiling() and torch.equal(norms, wanted):
-                continue
-            factors = self._factors(norms, wanted)
-            parts = [factors] if len(each) == 1 else torch.split_with_sizes(factors, list(map(len, each)))
-            for w, part in zip(some, parts, strict=True):
-                w *= part
-            if copied:
-                sizes = list(map(Tensor.size, copied, repeat(axis)))
-                torch._foreach_copy_(copied, torch.split_with_sizes(some[0], sizes, axis))
+        scale_groups_(weights, self.per, self._wanted)
 
     def violation(self, w: Tensor) -> Tensor:
-        norms = _norms(_grouped(w, self.per), self.per)
+        return self._distance(group_norms(w, self.per))
+
+    def violation_given(self, w: Tensor, sums: Tensor) -> Tensor:
+        return self._distance(sums.sqrt())
+
+    def _scaled(self, w: Tensor, norms: Tensor) -> Tensor:
+        return (w * ratio(self._wanted(norms), norms)).to(w.dtype)
+
+    def _distance(self, norms: Tensor) -> Tensor:
         return (norms - self._nearest(norms)).abs().amax()
 
 
 @final
 class MaxNorm(_NormConstraint):
-    """Each group's 2-norm at most max_value: w · min(1, max_value/‖w‖)  (Srivastava et al. 2014, §5.1).
+    """Max-norm, each group's 2-norm at most max_value: w · min(1, max_value/‖w‖)  (Srivastava et al. 2014, §5.1).
 
     w: (rows, columns) -> same.  Groups inside the ball are not touched at all; Keras' formula, with an epsilon in the
     denominator, shrinks them at every call.
+
+    >>> MaxNorm(max_value=1.0).project(torch.tensor([[3.0, 4.0], [0.5, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.5000, 0.0000]])
     """
 
     kind: Literal["max_norm"] = "max_norm"
@@ -209,9 +104,13 @@ class MaxNorm(_NormConstraint):
 
 @final
 class UnitNorm(_NormConstraint):
-    """Each group's 2-norm exactly 1: w / ‖w‖  (Keras UnitNorm).
+    """Unit norm, each group's 2-norm exactly 1: w / ‖w‖  (Keras UnitNorm).
 
     w: (rows, columns) -> same.  A zero group has no nearest point on the sphere; it stays, and counts as violated by 1.
+
+    >>> UnitNorm(per="matrix").project(torch.tensor([[3.0, 4.0], [0.0, 12.0]]))
+    tensor([[0.2308, 0.3077],
+            [0.0000, 0.9231]])
     """
 
     kind: Literal["unit_norm"] = "unit_norm"
@@ -230,10 +129,13 @@ class UnitNorm(_NormConstraint):
 
 @final
 class MinMaxNorm(_NormConstraint):
-    """Each group's 2-norm in [min_value, max_value], approached at a rate  (Keras MinMaxNorm).
+    """Min-max norm, each group's 2-norm in [min_value, max_value], approached at a rate  (Keras MinMaxNorm).
 
     w · (rate·clip(‖w‖) + (1 − rate)·‖w‖) / ‖w‖.  At rate 1 this is the nearest point; below, one call goes that
     share of the way. A zero group has no direction to grow in; it stays.
+
+    >>> MinMaxNorm(max_value=1.0, rate=0.5).project(torch.tensor([[3.0, 4.0]]))
+    tensor([[1.8000, 2.4000]])
     """
 
     kind: Literal["min_max_norm"] = "min_max_norm"
@@ -277,7 +179,13 @@ class MinMaxNorm(_NormConstraint):
 
 @final
 class NonNegativity(Constraint):
-    """No negative weight: max(w, 0)  (Keras NonNeg).  w: any shape -> same."""
+    """Non-negativity: max(w, 0)  (Keras NonNeg).
+
+    w: any shape -> same.
+
+    >>> NonNegativity().project(torch.tensor([1.0, -2.0]))
+    tensor([1., 0.])
+    """
 
     kind: Literal["non_negative"] = "non_negative"
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from regkit import Penalty, hookimpl
 from regkit.activity import at_least_float32
-from regkit.buckets import buckets, pieces, room
 from regkit.fields import NonNegative
 from regkit.kinds import Separable
+from regkit_standard.foreach import WIDE, portions, signs, sum_of_powers
 
 
 def _l1(w: Tensor) -> Tensor:
@@ -24,48 +23,6 @@ def _l1(w: Tensor) -> Tensor:
 def _l2(w: Tensor) -> Tensor:
     # Not the square of vector_norm, whose derivative at zero is a masked 0/0.
     return at_least_float32(w).square().sum()
-
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
-
-Portion = tuple[Tensors, Tensors, "Tensor | None"]
-
-
-def _portions(weights: list[Tensor], gradients: list[Tensor]) -> Iterator[Portion]:
-    """Weights in float32 or better, with their gradients: many small ones; or a piece of a large one, and a workspace.
-
-    The workspace is of the piece's shape, and the same memory for all: fresh memory is slower than the arithmetic.
-    """
-    limit = room(weights[0])
-    narrow = weights[0].dtype not in (torch.float32, torch.float64)
-    together, large = buckets(weights, limit)
-    for some in together:
-        pick = itemgetter(*some) if len(some) > 1 else itemgetter(slice(some[0], some[0] + 1))
-        ws = pick(weights)
-        yield list(map(Tensor.float, ws)) if narrow else ws, pick(gradients), None
-    work: Tensor | None = None
-    for i in large:
-        for w, g in zip(pieces(weights[i], limit), pieces(gradients[i], limit), strict=True):
-            w = at_least_float32(w)
-            if work is None or work.numel() < w.numel():
-                work = w.new_empty(max(w.numel(), min(limit, weights[i].numel())))
-            yield [w], [g], work[: w.numel()].view(w.shape)
-
-
-def _signs(weights: Tensors, work: Tensor | None) -> tuple[Tensor, ...]:
-    return torch._foreach_sign(weights) if work is None else (torch.sign(weights[0], out=work),)
-
-
-def _total(weights: list[Tensor], power: Literal[1, 2]) -> Tensor:
-    """Σ|w| or Σw² over all weights, for reports: without autograd, which a norm does not suit at zero."""
-    sums: list[Tensor] = []
-    for ws, _, work in _portions(weights, weights):
-        if work is None:
-            norms = torch.stack(torch._foreach_norm(ws, power))
-            sums.append((norms if power == 1 else norms.square()).sum())
-        else:
-            sums.append(torch.abs(ws[0], out=work).sum() if power == 1 else torch.square(ws[0], out=work).sum())
-    return torch.stack(sums).sum()
 
 
 def _soft_threshold(w: Tensor, threshold: float | Tensor) -> Tensor:
@@ -98,6 +55,9 @@ class L1(_Norm):
 
     w: (rows, columns) or (rows,) -> ().  The gradient is sign(w), with 0 chosen from the subgradient at 0.
     prox: sign(w) · max(|w| − step, 0), which makes exact zeros.
+
+    >>> L1(strength=1).prox(torch.tensor([-3.0, 0.5]), 1.0)
+    tensor([-2.,  0.])
     """
 
     kind: Literal["l1"] = "l1"
@@ -116,11 +76,11 @@ class L1(_Norm):
         return _soft_threshold(w, step)
 
     def add_gradients(self, weights: list[Tensor], gradients: list[Tensor], amount: float) -> None:
-        for ws, gs, work in _portions(weights, gradients):
-            torch._foreach_add_(gs, _signs(ws, work), alpha=amount)
+        for ws, gs, work in portions(weights, gradients):
+            torch._foreach_add_(gs, signs(ws, work), alpha=amount)
 
     def values(self, weights: list[Tensor]) -> Tensor:
-        return super().values(weights) if torch.is_grad_enabled() else _total(weights, 1)
+        return super().values(weights) if torch.is_grad_enabled() else sum_of_powers(weights, 1)
 
 
 @final
@@ -128,6 +88,9 @@ class L2(_Norm):
     """Ridge: Σw², without the ½, so that `weight_decay` c is strength c/2  (Hoerl & Kennard 1970; Keras L2).
 
     w: (rows, columns) or (rows,) -> ().  Gradient: 2w.  prox: w / (1 + 2·step).
+
+    >>> L2(strength=1).value(torch.tensor([3.0, -4.0]))
+    tensor(25.)
     """
 
     kind: Literal["l2"] = "l2"
@@ -146,14 +109,14 @@ class L2(_Norm):
         return w / (1 + 2 * step)
 
     def values(self, weights: list[Tensor]) -> Tensor:
-        return super().values(weights) if torch.is_grad_enabled() else _total(weights, 2)
+        return super().values(weights) if torch.is_grad_enabled() else sum_of_powers(weights, 2)
 
     def add_gradients(self, weights: list[Tensor], gradients: list[Tensor], amount: float) -> None:
         # In half precision torch would round alpha, too, on a CPU: there, copies in float32 are added.
-        if weights[0].dtype in (torch.float32, torch.float64):
+        if weights[0].dtype in WIDE:
             torch._foreach_add_(gradients, weights, alpha=2 * amount)
             return
-        for ws, gs, _ in _portions(weights, gradients):
+        for ws, gs, _ in portions(weights, gradients):
             torch._foreach_add_(gs, ws, alpha=2 * amount)
 
 
@@ -163,6 +126,9 @@ class L1L2(_Norm):
 
     w: (rows, columns) or (rows,) -> ().  Gradient: l1·sign(w) + 2·l2·w.
     prox: soft threshold by step·l1, then division by 1 + 2·step·l2.
+
+    >>> L1L2(l1=1.0, l2=0.5).gradient(torch.tensor([3.0, -4.0]))
+    tensor([ 4., -5.])
     """
 
     kind: Literal["l1_l2"] = "l1_l2"
@@ -199,21 +165,18 @@ class L1L2(_Norm):
         return _soft_threshold(w, step * self.l1) / (1 + 2 * self.l2 * step)
 
     def add_gradients(self, weights: list[Tensor], gradients: list[Tensor], amount: float) -> None:
-        l1, l2 = self.l1, 2 * self.l2
-        for ws, gs, work in _portions(weights, gradients):
-            slopes = _signs(ws, work)
-            if l1 > 1e-6 * l2:  # one operation less
-                torch._foreach_add_(slopes, ws, alpha=l2 / l1)
-                torch._foreach_add_(gs, slopes, alpha=amount * l1)
-            else:
-                torch._foreach_mul_(slopes, l1)
-                torch._foreach_add_(slopes, ws, alpha=l2)
-                torch._foreach_add_(gs, slopes, alpha=amount)
+        unit = self.l1 if self.l1 > 1e-6 * 2 * self.l2 else 1.0  # of which the signs are multiples, without a product
+        for ws, gs, work in portions(weights, gradients):
+            slopes = signs(ws, work)
+            if unit != self.l1:
+                torch._foreach_mul_(slopes, self.l1)
+            torch._foreach_add_(slopes, ws, alpha=2 * self.l2 / unit)
+            torch._foreach_add_(gs, slopes, alpha=amount * unit)
 
     def values(self, weights: list[Tensor]) -> Tensor:
         if torch.is_grad_enabled():
             return super().values(weights)
-        return self.l1 * _total(weights, 1) + self.l2 * _total(weights, 2)
+        return self.l1 * sum_of_powers(weights, 1) + self.l2 * sum_of_powers(weights, 2)
 
 
 @hookimpl

@@ -159,7 +159,12 @@ def _part(module: Any, site: OutputSite, state: Tensor) -> Tensor:
 
 
 class LayerAdapter(Adapter):
-    """CfC and LTC: in every mode, with or without a backbone, a wiring, a memory cell, a projection of the output."""
+    """CfC and LTC: in every mode, with or without a backbone, a wiring, a memory cell, a projection of the output.
+
+    >>> from ncps.torch import CfC
+    >>> [output.role for output in LayerAdapter().outputs(CfC(3, 4, mixed_memory=True))]
+    ['output', 'state', 'cell']
+    """
 
     modules: ClassVar[tuple[type[nn.Module] | str, ...]] = ("ncps.torch.cfc:CfC", "ncps.torch.ltc:LTC")
     gates: ClassVar[tuple[str, ...]] = (*_CFC_GATES, *_LSTM_GATES)
@@ -211,7 +216,12 @@ class LayerAdapter(Adapter):
 
 
 class CellAdapter(Adapter):
-    """CfCCell, WiredCfCCell and LTCCell, called in a loop with a state: they return (output, state)."""
+    """CfCCell, WiredCfCCell and LTCCell, called in a loop with a state: they return (output, state).
+
+    >>> from ncps.torch import CfCCell
+    >>> [output.role for output in CellAdapter().outputs(CfCCell(3, 4))]
+    ['output', 'state']
+    """
 
     modules: ClassVar[tuple[type[nn.Module] | str, ...]] = (
         *("ncps.torch.cfc_cell:CfCCell", "ncps.torch.wired_cfc_cell:WiredCfCCell", "ncps.torch.ltc_cell:LTCCell"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from regkit import Penalty, hookimpl
 from regkit.activity import at_least_float32
-from regkit.buckets import buckets, pieces, room
 from regkit.kinds import Layout
+from regkit_standard.foreach import divided, stacks
 
 
 def _is_wide(w: Tensor) -> bool:
@@ -25,26 +25,15 @@ def _off_identity(w: Tensor) -> Tensor:
     return gram
 
 
-def _stacks(weights: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
-    """Weights of one shape, in float32 or better: (count, rows, columns), and which they are; a large one alone."""
-    together, large = buckets(weights, room(weights[0]))
-    alike: list[list[int]] = [[index] for index in large]
-    for some in together:
-        shapes: dict[torch.Size, list[int]] = {}
-        for index in some:
-            shapes.setdefault(weights[index].shape, []).append(index)
-        alike += shapes.values()
-    for indices in alike:
-        first, *others = (weights[index] for index in indices)
-        yield at_least_float32(torch.stack([first, *others]) if others else first.unsqueeze(0)), indices
-
-
 @final
 class Orthogonal(Penalty):
     """Soft orthogonality: ‖WWᵀ − I‖_F², or ‖WᵀW − I‖_F² where W is tall  (Bansal et al. 2018).
 
     w: (rows, columns) -> ().  Gradient: 4(WWᵀ − I)W, or 4W(WᵀW − I); zero where W holds a NaN or an infinity, which
     would spread from there to all of W.
+
+    >>> Orthogonal(strength=1).value(2 * torch.eye(3))
+    tensor(27.)
     """
 
     kind: Literal["orthogonal"] = "orthogonal"
@@ -74,17 +63,15 @@ class Orthogonal(Penalty):
     def values(self, weights: list[Tensor]) -> Tensor:
         if torch.is_grad_enabled():
             return super().values(weights)
-        return torch.stack([_off_identity(w).square_().sum() for w, _ in _stacks(weights)]).sum()
+        return torch.stack([_off_identity(w).square_().sum() for w, _ in stacks(weights, weights)]).sum()
 
     def add_gradients(self, weights: list[Tensor], gradients: list[Tensor], amount: float) -> None:
-        limit = room(weights[0])
-        for w, indices in _stacks(weights):
+        for w, gs in stacks(weights, gradients):
             off, wide = _off_identity(w), _is_wide(w)
             finite = off.isfinite().flatten(1).all(dim=1).view(-1, 1, 1)
-            parts = [pieces(gradients[index], limit, 1 if wide else 0) for index in indices]
-            for piece, *gs in zip(pieces(w, limit, 2 if wide else 1), *parts, strict=True):
+            for piece, parts in divided(w, gs, axis=-1 if wide else -2):
                 slopes = torch.where(finite, off @ piece if wide else piece @ off, 0.0)
-                torch._foreach_add_(gs, slopes.unbind(), alpha=4 * amount)
+                torch._foreach_add_(parts, slopes.unbind(), alpha=4 * amount)
 
 
 @final
@@ -94,6 +81,9 @@ class CosineOrthogonal(Penalty):
     Keras' OrthogonalRegularizer; its `rows` are the columns of a torch weight, which is Keras' kernel transposed.
     w: (rows, columns) -> ().  A zero vector has cosine 0 with all; a single vector has no pair and the value 0. The
     gradient is zero where W holds a NaN or an infinity, which would spread from there to all of W.
+
+    >>> CosineOrthogonal(strength=1).value(torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 5.0]]))
+    tensor(0.3333)
     """
 
     kind: Literal["cosine_orthogonal"] = "cosine_orthogonal"

@@ -15,7 +15,11 @@ from regkit.fields import Count, NonNegative, Positive
 
 @final
 class Constant(Schedule):
-    """The same factor at every step."""
+    """Constant: the same factor at every step.
+
+    >>> Constant(value=0.5).factor(1000)
+    0.5
+    """
 
     kind: Literal["constant"] = "constant"
 
@@ -57,7 +61,11 @@ class _Ramp(Schedule):
 
 @final
 class Linear(_Ramp):
-    """From start to end in a straight line: start + (end − start)·t/steps, then end."""
+    """Linear ramp: start + (end − start)·t/steps, then end.
+
+    >>> [Linear(start=0.0, end=1.0, steps=4).factor(step) for step in (0, 1, 9)]
+    [0.0, 0.25, 1.0]
+    """
 
     kind: Literal["linear"] = "linear"
 
@@ -71,7 +79,11 @@ class Linear(_Ramp):
 
 @final
 class Cosine(_Ramp):
-    """Along half a cosine: end + (start − end)·(1 + cos(π·t/steps))/2, then end  (Loshchilov & Hutter 2017, eq. 5)."""
+    """Cosine ramp: end + (start − end)·(1 + cos(π·t/steps))/2, then end  (Loshchilov & Hutter 2017, eq. 5).
+
+    >>> [round(Cosine(start=1.0, end=0.0, steps=4).factor(step), 3) for step in (0, 1, 2, 9)]
+    [1.0, 0.854, 0.5, 0.0]
+    """
 
     kind: Literal["cosine"] = "cosine"
 
@@ -85,7 +97,11 @@ class Cosine(_Ramp):
 
 @final
 class Exponential(Schedule):
-    """Multiplied by `decay` every `steps` steps, smoothly: start·decay^(t/steps)  (Keras ExponentialDecay)."""
+    """Exponential growth or decay: start·decay^(t/steps), smoothly  (Keras ExponentialDecay).
+
+    >>> [Exponential(decay=0.25, steps=10).factor(step) for step in (0, 5, 10)]
+    [1.0, 0.5, 0.25]
+    """
 
     kind: Literal["exponential"] = "exponential"
 
@@ -125,7 +141,11 @@ class Exponential(Schedule):
 
 @final
 class Piecewise(Schedule):
-    """Constant between boundaries: values[i] from boundaries[i−1] on, until boundaries[i]."""
+    """Piecewise constant: values[i] from boundaries[i−1] on, until boundaries[i].
+
+    >>> [Piecewise(boundaries=(10,), values=(0.0, 1.0)).factor(step) for step in (9, 10)]
+    [0.0, 1.0]
+    """
 
     kind: Literal["piecewise"] = "piecewise"
 

@@ -76,7 +76,11 @@ def _example(make: Callable[[], nn.Module]) -> Example:
 
 
 class SequenceAdapter(Adapter):
-    """nn.RNN, nn.LSTM and nn.GRU: stacked, bidirectional, with or without biases, LSTM with a projection."""
+    """nn.RNN, nn.LSTM and nn.GRU: stacked, bidirectional, with or without biases, LSTM with a projection.
+
+    >>> [output.role for output in SequenceAdapter().outputs(nn.LSTM(3, 4))]
+    ['output', 'state', 'cell']
+    """
 
     modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.RNN, nn.LSTM, nn.GRU)
     gates: ClassVar[tuple[str, ...]] = (*_LSTM_GATES, *_GRU_GATES)
@@ -155,7 +159,11 @@ class SequenceAdapter(Adapter):
 
 
 class CellAdapter(Adapter):
-    """nn.RNNCell, nn.LSTMCell and nn.GRUCell, called in a loop: each call is one step of time."""
+    """nn.RNNCell, nn.LSTMCell and nn.GRUCell, called in a loop: each call is one step of time.
+
+    >>> [weight.parameters for weight in CellAdapter().weights(nn.RNNCell(3, 4, bias=False))]
+    [('weight_ih',), ('weight_hh',)]
+    """
 
     modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
     steps: ClassVar[bool] = True
