@@ -123,7 +123,7 @@ class WeightSite:
         return name if self.mask is None else f"{name} * {self.mask}"
 
 
-def turned(kept: Tensor, transposed: bool, columns: Columns) -> Tensor:
+def oriented(kept: Tensor, transposed: bool, columns: Columns) -> Tensor:
     """The view of what is kept that a `Weight` tells of.
 
     Raises IndexError or RuntimeError where a tensor of its shape has none.

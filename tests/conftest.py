@@ -49,8 +49,8 @@ def isolation() -> Iterator[None]:
             attachment.detach()
     # For modules of models that are gone, and that no collection has reached yet:
     for listener in optimizer_hooks._listeners:
-        optimizer_hooks.dismiss(listener)
-    optimizer_hooks.leave()
+        optimizer_hooks.remove_listener(listener)
+    optimizer_hooks.remove_hooks()
 
 
 @pytest.fixture

@@ -102,8 +102,8 @@ def test_what_an_optimizer_owns_is_held_once_where_all_of_it_is_ours(strangers: 
     optimizer = torch.optim.SGD([*ours, *nn.GRUCell(2, 2).parameters()][: len(ours) + strangers], lr=0.1)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     owned = OwnedParameters({id(one): one for one in ours}, groups)
-    assert (owned.groups is owned.ours) == (not strangers)
-    assert len(owned.groups) == len(owned.ours) + strangers
+    assert (owned.all_groups is owned.groups) == (not strangers)
+    assert len(owned.all_groups) == len(owned.groups) + strangers
 
 
 def test_after_detach_nothing_of_hundreds_of_cells_is_held_and_they_are_as_they_were(traced):

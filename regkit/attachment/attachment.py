@@ -84,7 +84,7 @@ class Attachment:
         for recorder in self._rules.recorders:
             recorder.install()
         self._watch.arm()
-        optimizer_hooks.enlist(self._steps)
+        optimizer_hooks.add_listener(self._steps)
         if self._companion is not None:
             self._companion.join()
         self._hooked = True
@@ -93,7 +93,7 @@ class Attachment:
         self._hooked = False
         if self._companion is not None:
             self._companion.leave()
-        optimizer_hooks.dismiss(self._steps)
+        optimizer_hooks.remove_listener(self._steps)
         self._watch.disarm()
         for recorder in self._rules.recorders:
             recorder.remove()
@@ -107,8 +107,8 @@ class Attachment:
         """Take every hook off the model. May be called again; afterwards the attachment can only be read."""
         self._remove()
         if self._orphans is not None:
-            optimizer_hooks.dismiss(self._orphans)
-        optimizer_hooks.leave()
+            optimizer_hooks.remove_listener(self._orphans)
+        optimizer_hooks.remove_hooks()
         siblings = _attached.get(self._key, [])
         if self in siblings:
             siblings.remove(self)
@@ -165,7 +165,7 @@ class Attachment:
 
     def weights_changed(self) -> None:
         """Say that the weights were changed on purpose and not by a step: a new initialization, copied weights."""
-        self._watch.announced()
+        self._watch.weights_changed()
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class Attachment:
             self._refuse_dead("nothing to add to the loss")
         rules = self._rules
         index = self._steps.upcoming() if rules.scheduled else self._steps.count.count
-        terms = rules.intake.take(index) if rules.activities else []
+        terms = rules.intake.consume(index) if rules.activities else []
         if rules.by_loss:
             terms += rules.loss_terms(index)
         if len(terms) == 1 and terms[0].dtype in (torch.float32, torch.float64):

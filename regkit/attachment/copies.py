@@ -119,7 +119,7 @@ class _SleepingCopies:
         key = id(companion)
         self._ever += 1
         self._asleep[key] = weakref.ref(companion, lambda _: self._forget(key))
-        optimizer_hooks.enlist(self)
+        optimizer_hooks.add_listener(self)
 
     def let_go(self, companion: ModelCompanion) -> None:
         """Listen for it no more."""
@@ -128,9 +128,9 @@ class _SleepingCopies:
     def _forget(self, key: int) -> None:
         self._asleep.pop(key, None)
         if not self._asleep:
-            optimizer_hooks.dismiss(self)
+            optimizer_hooks.remove_listener(self)
             if self._asleep:  # one came from another thread meanwhile
-                optimizer_hooks.enlist(self)
+                optimizer_hooks.add_listener(self)
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
         """Wake those whose copies this optimizer steps, and pass the step on to them."""
@@ -154,7 +154,7 @@ class _SleepingCopies:
         except StepError as error:
             raise StepError(f"{error}. {_OF_A_COPY}") from error
 
-    settled = None
+    gradients_final = None
 
     def after(self, frame: FrameType) -> None:
         """Nothing of it is in any step."""

@@ -24,12 +24,12 @@ class OrphanedModules:
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         self._modules = {weakref.ref(module, self._gone): name for name, module in modules}
         if self._modules:
-            optimizer_hooks.enlist(self)
+            optimizer_hooks.add_listener(self)
 
     def _gone(self, reference: weakref.ref[nn.Module]) -> None:
         self._modules.pop(reference, None)
         if not self._modules:
-            optimizer_hooks.dismiss(self)
+            optimizer_hooks.remove_listener(self)
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> None:
         """Raise AttachError where the optimizer trains one of them."""
@@ -42,7 +42,7 @@ class OrphanedModules:
                     "trained on; attach to a model that you keep, or detach() before you let it go"
                 )
 
-    settled = None
+    gradients_final = None
 
     def after(self, frame: FrameType) -> None:
         """Nor after it."""

@@ -89,7 +89,7 @@ class Engine:
         """
         rules = (*self._rules.by_gradient, *self._rules.by_decay, *self._rules.on_weights)
         for block in chain.from_iterable(rule.blocks for rule in rules):
-            for leaf in block.leaves():
+            for leaf in block.parameters():
                 if leaf.requires_grad:
                     return block.name, block.module, leaf
         for recorder in self._rules.recorders:
@@ -98,31 +98,31 @@ class Engine:
                     return f"a weight of {recorder.title}", recorder.module, parameter
         return None
 
-    def step_heard(self, optimizer: Optimizer, program: Program, acts: bool) -> None:
+    def step_seen(self, optimizer: Optimizer, program: Program, acts: bool) -> None:
         """Take note of a step that runs within no other. acts: whether the attachment acts in this optimizer's steps.
 
         At an optimizer's first step, raises StepError for a weight that no optimizer owns.
         """
-        watch, groups = self.watch, program.owned.groups
-        if id(watch.leaf) in groups:
-            watch.accepted = watch.ever_heard = True
+        watch, groups = self.watch, program.owned.all_groups
+        if id(watch.parameter) in groups:
+            watch.accepted = watch.step_ever_seen = True
             if not acts:
                 watch.give_up()
         for recorder in self.recorders:
             if recorder.calls.last is not None or recorder.calls.records:
-                recorder.pass_by(groups)
-        if program.met or self._restricted or self._by_hand:
+                recorder.skip_step(groups)
+        if program.optimizer_seen or self._restricted or self._by_hand:
             return
         if optimizer not in self._met:
             if any(id(p) in groups for p in self._parameters):
                 self._refuse_unowned(program.snapshot, groups)
             self._met.add(optimizer)
-        program.met = True
+        program.optimizer_seen = True
 
     def _refuse_unowned(self, snapshot: Snapshot, groups: Mapping[int, Any]) -> None:
         blocks = chain.from_iterable(rule.blocks for rule in self._rules.on_weights if not rule.binding.optional)
         kept = ((block, storage) for block in blocks for storage in snapshot.storages[block])
-        trained = [(block, leaf) for block, storage in kept for leaf in storage.leaves if leaf.requires_grad]
+        trained = [(block, leaf) for block, storage in kept for leaf in storage.parameters if leaf.requires_grad]
         self._owned |= set(groups)
         if any(id(leaf) not in self._owned for _, leaf in trained):
             self._owned |= owned_by_any()
@@ -141,7 +141,7 @@ class Engine:
                 self.at_gradients(step)
             return
         step.evaluations += 1
-        leaves, jobs = step.owned.leaves, step.program.jobs
+        leaves, jobs = step.owned.parameters, step.program.jobs
         found = list(map(_grad, leaves))
         if (
             jobs is None
@@ -171,10 +171,10 @@ class Engine:
         """What is to be done for those that have a gradient."""
         program, owned = step.program, step.owned
         trained = owned.ids
-        if any(map(is_, found, repeat(None))) or not all(map(_requires_grad, owned.leaves)):
-            pairs = zip(owned.leaves, found, strict=True)
+        if any(map(is_, found, repeat(None))) or not all(map(_requires_grad, owned.parameters)):
+            pairs = zip(owned.parameters, found, strict=True)
             trained = frozenset(id(leaf) for leaf, gradient in pairs if gradient is not None and leaf.requires_grad)
-        up = frozenset(key for key in trained if owned.ours[key].get("maximize"))
+        up = frozenset(key for key in trained if owned.groups[key].get("maximize"))
         jobs = program.jobs
         if jobs is None or jobs.trained != trained or jobs.up != up:
             jobs = program.jobs = Jobs(self._rules, program.snapshot, owned, trained, up)
@@ -193,7 +193,7 @@ class Engine:
             for rule, work in jobs.decays:
                 rule.decay(work, step)
                 if snapshot.cached:
-                    snapshot.written(work.leaves(), work.storages())
+                    snapshot.written(work.parameter_ids(), work.storages())
             complete = True
         except Exception as error:  # a kind is a stranger's code: anything can come out
             assert rule is not None
@@ -201,7 +201,7 @@ class Engine:
         finally:
             mark.gradient = None
             if jobs.marked is not None:
-                mark.leaf, mark.gradient = step.owned.leaves[jobs.marked], found[jobs.marked]
+                mark.parameter, mark.gradient = step.owned.parameters[jobs.marked], found[jobs.marked]
                 mark.version, mark.renewed, mark.complete = mark.gradient._version, False, complete
                 mark.trained = jobs.trained
             if snapshot.cached:
@@ -217,7 +217,7 @@ class Engine:
 
     def release(self) -> None:
         """Hold no parameter and no gradient any more."""
-        self.watch.mark.leaf = self.watch.mark.gradient = self._armed = self._expected = None
+        self.watch.mark.parameter = self.watch.mark.gradient = self._armed = self._expected = None
         self.snapshots.release()
 
     @plain
@@ -232,12 +232,12 @@ class Engine:
     def after(self, step: ActiveStep) -> None:
         """Proximal operators, then constraints in the document's order."""
         watch, jobs = self.watch, step.jobs
-        watch.mark.leaf = watch.mark.gradient = None
+        watch.mark.parameter = watch.mark.gradient = None
         if jobs is None:  # the optimizer never called its closure
             return
-        if step.optimizer is None and id(watch.leaf) in step.groups:
-            watch.accepted = watch.ever_heard = True
-        if self._armed is not jobs.snapshot or watch.leaf is None or not watch.leaf.requires_grad:
+        if step.optimizer is None and id(watch.parameter) in step.groups:
+            watch.accepted = watch.step_ever_seen = True
+        if self._armed is not jobs.snapshot or watch.parameter is None or not watch.parameter.requires_grad:
             self._armed = jobs.snapshot
             watch.arm()
         # First of all: whatever fails below, the step is taken.
@@ -263,11 +263,11 @@ class Engine:
             for rule, work in jobs.proximal:
                 rule.shrink(work, step)
                 if snapshot.cached:
-                    snapshot.written(work.leaves(), work.storages())
+                    snapshot.written(work.parameter_ids(), work.storages())
             for rule, work in jobs.projections:
                 rule.project(work, step.index)
                 if snapshot.cached:
-                    snapshot.written(work.leaves(), work.storages())
+                    snapshot.written(work.parameter_ids(), work.storages())
         except Exception as error:  # a kind is a stranger's code: anything can come out
             assert rule is not None
             raise_named(rule, error)
@@ -284,10 +284,10 @@ class Engine:
             trained = dict(jobs.recorders)
             trained.update((one, jobs.trained) for one in jobs.apart if one.frozen)
             for activity in self._rules.activities:
-                activity.check(trained)
+                activity.verify_consumed(trained)
         for rule, mine in jobs.losses:
             reason = rule.ledger.missing(mine)
             if reason is not None:
                 raise StepError(f"{rule.binding.label} {reason}")
         for rule, work in (*jobs.proximal, *jobs.decays):
-            rule.check(work, step)
+            rule.verify_applicable(work, step)

@@ -15,7 +15,7 @@ class FailedStep:
     whose gradients they are.
     """
 
-    leaf: nn.Parameter | None = None
+    parameter: nn.Parameter | None = None
     gradient: Tensor | None = None
     complete = renewed = False
     version = 0
@@ -28,7 +28,7 @@ class FailedStep:
 
     def holds(self, step: Step) -> bool:
         """Whether this step has these very gradients again. Raises StepError where they are no more what they were."""
-        leaf, gradient = self.leaf, self.gradient
+        leaf, gradient = self.parameter, self.gradient
         if (
             leaf is None
             or gradient is None

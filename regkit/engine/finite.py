@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regkit.errors import AttachError, StepError, listing
-from regkit.runtime.modes import capturing
+from regkit.runtime.modes import is_capturing
 from regkit.runtime.sharding import everywhere, local, sharded
 from regkit.weights.snapshot import Snapshots
 
@@ -31,7 +31,7 @@ class FiniteCheck:
 
     def look(self, index: int) -> None:
         """Look, once for each step. Raises StepError where a weight is not finite."""
-        if index == self._looked or capturing():  # several optimizers may take one step together
+        if index == self._looked or is_capturing():  # several optimizers may take one step together
             return
         if names := self._sick():
             raise StepError(f"NaN or infinite numbers in {names} before step {index}; training has come apart")
@@ -51,7 +51,7 @@ class FiniteCheck:
         blocks = {(block.site.path, block.site.parameters): block for block in snapshot.storages}
         for block in blocks.values():
             for name, storage in zip(block.site.parameters, snapshot.storages[block], strict=True):
-                weight = storage.held().detach()
+                weight = storage.probe().detach()
                 if not weight.is_meta:
                     yield f"{block.site.name}.{name}".lstrip("."), weight
         snapshot.forget()

@@ -43,7 +43,7 @@ class Jobs:
     ) -> None:
         self.snapshot, self.trained, self.up = snapshot, trained, up
         self.usual = trained is owned.ids and not up
-        numbers = {id(leaf): number for number, leaf in enumerate(owned.leaves)}
+        numbers = {id(leaf): number for number, leaf in enumerate(owned.parameters)}
         self.gradients = _busy((rule, rule.work(snapshot, trained, numbers, up)) for rule in rules.by_gradient)
         self.decays = _busy((rule, rule.work(snapshot, trained)) for rule in rules.by_decay)
         self.proximal = _busy((rule, rule.work(snapshot, trained)) for rule in rules.by_prox)
@@ -67,7 +67,7 @@ class Jobs:
     def _of(self, rule: PenaltyRule) -> Iterator[nn.Parameter]:
         """The trained parameters of a rule."""
         storages = chain.from_iterable(self.snapshot.storages[block] for block in rule.blocks)
-        return (leaf for storage in storages for leaf in storage.leaves if id(leaf) in self.trained)
+        return (leaf for storage in storages for leaf in storage.parameters if id(leaf) in self.trained)
 
 
 def _busy(acts: Iterable[tuple[PenaltyRule, Work]]) -> Acts:
@@ -77,7 +77,7 @@ def _busy(acts: Iterable[tuple[PenaltyRule, Work]]) -> Acts:
 class Program:
     """What the steps of one optimizer do to the model of one snapshot.
 
-    jobs: those of its last step. met: whether what is asked of an optimizer at its first step was asked.
+    jobs: those of its last step. optimizer_seen: whether what is asked of an optimizer at its first step was asked.
     """
 
     def __init__(self, optimizer: Optimizer | None, snapshot: Snapshot, owned: OwnedParameters | None = None) -> None:
@@ -90,7 +90,7 @@ class Program:
             owned = OwnedParameters(snapshot.parameters, group_of)
         self.owned = owned
         self.jobs: Jobs | None = None
-        self.met = False
+        self.optimizer_seen = False
         self._optimizer: weakref.ref[Optimizer] | None = None
         if optimizer is not None:
             key, programs = id(optimizer), snapshot.programs

@@ -86,12 +86,12 @@ class StepTracker:
             program = self._program(model, optimizer)
             if program is None:
                 return None
-        acts = self._only is None or not program.owned.ours or self._concerns(optimizer)
+        acts = self._only is None or not program.owned.groups or self._concerns(optimizer)
         program = self._within(running, program, optimizer) if running else program
         owned = program.owned
         if not running:
-            engine.step_heard(optimizer, program, acts)
-        if not owned.ours or not acts:
+            engine.step_seen(optimizer, program, acts)
+        if not owned.groups or not acts:
             return None
         # Both attributes are set by GradScaler around the step of an optimizer that unscales by itself, and only there.
         # Reading found_inf waits for the GPU; so does GradScaler itself at the step of every other optimizer.
@@ -146,7 +146,7 @@ class StepTracker:
         """The number of the step to come, for what is computed before it is known who makes it."""
         return self.count.upcoming(self._engine.expected) if self.count.stepped else self.count.count
 
-    def settled(self) -> None:
+    def gradients_final(self) -> None:
         """Whatever else is done before the step is done."""
         mark = self._engine.watch.mark
         if mark.gradient is not None:
@@ -197,7 +197,7 @@ class StepTracker:
         program = Program(None, snapshot, owned)
         step = ActiveStep(None, owned, None, False, self.count.index(owned.ids), None, program=program)
         self._engine.at_gradients(step)
-        self.settled()
+        self.gradients_final()
         running.append(step)
         self.open.add(weakref.ref(step, self.open.discard))
         return step
@@ -246,10 +246,10 @@ class _Closure:
         step, engine = self.step, self.hooks._engine
         if not step.program.snapshot.holds():
             snapshot = engine.now()
-            step.owned = step.owned.among(snapshot.parameters)
+            step.owned = step.owned.restrict_to_parameters(snapshot.parameters)
             step.program = Program(step.optimizer, snapshot, step.owned)
         engine.at_gradients(step)
-        self.hooks.settled()
+        self.hooks.gradients_final()
         if isinstance(step.optimizer, torch.optim.LBFGS) and loss is not None:
             with torch.no_grad():
                 return loss + engine.value(step)

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 from regkit import _pickled
 from regkit.engine.failed_step import FailedStep
 from regkit.errors import StepError
-from regkit.runtime.modes import capturing, compiler, is_dynamo_compiling, uncompiled
+from regkit.runtime.modes import compiler, is_capturing, is_dynamo_compiling, uncompiled
 from regkit.runtime.sharding import sharded
 
 _TIMES: Final = 8
@@ -50,7 +50,8 @@ class Watchdog:
         self.inside: Callable[[], bool] = bool  # never, until there are steps
         self.open: Collection[object] = ()  # the steps that may be running
         self.mark = FailedStep()
-        self.leaf: Tensor | None = None  # is watched; torch converts no sharded parameter that has a weak reference
+        # torch converts no sharded parameter that has a weak reference
+        self.parameter: Tensor | None = None
         self._name = ""
         self._handles: list[RemovableHandle] = []  # on the parameter
         self._loading: tuple[weakref.ref[nn.Module], _Hook, RemovableHandle] | None = None  # on its module
@@ -58,7 +59,7 @@ class Watchdog:
         self._version: int | None = None
         self._numbers: Tensor | None = None
         self._moves = self._looks = 0
-        self.ever_heard = False
+        self.step_ever_seen = False
         """Whether any step of what is watched was heard of."""
         self.accepted = True
         """Whether the weights as they will be at the next backward pass are taken for granted."""
@@ -66,11 +67,11 @@ class Watchdog:
     def arm(self) -> None:
         """Watch the parameter, or the one that is in its place by now."""
         found = None if self._off else self._find()
-        if found is None or found[2] is self.leaf:
+        if found is None or found[2] is self.parameter:
             return
         self._name, module, leaf = found
         hook = self._listen(module)
-        self.leaf = leaf
+        self.parameter = leaf
         self._handles = [leaf.register_hook(hook.look)]  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         if sharded(leaf):  # FSDP2 puts gradients where they belong past autograd, and calls these hooks itself
             handle = leaf.register_post_accumulate_grad_hook(hook.look)  # type: ignore[no-untyped-call]  # and this
@@ -95,7 +96,7 @@ class Watchdog:
             handle.remove()
         if self._loading is not None:
             self._loading[2].remove()
-        self._handles, self._loading, self.leaf, self._numbers = [], None, None, None
+        self._handles, self._loading, self.parameter, self._numbers = [], None, None, None
         self.accepted = True
 
     def give_up(self) -> None:
@@ -103,7 +104,7 @@ class Watchdog:
         self._off = True
         self.disarm()
 
-    def announced(self) -> None:
+    def weights_changed(self) -> None:
         """The weights have changed, or been replaced, and it is all right."""
         self.accepted = True
         if self._handles:
@@ -113,7 +114,7 @@ class Watchdog:
         """A gradient arrives. Raises StepError where the weight has moved unheard once too often."""
         if self.mark.gradient is not None:
             self.mark.passed()
-        leaf = self.leaf
+        leaf = self.parameter
         if self.accepted:
             self._version = self._numbers = None
             self._moves = self._looks = 0
@@ -125,7 +126,7 @@ class Watchdog:
         newer = before is not None and before != self._version
         if newer:
             self._numbers = None
-        if self.ever_heard:
+        if self.step_ever_seen:
             self._moves += newer
         else:
             self._moves += self._differs(leaf) or newer
@@ -135,7 +136,7 @@ class Watchdog:
 
     def _differs(self, leaf: Tensor) -> bool:
         self._looks += 1
-        if leaf.is_meta or self._looks > _CLOSELY or capturing():
+        if leaf.is_meta or self._looks > _CLOSELY or is_capturing():
             return False
         mine = leaf.to_local() if sharded(leaf) else leaf
         before, self._numbers = self._numbers, mine.detach().clone()
@@ -175,7 +176,7 @@ class _Hook:
         """Hear that the module has loaded a state."""
         watch = self._watch()
         if watch is not None:
-            watch.announced()
+            watch.weights_changed()
 
 
 def drop_copied_hooks(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Final
 from regkit.adapters import OutputSite, Site, WeightSite
 from regkit.errors import StepError
 from regkit.kinds import ActivityPenalty, Constraint, Penalty, Schedule, Via
-from regkit.runtime.modes import capturing
+from regkit.runtime.modes import is_capturing
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Binding:
 
     def refuse_capture(self, index: int) -> None:
         """Raise StepError where a CUDA graph is captured, if it counts steps: the graph would do the same for ever."""
-        if self.counts and capturing():
+        if self.counts and is_capturing():
             counts = f"every {self.every} steps" if self.schedule is None else self.schedule.describe()
             raise StepError(
                 f"rule {self.key!r} counts steps ({counts}), and a CUDA graph is being captured: each replay would do "
@@ -66,7 +66,7 @@ class Binding:
             )
 
     @property
-    def reach(self) -> str:
+    def how_it_acts(self) -> str:
         """How it acts on the weights, and when."""
         if isinstance(self.kind, Constraint):
             return "projected after each step" if self.every == 1 else f"projected after every {self.every} steps"

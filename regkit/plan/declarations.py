@@ -11,7 +11,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from regkit.adapters import OUTPUT_ROLES, WEIGHT_ROLES, Output, Weight, turned
+from regkit.adapters import OUTPUT_ROLES, WEIGHT_ROLES, Output, Weight, oriented
 from regkit.errors import AttachError, PluginError, listing, unknown
 from regkit.plan.modules import RecurrentModule
 from regkit.runtime.sharding import sharded
@@ -145,7 +145,7 @@ def _kept(recurrent: RecurrentModule, weight: Weight, name: str) -> tuple[Storag
 def _turned(recurrent: RecurrentModule, weight: Weight, kept: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The shapes of what is kept as kinds see it: units in rows, and the columns of the weight alone."""
     try:
-        seen = [turned(torch.empty(one, device="meta"), weight.transposed, weight.columns) for one in kept]
+        seen = [oriented(torch.empty(one, device="meta"), weight.transposed, weight.columns) for one in kept]
         if weight.columns is not None:
             columns = weight.columns
             first, stop = columns if isinstance(columns, tuple) else (columns, columns + 1)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from regkit import _pickled
-from regkit.adapters import WeightSite, turned
+from regkit.adapters import WeightSite, oriented
 from regkit.document import reader
 from regkit.document.context import MissingKind
 from regkit.document.spec import Spec
@@ -85,7 +85,7 @@ class Plan:
 
 
 def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:
-    head, tail = (binding.key, binding.title), binding.reach
+    head, tail = (binding.key, binding.title), binding.how_it_acts
     for w in binding.weights:
         place = (
             w.name or "(model)",
@@ -154,7 +154,7 @@ def _check_shape(site: WeightSite, module: nn.Module, parent: nn.Module | None, 
 def _fits(site: WeightSite, shape: tuple[int, ...]) -> bool:
     if site.transposed or site.columns is not None:
         try:
-            shape = turned(torch.empty(shape, device="meta"), site.transposed, site.columns).shape
+            shape = oriented(torch.empty(shape, device="meta"), site.transposed, site.columns).shape
         except (IndexError, RuntimeError):
             return False
     return len(shape) > 0 and shape[1:] == site.shape[1:] and shape[0] >= site.start + site.rows

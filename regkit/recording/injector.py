@@ -67,7 +67,7 @@ class Injector(Recorder):
             if self.calls.timed:
                 self.calls.add(Call(None, {}, module.training, starts), False)
             return None
-        modes.check(module, self.title)
+        modes.verify_recordable(module, self.title)
         outputs = {id(data): data for data in _tensors(result) if _carries(data)}
         everything = [*outputs.values(), *(data for key, data in sources.items() if key not in outputs)]
         carrier = _Pass(self, everything)
@@ -134,7 +134,7 @@ class _Pass:
         self.gradients: list[Tensor] | None = None
         self._injector = injector
 
-    def take(self) -> list[Tensor] | None:
+    def consume(self) -> list[Tensor] | None:
         """Its part of the gradient, the first time that it is asked for."""
         if not any(one is self for one in self._injector.waiting):
             return None  # discarded, or taken before
@@ -158,7 +158,7 @@ class _Carry(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         own: tuple[Tensor | None, ...] = (*gradients, *[None] * ctx.rest)
-        added = ctx.carrier.take()
+        added = ctx.carrier.consume()
         if added is None:
             return None, None, *own
         return None, None, *(new if old is None else old + new for old, new in zip(own, added, strict=True))

@@ -135,7 +135,7 @@ class Recorder:
         """Store a call where anything is out of the ordinary; None: no gradient reaches what it put out."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            modes.check(module, self.title, observed is not None)
+            modes.verify_recordable(module, self.title, observed is not None)
             self._thread = get_ident()
         # What no gradient can reach (evaluation under no_grad) is no training data.
         if observed is not None or (self.calls.timed and self._steps):
@@ -237,11 +237,11 @@ class Recorder:
         """Why what it recorded is not in the loss of a step that trains these of its parameters; None where it is."""
         if self.records:
             return _UNCONSUMED
-        if self.ledger.of(trained):
+        if self.ledger.of_step(trained):
             return self.ledger.missing(trained)
         return None if optional or self.frozen else _UNRECORDED
 
-    def pass_by(self, stepped: Mapping[int, Any]) -> None:
+    def skip_step(self, stepped: Mapping[int, Any]) -> None:
         """A step of other parameters leaves the records to a later one, which must not find newer ones beside them."""
         elsewhere = self._thread not in (None, get_ident())  # another model's training has nothing to do with it
         if self.calls.empty or elsewhere or any(id(p) in stepped for p in self.parameters):

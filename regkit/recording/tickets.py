@@ -31,13 +31,13 @@ class Tickets:
     def _joins(self, trained: frozenset[int]) -> bool:
         return not self.tickets and bool(self.stepped) and self.stepped.isdisjoint(trained)
 
-    def of(self, trained: frozenset[int]) -> list[Ticket]:
+    def of_step(self, trained: frozenset[int]) -> list[Ticket]:
         """The tickets that a step that trains these parameters answers to."""
         return self.settled if self._joins(trained) else self.tickets
 
     def missing(self, trained: frozenset[int]) -> str | None:
         """Why it did not go through a loss that was backpropagated; None where it did."""
-        tickets = self.of(trained)
+        tickets = self.of_step(trained)
         if not tickets:
             return "was not part of the loss in this step; add attachment.penalty() to the loss"
         return None if all(ticket.backpropagated for ticket in tickets) else _UNSTAMPED

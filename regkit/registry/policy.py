@@ -64,7 +64,7 @@ class Policy:
                 return f"{one.giver} does not name it"
         return None
 
-    def check(self, origins: Iterable[Origin]) -> None:
+    def verify_names(self, origins: Iterable[Origin]) -> None:
         """Raise PluginError for an allowed name that nothing has; warn of a blocked one.
 
         A list of what to block may be shared by environments that do not all have it.

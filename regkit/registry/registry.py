@@ -67,7 +67,7 @@ class Registry:
     def _discover(self, policy: Policy) -> None:
         _refuse_to_wait_for_oneself()
         everything = installed()
-        policy.check(origin for _, origin in everything)
+        policy.verify_names(origin for _, origin in everything)
         verdicts = {origin: policy.verdict(origin) for _, origin in everything}
         allowed = [(point, origin) for point, origin in everything if verdicts[origin] is None]
         problems = list(clashes(allowed))

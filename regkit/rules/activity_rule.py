@@ -66,7 +66,7 @@ class ActivityRule:
         self.at = None
         return _sum(found)
 
-    def check(self, trained: Mapping[Recorder, frozenset[int]]) -> None:
+    def verify_consumed(self, trained: Mapping[Recorder, frozenset[int]]) -> None:
         """Raise StepError where a step trains a module whose activity is not in the loss.
 
         trained: the ids of what it trains of each; of one without a trainable parameter, of all.
@@ -111,7 +111,7 @@ class Intake:
         _, site, recorder = places[0]
         return Entry(recorder, site, kinds, numbers, where)
 
-    def take(self, index: int) -> list[Tensor]:
+    def consume(self, index: int) -> list[Tensor]:
         """Tensors of which the sum is that of the rules at a step, whose values are kept.  -> () each."""
         amounts = []
         for rule in self._rules:  # without a call for each, as most have no schedule

@@ -47,7 +47,7 @@ class ConstraintRule(WeightRule):
             self._called, self.due = index, set(self.blocks)  # until they are projected: that may fail
         constraint = self.constraint if self.binding.schedule is None else self.at_step(index)
         for batch, _, _ in work.batches:
-            ready = batch if due is None else batch.among(due)
+            ready = batch if due is None else batch.restrict_to_blocks(due)
             if ready.blocks:
                 self.at = ready
                 ready.project(constraint)

@@ -69,7 +69,7 @@ class PenaltyRule(WeightRule):
         for block, storages, _ in self.at_work(work.lone):
             yield self.penalty.value(block.weight(storages))
 
-    def check(self, work: Work, step: Step) -> None:
+    def verify_applicable(self, work: Work, step: Step) -> None:
         """Raise StepError where a proximal or decoupled rule cannot act in this step, before anything is changed."""
         if isinstance(step.optimizer, LBFGS) or step.evaluations > 1:
             raise StepError(
@@ -165,12 +165,12 @@ class PenaltyRule(WeightRule):
 
 def _leaves(step: Step, mine: Sequence[Storage]) -> list[nn.Parameter]:
     """The leaves that this step trains."""
-    return [leaf for storage in mine for leaf in storage.leaves if id(leaf) in step.trained]
+    return [leaf for storage in mine for leaf in storage.parameters if id(leaf) in step.trained]
 
 
 def _signed(step: Step, storage: Storage, amount: float) -> Iterator[tuple[nn.Parameter, float]]:
     """The leaves that this step trains, with the amount to add for each."""
-    for leaf in storage.leaves:
+    for leaf in storage.parameters:
         if id(leaf) in step.trained:
             # An optimizer that maximizes turns the gradient around; the penalty is made small all the same.
             yield leaf, -amount if step.groups[id(leaf)].get("maximize") else amount

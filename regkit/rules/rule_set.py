@@ -98,7 +98,7 @@ class RuleSet:
         """Every place that a kind acts on, by what it is and not by its name; the name; the rule."""
         for rule in self.on_weights:
             for block in rule.blocks:
-                site, ids = block.site, tuple(map(id, block.leaves()))
+                site, ids = block.site, tuple(map(id, block.parameters()))
                 yield (rule.binding.kind.kind, ids, site.part), block.name, rule.binding.key
         for activity in self.activities:
             for output, recorder in activity.places:
@@ -117,8 +117,8 @@ class RuleSet:
             )
         for injector in self.injectors:
             rules = [rule for rule in self.activities if any(one is injector for _, one in rule.places)]
-            take = Intake(rules, [injector], raise_named).take
-            injector.configure(take, index, 1.0 if scale is None else scale)
+            consume = Intake(rules, [injector], raise_named).consume
+            injector.configure(consume, index, 1.0 if scale is None else scale)
 
     def loss_terms(self, index: int) -> list[Tensor]:
         """The penalties of weights that go through the loss at a step."""

@@ -32,10 +32,10 @@ class Work(NamedTuple):
     lone: list[Live]
     all: bool
 
-    def leaves(self) -> set[int]:
+    def parameter_ids(self) -> set[int]:
         """The ids of the parameters behind it."""
         return {key for batch, _, _ in self.batches for key in batch.ids}.union(
-            id(leaf) for _, _, mine in self.lone for storage in mine for leaf in storage.leaves
+            id(leaf) for _, _, mine in self.lone for storage in mine for leaf in storage.parameters
         )
 
     def storages(self) -> set[Storage]:
@@ -61,7 +61,7 @@ class WeightRule(ABC):
         snapshot = self.snapshots.now()
         for block in self.blocks:
             for storage in snapshot.storages[block]:
-                yield from storage.leaves
+                yield from storage.parameters
 
     def unfrozen(self) -> frozenset[int]:
         """The ids of its parameters that are not frozen."""
@@ -100,12 +100,12 @@ class WeightRule(ABC):
             (batch, batch.picked(numbers) if numbers else list, sign)
             for sign, some in signed
             for one in placed.batches
-            if (batch := one.of(some)).blocks
+            if (batch := one.restrict_to_parameters(some)).blocks
         ]
         lone = [
             (block, storages, mine)
             for block, storages in placed.lone
-            if (mine := [storage for storage in storages if any(id(leaf) in ids for leaf in storage.leaves)])
+            if (mine := [storage for storage in storages if any(id(leaf) in ids for leaf in storage.parameters)])
         ]
         complete = sum(len(batch.blocks) for batch, _, _ in batches) + len(lone) == placed.number
         return Work(batches, lone, complete)

@@ -29,16 +29,16 @@ from torch.utils.checkpoint import CheckpointFunction
 from regkit.errors import StepError
 
 __all__ = [
-    "capturing",
-    "check",
     "compiler",
     "eager",
     "forget_compiled",
+    "is_capturing",
     "is_dynamo_compiling",
     "is_rehearsal",
     "plain",
     "uncast",
     "uncompiled",
+    "verify_recordable",
 ]
 
 _P = ParamSpec("_P")
@@ -72,7 +72,7 @@ def is_rehearsal(name: str, compiling: bool) -> bool:
     return True
 
 
-def check(module: nn.Module, name: str, carries_gradient: bool = True) -> None:
+def verify_recordable(module: nn.Module, name: str, carries_gradient: bool = True) -> None:
     """Raise StepError where what this pass puts out cannot be recorded rightly, and may be trained on."""
     if carries_gradient and "_is_replica" in module.__dict__:
         raise StepError(
@@ -88,7 +88,7 @@ def check(module: nn.Module, name: str, carries_gradient: bool = True) -> None:
         )
 
 
-def capturing() -> bool:
+def is_capturing() -> bool:
     """Whether this is being captured into a CUDA graph: nothing may wait for the GPU, and a replay runs no Python."""
     begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     return begun and torch.cuda.is_current_stream_capturing()

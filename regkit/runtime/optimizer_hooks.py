@@ -29,7 +29,7 @@ class Listener(Protocol):
         """A step begins. Returns the arguments to go on with, None for those given."""
 
     @property
-    def settled(self) -> Callable[[], None] | None:
+    def gradients_final(self) -> Callable[[], None] | None:
         """Hears that every one of several listeners has done what it does before the step."""
 
     def after(self, frame: FrameType) -> None:
@@ -41,7 +41,7 @@ _handles: list[RemovableHandle] = []
 _lock = threading.RLock()
 
 
-def enlist(listener: Listener) -> None:
+def add_listener(listener: Listener) -> None:
     """Let it see steps from now on."""
     global _listeners
     with _lock:
@@ -50,14 +50,14 @@ def enlist(listener: Listener) -> None:
             _handles.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
 
 
-def dismiss(listener: Listener) -> None:
+def remove_listener(listener: Listener) -> None:
     """Let it see no more. Safe at any moment, in the middle of a step too."""
     global _listeners
     with _lock:
         _listeners = tuple(one for one in _listeners if one is not listener)
 
 
-def leave() -> None:
+def remove_hooks() -> None:
     """Take the pair out of torch if nobody listens. Not to be called within a step."""
     with _lock:
         while _handles and not _listeners:
@@ -89,8 +89,8 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | Non
     for listener in listeners:
         given = listener.before(optimizer, *given, frame) or given
     for listener in listeners:
-        if listener.settled is not None:
-            listener.settled()
+        if listener.gradients_final is not None:
+            listener.gradients_final()
     return given
 
 

@@ -25,19 +25,19 @@ class OwnedParameters:
     """
 
     def __init__(self, here: ParametersById, groups: Groups) -> None:
-        self.here = here
-        self.ours: Groups = {key: groups[key] for key in here if key in groups}
-        self.groups = self.ours if len(self.ours) == len(groups) else groups  # often all is the model's
-        self.leaves = [here[key] for key in self.ours]
-        self.ids = frozenset(self.ours)
+        self.current = here
+        self.groups: Groups = {key: groups[key] for key in here if key in groups}
+        self.all_groups = self.groups if len(self.groups) == len(groups) else groups  # often all is the model's
+        self.parameters = [here[key] for key in self.groups]
+        self.ids = frozenset(self.groups)
 
-    def among(self, here: ParametersById) -> OwnedParameters:
+    def restrict_to_parameters(self, here: ParametersById) -> OwnedParameters:
         """This ownership, restricted to the parameters that the model has now."""
-        return self if here is self.here else OwnedParameters(here, self.groups)
+        return self if here is self.current else OwnedParameters(here, self.all_groups)
 
     def without(self, taken: Collection[int]) -> OwnedParameters:
         """This ownership, less the parameters of these ids."""
-        return OwnedParameters({key: leaf for key, leaf in self.here.items() if key not in taken}, self.groups)
+        return OwnedParameters({key: leaf for key, leaf in self.current.items() if key not in taken}, self.all_groups)
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ class Step:
     @property
     def groups(self) -> Groups:
         """The parameter group of each of its parameters."""
-        return self.owned.ours
+        return self.owned.groups
 
     @property
     def by(self) -> str:

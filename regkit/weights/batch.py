@@ -62,15 +62,15 @@ class Batch:
         sites = [block.site for block in self.blocks]
         return [one.units for one in sites], [one.start for one in sites], [one.rows for one in sites]
 
-    def of(self, ids: frozenset[int]) -> Batch:
+    def restrict_to_parameters(self, ids: frozenset[int]) -> Batch:
         """Those blocks of it whose parameters have these ids."""
-        return self if self.ids <= ids else self._these([id(one) in ids for one in self.parameters])
+        return self if self.ids <= ids else self._restricted([id(one) in ids for one in self.parameters])
 
-    def among(self, blocks: set[Block]) -> Batch:
+    def restrict_to_blocks(self, blocks: set[Block]) -> Batch:
         """Those of it that are among these."""
-        return self if self.members <= blocks else self._these([one in blocks for one in self.blocks])
+        return self if self.members <= blocks else self._restricted([one in blocks for one in self.blocks])
 
-    def _these(self, taken: list[bool]) -> Batch:
+    def _restricted(self, taken: list[bool]) -> Batch:
         return type(self)(list(compress(self.blocks, taken)), list(compress(self.parameters, taken)))
 
     def outlines(self) -> list[Tensor]:
@@ -243,7 +243,7 @@ def _batched(distinct: Iterable[Kept], kind: Penalty | Constraint) -> Iterator[B
     for block, storages in distinct:
         make = _batch_for(kind, block, storages[0]) if len(storages) == 1 else None
         if make is not None:
-            parameter = storages[0].leaves[0]
+            parameter = storages[0].parameters[0]
             makes[parameter] = make
             sharing.setdefault(parameter, []).append(block)
     for parameter, blocks in sharing.items():
@@ -266,7 +266,7 @@ def _batch_for(kind: Penalty | Constraint, block: Block, storage: Storage) -> ty
         return Batch
     if type(storage) is not Sharded or not (block.as_kept or block.rows):
         return None
-    parameter = storage.leaves[0]
+    parameter = storage.parameters[0]
     fits = parameter.dim() == len(block.site.shape) and (block.as_kept or parameter.size(0) == block.site.units)
     if not fits or held_here(parameter) is None:
         return None

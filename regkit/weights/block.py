@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from regkit.adapters import WeightSite, turned
+from regkit.adapters import WeightSite, oriented
 from regkit.errors import AttachError
 from regkit.kinds import Layout
 from regkit.weights.locate import storage_of
@@ -69,10 +69,10 @@ class Block:
             found.append(known[key])
         return tuple(found)
 
-    def leaves(self) -> Iterator[nn.Parameter]:
+    def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters behind it, as they are now."""
         for storage in self.storages():
-            yield from storage.leaves
+            yield from storage.parameters
 
     def place(self, storages: Sequence[Storage]) -> tuple[Hashable, ...]:
         """Equal for blocks that are one and the same, by whatever names: tied weights."""
@@ -93,7 +93,7 @@ class Block:
     def _turn(self, kept: Tensor) -> Tensor:
         """Units in rows, and the columns of the site alone."""
         try:
-            return turned(kept, self.site.transposed, self.site.columns)
+            return oriented(kept, self.site.transposed, self.site.columns)
         except (IndexError, RuntimeError):
             raise self._changed(kept) from None
 

@@ -63,7 +63,7 @@ class Parametrized(Computed):
         assert isinstance(parametrization, parametrize.ParametrizationList)
         suffixes = [""] if parametrization.is_tensor else range(parametrization.ntensors)
         self._originals: list[Tensor] = [getattr(parametrization, f"original{suffix}") for suffix in suffixes]
-        self.leaves = tuple(one for one in self._originals if isinstance(one, nn.Parameter))
+        self.parameters = tuple(one for one in self._originals if isinstance(one, nn.Parameter))
         self._parametrization, self._name = parametrization, name
         self.follows = weakly((*follows, parametrization))
 
@@ -130,7 +130,7 @@ class Parametrized(Computed):
     def check_writable(self, view: View, points: Sequence[Tensor]) -> None:
         # On a copy, for writing may move buffers and draw random numbers, as torch's `orthogonal` does.
         trial = Parametrized(copy.deepcopy(self._parametrization), self._name)
-        if not any(one.requires_grad for one in trial.leaves):
+        if not any(one.requires_grad for one in trial.parameters):
             trial._parametrization.requires_grad_(True)  # as it will be when it is unfrozen
         device = self._originals[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -142,7 +142,7 @@ class Through(Computed):
     """A weight that acts as f(kept), f being a module that works element by element. It is written by f's inverse."""
 
     def __init__(self, under: Storage, function: nn.Module, name: str, way: Iterable[nn.Module]) -> None:
-        self.leaves, self.follows, self.steady = under.leaves, (*under.follows, *weakly(way)), under.steady
+        self.parameters, self.follows, self.steady = under.parameters, (*under.follows, *weakly(way)), under.steady
         self._under, self._function, self._name = under, function, name
 
     @property

@@ -60,7 +60,7 @@ class Snapshot:
         self._steady = all(one.steady for one in found)
         followed = {id(one()): one for storage in found for one in storage.follows}
         self._remember_modules(source.modules, list(followed.values()), source.links)
-        leaves = {id(p): p for one in found for p in one.leaves}
+        leaves = {id(p): p for one in found for p in one.parameters}
         self._ruled = list(leaves.values())
         self._types, self._dtypes = list(map(type, self._ruled)), list(map(_dtype, self._ruled))
         self._devices = list(map(Tensor.get_device, self._ruled))
@@ -136,7 +136,7 @@ class Snapshot:
         than its leaves, and two may go by the same.
         """
         for one in self.cached:
-            if one.computed or (one not in by and any(id(leaf) in leaves for leaf in one.leaves)):
+            if one.computed or (one not in by and any(id(leaf) in leaves for leaf in one.parameters)):
                 one.forget()
 
 

@@ -28,7 +28,7 @@ class Storage(ABC):
 
     __slots__ = ()
 
-    leaves: tuple[nn.Parameter, ...]
+    parameters: tuple[nn.Parameter, ...]
     """The parameters behind the weight."""
 
     limited: ClassVar[bool] = True
@@ -52,7 +52,7 @@ class Storage(ABC):
     @property
     def identity(self) -> tuple[int, ...]:
         """The ids of all that it is made of: equal for one weight under several names, and only there."""
-        return tuple(map(id, self.leaves))
+        return tuple(map(id, self.parameters))
 
     def forget(self) -> None:  # noqa: B027  # most remember nothing
         """Read anew the next time."""
@@ -65,7 +65,7 @@ class Storage(ABC):
         """A tensor of the whole weight's shape and dtype, for which no processes need to communicate."""
         return self.read()
 
-    def held(self) -> Tensor:
+    def probe(self) -> Tensor:
         """A tensor with a number that is not finite where the weight has one: a sharded one if that can be."""
         return self.read()
 
@@ -89,22 +89,22 @@ class Storage(ABC):
 class Plain(Storage):
     """A parameter."""
 
-    __slots__ = ("follows", "leaves")
+    __slots__ = ("follows", "parameters")
 
     limited: ClassVar[bool] = False
 
     def __init__(self, parameter: nn.Parameter, follows: Iterable[nn.Module] = ()) -> None:
-        self.leaves, self.follows = (parameter,), weakly(follows)
+        self.parameters, self.follows = (parameter,), weakly(follows)
 
     def read(self) -> Tensor:
-        return self.leaves[0]
+        return self.parameters[0]
 
     def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
         for parameter, amount in amounts:
             view(grad_of(parameter)).add_(gradient, alpha=amount)
 
     def write(self, view: View, point: Tensor) -> None:
-        view(self.leaves[0]).copy_(point)
+        view(self.parameters[0]).copy_(point)
 
 
 class Whole(Storage):
@@ -129,7 +129,7 @@ class Sharded(Whole):
     remembers: ClassVar[bool] = True
 
     def __init__(self, parameter: nn.Parameter, follows: Iterable[nn.Module] = ()) -> None:
-        self.leaves, self.follows = (parameter,), weakly(follows)
+        self.parameters, self.follows = (parameter,), weakly(follows)
         self._parameter = parameter
         self._gathered: Tensor | None = None
 
@@ -146,7 +146,7 @@ class Sharded(Whole):
     def outline(self) -> Tensor:
         return self._parameter
 
-    held = outline
+    probe = outline
 
     def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
         placed = self._placed(view, gradient)
@@ -170,7 +170,7 @@ class Masked(Storage):
     def __init__(
         self, under: Storage, mask: Tensor, name: str, way: Iterable[nn.Module] | None, how: str = "pruned"
     ) -> None:
-        self.leaves, self.follows = under.leaves, (*under.follows, *weakly(way or ()))
+        self.parameters, self.follows = under.parameters, (*under.follows, *weakly(way or ()))
         self.steady, self.constants = under.steady and way is not None, (mask,)
         self._under, self._mask, self._name, self._how = under, mask, name, how
 
@@ -196,8 +196,8 @@ class Masked(Storage):
     def outline(self) -> Tensor:
         return self._under.outline()
 
-    def held(self) -> Tensor:
-        return self._under.held()  # of NaN · 0, too, NaN comes
+    def probe(self) -> Tensor:
+        return self._under.probe()  # of NaN · 0, too, NaN comes
 
     def _acts(self, view: View) -> Tensor:
         return view(whole(self._mask).bool())
