@@ -249,7 +249,7 @@ def test_a_fused_optimizer_in_a_scaler_is_asked_whether_it_skips_at_every_step()
         for _ in range(3):
             optimizer.step()
             waited.append(asked())
-    assert waited == [["steps", "health"], ["steps"], ["steps"]]
+    assert waited == [["engine.tracker", "engine.finite"], ["engine.tracker"], ["engine.tracker"]]
 
 
 @pytest.mark.parametrize(("rates", "waits"), [(1, False), (2, True)])
