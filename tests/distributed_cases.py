@@ -1,4 +1,4 @@
-"""What is trained in the worlds of two and of four processes: cases by the row of README's table that they prove."""
+"""What is trained in the worlds of two and of four processes, by the row of docs/works-with.md that a case proves."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def test_the_table_is_put_between_its_marks_and_nowhere_else(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n", encoding="utf-8")
     report.put_into(page, results)
-    wanted = f"before\n{report.START}\n{report.readme(results)}\n{report.END}\nafter\n"
+    wanted = f"before\n{report.START}\n{report.page(results)}\n{report.END}\nafter\n"
     assert page.read_text(encoding="utf-8") == wanted
     page.write_text("no marks", encoding="utf-8")
     with pytest.raises(ValueError, match="0 times, not once"):

@@ -205,7 +205,7 @@ def test_a_bar_that_does_not_hold_is_the_status_of_the_command(
 
 
 @pytest.mark.parametrize(
-    ("more", "says"), [(["--only", "e"], "unknown: e; there are a, b"), (["--readme"], "writes and reads nothing")]
+    ("more", "says"), [(["--only", "e"], "unknown: e; there are a, b"), (["--publish"], "writes and reads nothing")]
 )
 def test_what_cannot_be_measured_beside_a_version_is_refused(
     more: list[str], says: str, capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,4 @@
-"""The distributed example runs as README says, and what it compares is equal."""
+"""The distributed example runs as docs/works-with.md says, and what it compares is equal."""
 
 from __future__ import annotations
 

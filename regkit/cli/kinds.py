@@ -32,11 +32,11 @@ def _entry(name: str, families: list[Family], registry: Registry) -> Entry:
 
 
 def _table(family: Family, entries: list[Entry]) -> str:
-    rows = [[entry.name, _options(entry), entry.meaning, str(entry.origin)] for entry in entries]
+    rows = [[entry.name, options_of(entry), entry.meaning, str(entry.origin)] for entry in entries]
     return table([family, "options", "meaning", "from"], rows, wrap=[1, 2], width=WIDTH)
 
 
-def _options(entry: Entry) -> str:
+def options_of(entry: Entry) -> str:
     """The options, those that must be given first, the others as `name=default`."""
     fields: dict[str, Any] = {name: field for name, field in entry.kind.model_fields.items() if name != "kind"}
     required = [name for name, field in fields.items() if field.is_required()]

@@ -31,7 +31,7 @@ def manual(entry: Entry) -> str:
         f"{entry.name}: a kind of {entry.family}, from {entry.origin}",
         "\n".join(_meaning(entry.kind)),
         f"options\n{textwrap.indent(_options(entry), '  ')}",
-        f"how it acts\n{listed(dict(_acts(entry.kind)))}",
+        f"how it acts\n{listed(dict(acts(entry.kind)))}",
         "\n".join(["in a document", *(textwrap.indent(one, "  ") for one in _in_a_document(entry))]),
         f"source\n{listed(_source(entry))}",
     ]
@@ -54,6 +54,12 @@ def _meaning(kind: type[Kind]) -> Iterator[str]:
 
 
 def _options(entry: Entry) -> str:
+    rows = option_rows(entry)
+    return table(["name", "type", "default", "meaning"], rows, wrap=[1, 3], width=WIDTH - 2) if rows else "none"
+
+
+def option_rows(entry: Entry) -> list[list[str]]:
+    """The name, type, default and meaning of each option. Raises PluginError where a kind has no JSON Schema."""
     try:
         schema = entry.kind.model_json_schema()
     except PydanticInvalidForJsonSchema as error:
@@ -65,7 +71,7 @@ def _options(entry: Entry) -> str:
         option = schema["properties"][field.alias or name]
         default = "required" if field.is_required() else word(field.get_default(call_default_factory=True))
         rows.append([name, type_of(option, schema.get("$defs", {})), default, " ".join(_description(option).split())])
-    return table(["name", "type", "default", "meaning"], rows, wrap=[1, 3], width=WIDTH - 2) if rows else "none"
+    return rows
 
 
 def _description(option: Mapping[str, Any]) -> str:
@@ -101,7 +107,8 @@ def _range(option: Mapping[str, Any]) -> Iterator[str]:
             yield f"{sign} {option[key]:g}"
 
 
-def _acts(kind: type[Kind]) -> Iterator[tuple[str, str]]:
+def acts(kind: type[Kind]) -> Iterator[tuple[str, str]]:
+    """How a kind acts: what it acts on and through, and what a schedule multiplies."""
     if issubclass(kind, Penalty | Constraint):
         ranks = {1: "biases", 2: "matrices"}
         yield "acts on", " and ".join(ranks.get(rank, f"weights of {rank} dimensions") for rank in sorted(kind.ranks))
@@ -145,12 +152,12 @@ def _in_a_document(entry: Entry) -> Iterator[str]:
         yield f"in short: {json.dumps(short)}" + (f"; without a name, in this order: {bare}" if bare else "")
 
 
-def document(entry: Entry, example: Kind) -> str:
-    """A document with one rule, in which the example stands."""
+def document(entry: Entry, example: Kind, width: int = WIDTH - 2) -> str:
+    """A document with one rule, in which the example stands; on one line, where that is not longer than the width."""
     kind = example.model_dump(mode="json", by_alias=True)
     rule = {"penalty": "l2(1e-4)", "schedule": kind} if entry.family == "schedule" else {_key(entry): kind}
     whole = json.dumps({"rules": [rule]}, ensure_ascii=False)
-    if len(whole) <= WIDTH - 2:
+    if len(whole) <= width:
         return whole
     parts = [
         f'"{key}": {_spread(value) if isinstance(value, dict) else json.dumps(value)}' for key, value in rule.items()

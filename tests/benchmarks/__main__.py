@@ -22,8 +22,8 @@ from tests.benchmarks.bars import bars
 from tests.benchmarks.parts import PARTS, measure_all
 from tests.benchmarks.picture import draw
 
-ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results.json")
+PAGE = Path(__file__).parents[2] / "docs/costs.md"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,7 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--against", metavar="REV", help="measure this version beside another of its git history alone")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write results.json, table.md and costs.png there")
     parser.add_argument("--results", type=Path, metavar="FILE", help="measure nothing: read what was written once")
-    parser.add_argument("--readme", action="store_true", help=f"write {RESULTS.name} beside this, and README's table")
+    parser.add_argument(
+        "--publish", action="store_true", help=f"write {RESULTS.name} beside this, and docs/{PAGE.name}"
+    )
     return parser
 
 
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(parts) - set(known):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if options.against:
-        if options.output or options.results or options.readme:
+        if options.output or options.results or options.publish:
             parser.error("--against prints what it finds, and writes and reads nothing")
         return _against(options, parts)
     torch.set_num_threads(1)
@@ -71,9 +73,9 @@ def _write(options: argparse.Namespace, results: dict[str, Any]) -> None:
         (options.output / RESULTS.name).write_text(report.to_json(results), encoding="utf-8")
         (options.output / "table.md").write_text(report.full(results) + "\n", encoding="utf-8")
         draw(results, options.output / "costs.png")
-    if options.readme:
+    if options.publish:
         RESULTS.write_text(report.to_json(results), encoding="utf-8")
-        report.put_into(ROOT / "README.md", results)
+        report.put_into(PAGE, results)
 
 
 def _against(options: argparse.Namespace, parts: Sequence[str]) -> int:

@@ -1,10 +1,10 @@
-"""Tables, JSON, and the part of README that is made of them."""
+"""Tables, JSON, and the part of docs/costs.md that is made of them."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ from tests.benchmarks.bars import bars
 
 Results = dict[str, Any]
 
-START, END = "<!-- costs: python -m tests.benchmarks --readme -->", "<!-- end of costs -->"
+START, END = "<!-- costs: python -m tests.benchmarks --publish -->", "<!-- end of costs -->"
 
 SHOWN: Final = (
     "A/A",
@@ -42,24 +42,42 @@ SHOWN: Final = (
     "AR and TAR: regkit",
     "AR and TAR: loss term",
 )
-"""The rows of README's table."""
+"""The rows of the page's tables."""
 
 
-def table(results: Results, rows: Sequence[str] | None = None) -> str:
+_WORK: Final = "The work that is added: its multiple of the floor / the number of operations."
+
+
+def table(results: Results) -> str:
     """Each way by workload: share of the bare step / multiple of the floor / operations / page faults added."""
     workloads = results["workloads"]
-    names = list(dict.fromkeys(row for one in workloads.values() for row in one["rows"])) if rows is None else rows
-    lines = [
-        f"| | {' | '.join(workloads)} |",
-        f"|{' --- |' * (len(workloads) + 1)}",
-        f"| bare step | {' | '.join(map(_bare, workloads.values()))} |",
-    ]
-    lines += [
-        f"| {row} | {' | '.join(_cell(one['rows'].get(row)) for one in workloads.values())} |"
-        for row in names
-        if any(row in one["rows"] for one in workloads.values())
-    ]
-    return "\n".join(lines)
+    names = list(dict.fromkeys(row for one in workloads.values() for row in one["rows"]))
+    bare = f"| bare step | {' | '.join(map(_bare, workloads.values()))} |"
+    return "\n".join([*_head(workloads), bare, *_rows(workloads, names, _cell)])
+
+
+def _head(workloads: Results) -> list[str]:
+    return [f"| | {' | '.join(workloads)} |", f"|{' --- |' * (len(workloads) + 1)}"]
+
+
+def _rows(workloads: Results, names: Sequence[str], cell: Callable[[Results], str]) -> list[str]:
+    """A line for each way that something was measured of; empty where a workload has none."""
+    found = {name: [one["rows"].get(name) for one in workloads.values()] for name in names}
+    told = {name: ["" if row is None else cell(row) for row in rows] for name, rows in found.items()}
+    return [f"| {name} | {' | '.join(cells)} |" for name, cells in told.items() if any(cells)]
+
+
+def shares(results: Results) -> str:
+    """What each way adds to the bare step, as a share of that."""
+    workloads = results["workloads"]
+    bare = [_milliseconds(one["bare"]["Adam"][0]) for one in workloads.values()]
+    return "\n".join([*_head(workloads), f"| bare step | {' | '.join(bare)} |", *_rows(workloads, SHOWN, _share)])
+
+
+def work(results: Results) -> str:
+    """The work that each way adds: multiple of the floor / operations / page faults."""
+    workloads = results["workloads"]
+    return "\n".join([*_head(workloads), *_rows(workloads, [name for name in SHOWN if name != "A/A"], _work)])
 
 
 def _bare(workload: Results) -> str:
@@ -71,15 +89,17 @@ def _faults(faults: Sequence[float] | None) -> str:
     return f" / {faults[0]:.0f} faults" if faults is not None and abs(faults[0]) >= 1 else ""
 
 
-def _cell(row: Results | None) -> str:
-    if row is None:
-        return ""
-    parts = [
-        _percent(row["share"]) if "share" in row else "",
-        f"{row['floors'][0]:.3g}" if "floors" in row else "",
-        str(row["operations"]),
-    ]
-    return " / ".join(part for part in parts if part) + _faults(row.get("faults"))
+def _cell(row: Results) -> str:
+    return " / ".join(part for part in (_share(row), _work(row)) if part)
+
+
+def _share(row: Results) -> str:
+    return _percent(row["share"]) if "share" in row else ""
+
+
+def _work(row: Results) -> str:
+    floors = f"{row['floors'][0]:.3g} / " if "floors" in row else ""
+    return f"{floors}{row['operations']}{_faults(row.get('faults'))}"
 
 
 def _percent(share: Sequence[float]) -> str:
@@ -123,9 +143,16 @@ def first_step(results: Results) -> str:
     return f"The first step: {taken}." if taken else ""
 
 
-def readme(results: Results) -> str:
-    """What stands between the marks in README."""
-    parts = [table(results, SHOWN), titles(results), keras(results), f"Measured on: {conditions(results)}"]
+def page(results: Results) -> str:
+    """The text between the marks in docs/costs.md."""
+    parts = [
+        shares(results),
+        titles(results),
+        _WORK,
+        work(results),
+        keras(results),
+        f"Measured on: {conditions(results)}",
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -133,7 +160,7 @@ def put_into(path: Path, results: Results) -> None:
     """Write it there. Raises ValueError where the marks are missing."""
     text = path.read_text(encoding="utf-8")
     pattern = rf"{re.escape(START)}\n.*?{re.escape(END)}"
-    new, times = re.subn(pattern, lambda _: f"{START}\n{readme(results)}\n{END}", text, flags=re.DOTALL)
+    new, times = re.subn(pattern, lambda _: f"{START}\n{page(results)}\n{END}", text, flags=re.DOTALL)
     if times != 1:
         raise ValueError(f"{path} has {START!r} … {END!r} {times} times, not once")
     path.write_text(new, encoding="utf-8")

@@ -37,7 +37,7 @@ def report(laws: Laws[K], contract: type, subject: K | type[K]) -> Report:
         raise TypeError(f"expected a {contract.__name__}, or a subclass of it, got {subject!r}")
     if not isinstance(subject, type):
         return laws.report(subject, title(subject))
-    first = _EXAMPLES.tried(cls, cls.__qualname__)
+    first = EXAMPLES.tried(cls, cls.__qualname__)
     examples = cast("list[K]", list(cls.examples()) if first.passed else [])
     tried = [laws.report(kind, title(kind)) for kind in examples]
     results = (first, *(result for one in tried for result in one))
@@ -61,9 +61,10 @@ def _has_examples(subject: type[Kind]) -> None:
     hold(not strange, f"{subject.__qualname__}.examples() has {strange!r} in it, which is not of this class")
 
 
-_EXAMPLES: Final[Law[type[Kind]]] = Law(
+EXAMPLES: Final[Law[type[Kind]]] = Law(
     "examples", " ".join((_has_examples.__doc__ or "").split()), _has_examples, lambda _: True
 )
+"""The law of classes: that a class has examples, on which the other laws are tried."""
 
 
 @KIND_LAWS.add()

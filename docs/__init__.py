@@ -1,0 +1,1 @@
+"""The documentation: its pages, and the code that makes some of them."""
