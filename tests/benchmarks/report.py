@@ -113,7 +113,7 @@ def _digits(number: float) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms"
+    return f"{float(f'{1000 * seconds:.3g}'):g} ms"
 
 
 def conditions(results: Results) -> str:
