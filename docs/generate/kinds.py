@@ -12,7 +12,7 @@ from docs.generate.markdown import table
 from regkit import Registry
 from regkit.cli.kinds import options_of
 from regkit.cli.manual import acts, document, option_rows, shorthand
-from regkit.entries import CONTRACTS, Entry, Family
+from regkit.registry.entries import CONTRACTS, Entry, Family
 
 _WIDTH: Final = 84
 """The columns of a block that the site shows whole."""

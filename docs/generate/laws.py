@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from docs.generate.markdown import table
-from regkit.testing import activities, adapters, constraints, penalties, schedules
+from regkit.testing.activities import laws as activities
+from regkit.testing.adapters import laws as adapters
+from regkit.testing.kinds import constraints, penalties, schedules
 from regkit.testing.kinds import EXAMPLES, KIND_LAWS
 from regkit.testing.laws import Law
 
