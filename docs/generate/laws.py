@@ -9,7 +9,7 @@ from docs.generate.markdown import table
 from regkit.testing.activities import laws as activities
 from regkit.testing.adapters import laws as adapters
 from regkit.testing.kinds import constraints, penalties, schedules
-from regkit.testing.kinds import EXAMPLES, KIND_LAWS
+from regkit.testing.kinds.common import EXAMPLES, KIND_LAWS
 from regkit.testing.laws import Law
 
 _INTRODUCTION: Final = """# Laws
