@@ -203,6 +203,15 @@ def test_a_list_form_that_does_not_do_what_the_loop_does_is_refused_at_attach(fo
     torch.testing.assert_close(dict(model.state_dict()), kept, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("hidden", [4, 5, 7])
+def test_a_right_list_form_is_not_refused_where_large_products_cancel(hidden: int):
+    """As in the middle row of a ramp from -100 to 100, whose orthogonal gradient is a millionth of its neighbours'."""
+    rule = {"penalty": "orthogonal(0.1)", "target": {"role": "recurrent"}}
+    model = nn.LSTM(4, hidden)
+    with regkit.attach(model, {"rules": [rule]}) as attachment:
+        assert float(attachment.values()["rules/0"]) > 0
+
+
 def test_values_that_autograd_does_not_follow_are_refused_where_they_go_into_the_loss():
     def detached(self: Any, weights: list[Tensor]) -> Tensor:
         return torch.stack([w.detach().square().sum() for w in weights]).sum()
