@@ -38,11 +38,13 @@ print(json.dumps([regkit.__file__, *(metadata.metadata(name).json for name in sy
 
 
 def texts() -> Iterator[Path]:
-    """The files of text of the repository, without environments and what tools leave behind."""
-    hidden = (".ci", ".github", ".pre-commit-config.yaml")
-    for top in ROOT.iterdir():
-        if (top.name in hidden or not top.name.startswith(".")) and not (top / "pyvenv.cfg").exists():
-            yield from (path for path in (top, *top.rglob("*")) if path.is_file() and path.suffix in SUFFIXES)
+    """The files of text of the repository, without environments and the caches of tools."""
+    left_out = {".git", "site", "build", "dist", *(path.parent.name for path in ROOT.glob("*/pyvenv.cfg"))}
+    for path in ROOT.rglob("*"):
+        parts = path.relative_to(ROOT).parts
+        kept = not left_out.intersection(parts) and not any(part.endswith("cache") for part in parts)
+        if kept and path.is_file() and path.suffix in SUFFIXES:
+            yield path
 
 
 def test_no_file_of_the_repository_asks_for_the_strangers_distribution():

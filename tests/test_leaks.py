@@ -21,7 +21,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 import regkit
-from regkit.runtime.optimizer_hooks import leave
+from regkit.runtime.optimizer_hooks import remove_hooks
 
 SPEC = {
     "rules": [
@@ -110,7 +110,7 @@ class Left:
 def traced() -> Iterator[None]:
     """Memory is traced, and the garbage collector looks only at what comes from now on: it is much quicker."""
     gc.collect()
-    leave()  # what models that are collected just now have left of the hooks
+    remove_hooks()  # what models that are collected just now have left of the hooks
     gc.freeze()
     tracemalloc.start()
     yield

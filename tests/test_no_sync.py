@@ -218,7 +218,7 @@ def test_the_watchdog_waits_in_backward_passes_before_the_first_step_and_never_a
                 waited.append(asked())
             optimizer.step()
             waited.append(asked())
-    assert waited == [[], ["watch"], ["watch"], ["engine.finite"], [], [], [], []]
+    assert waited == [[], ["engine.watchdog"], ["engine.watchdog"], ["engine.finite"], [], [], [], []]
 
 
 class SelfScaling(torch.optim.Optimizer):
@@ -265,4 +265,4 @@ def test_a_learning_rate_on_the_device_is_read_back_only_to_be_compared_with_ano
         optimizer.step()
         asked()
         optimizer.step()
-        assert asked() == ["weights"] * waits
+        assert asked() == ["rules.penalty_rule"] * waits

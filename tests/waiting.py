@@ -86,7 +86,10 @@ def answers() -> Iterator[Callable[[], list[str]]]:
 
     def ask(*given: Any) -> bool:
         asked.append(sys._getframe(1).f_globals["__name__"].removeprefix("regkit."))
-        return asked[-1] not in ("steps", "weights")  # these ask whether infinity was found, whether rates differ
+        return asked[-1] not in (
+            "engine.tracker",
+            "rules.penalty_rule",
+        )  # these ask whether infinity was found, whether rates differ
 
     def taken() -> list[str]:
         found = list(asked)
