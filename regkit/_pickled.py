@@ -4,7 +4,7 @@ A model that was pickled, or saved whole by `torch.save`, names the modules of i
 model can be loaded no more. So everything of regkit that a pickle may hold is written here, and read here. The path of
 this room, the name `read` and every word that it was ever given stay for ever; the classes and rooms behind them may be
 renamed, and where fields are, their old names are read too. A change of what is written raises `FORMAT`; what older
-formats wrote is still read. `tests/pickles` holds such pickles.
+formats wrote is still read. `tests/support/pickles` holds such pickles.
 
 An installed kind is its name and its options, as in a document. A kind that no installed plugin offers is pickled as
 the class that its author gave it, which names its author's module.

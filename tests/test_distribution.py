@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from distributions import environment, install, run, wheel
-from installing import PLUGIN
 
 import regkit
 from regkit import Registry
 from regkit.cli.scaffold import FAMILIES, scaffold
+from tests.support.plugins.distributions import environment, install, run, wheel
+from tests.support.plugins.installing import PLUGIN
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = {"", ".cfg", ".ini", ".json", ".md", ".py", ".sh", ".tmpl", ".toml", ".txt", ".yaml", ".yml"}

@@ -14,7 +14,7 @@ import regkit
 from tests.benchmarks.timing import Sample, faults, now, undisturbed
 from tests.benchmarks.ways import Optimizer, Way
 from tests.benchmarks.workloads import Net, Workload
-from tests.counting import Counted
+from tests.support.counting import Counted
 
 _RATE = 1e-6
 _OPTIMIZERS: dict[Optimizer, Callable[..., torch.optim.Optimizer]] = {

@@ -11,7 +11,7 @@ from tests.benchmarks.lab import Floors, Lab, Run, timed
 from tests.benchmarks.timing import Sample, beside, in_turns, quartiles
 from tests.benchmarks.ways import Way
 from tests.benchmarks.workloads import Workload
-from tests.counting import Counted
+from tests.support.counting import Counted
 
 Results = dict[str, Any]
 

@@ -1,0 +1,1 @@
+"""Attachments from attach to detach: state, copies, orphans."""

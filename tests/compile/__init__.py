@@ -1,0 +1,1 @@
+"""Compiled models and steps against uncompiled ones."""

@@ -1,0 +1,1 @@
+"""README, the documentation and the examples, held to the code."""

@@ -1,0 +1,1 @@
+"""Documents: reading, shorthand, mistakes, the JSON Schema, the canonical form."""

@@ -1,0 +1,1 @@
+"""The optimizer step: whose it is, its rounds and checks, the watchdog."""

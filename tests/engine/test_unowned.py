@@ -1,0 +1,82 @@
+"""Weights under rules that no optimizer owns are told of at the first step of the one that owns their neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+import regkit
+from tests.support.loops import Batches, loss_of
+
+pytestmark = pytest.mark.works_with("Weights that no optimizer owns")
+
+L2 = {"rules": [{"name": "l2", "penalty": "l2(0.1)"}]}
+RATE = 0.1
+
+
+def stepped(model: nn.Module, parameters: Any, batches: Batches) -> None:
+    optimizer = SGD(parameters, lr=RATE)
+    loss_of(model, *batches[0]).backward()
+    optimizer.step()
+
+
+def test_weights_left_out_of_the_optimizer_are_told_at_its_first_step(make_model, batches):
+    model = make_model()
+    regkit.attach(model, L2)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    before = model.rnn.weight_hh_l0.detach().clone()
+    with pytest.raises(regkit.StepError, match=r"no optimizer owns rnn.bias_ih_l0, rnn.bias_hh_l0, though.*freeze"):
+        stepped(model, matrices, batches)
+    assert torch.equal(model.rnn.weight_hh_l0, before)
+
+
+def test_an_optimizer_made_before_a_layer_was_replaced_is_told(make_model, batches):
+    model = make_model()
+    optimizer = SGD(model.parameters(), lr=RATE)
+    model.rnn = nn.LSTM(3, 4).double()
+    regkit.attach(model, L2)
+    loss_of(model, *batches[0]).backward()
+    with pytest.raises(regkit.StepError, match=r"no optimizer owns rnn.weight_ih_l0, rnn.weight_hh_l0"):
+        optimizer.step()
+
+
+def test_an_optimizer_made_before_its_weights_were_assigned_anew_is_told(make_model, batches):
+    model = make_model()
+    optimizer = SGD(model.parameters(), lr=RATE)
+    regkit.attach(model, L2)
+    model.rnn.load_state_dict({key: value.clone() for key, value in model.rnn.state_dict().items()}, assign=True)
+    loss_of(model, *batches[0]).backward()
+    with pytest.raises(regkit.StepError, match=r"no optimizer owns rnn.weight_ih_l0"):
+        optimizer.step()
+
+
+def test_what_another_living_optimizer_owns_is_owned(make_model, batches):
+    model = make_model()
+    attachment = regkit.attach(model, L2)
+    optimizers = [SGD([p for p in model.parameters() if p.dim() == rank], lr=RATE) for rank in (1, 2)]
+    loss_of(model, *batches[0]).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert attachment.step_count == 1
+
+
+def test_frozen_weights_and_optional_rules_need_no_owner(make_model, batches):
+    frozen, optional = make_model(), make_model()
+    regkit.attach(frozen, L2)
+    for name, p in frozen.named_parameters():
+        p.requires_grad_("bias" not in name)
+    stepped(frozen, [p for p in frozen.parameters() if p.requires_grad], batches)
+
+    regkit.attach(optional, {"rules": [{**L2["rules"][0], "optional": True}]})
+    stepped(optional, optional.head.parameters(), batches)
+
+
+def test_an_optimizer_of_something_else_is_not_asked(make_model):
+    model, other = make_model(), nn.Linear(2, 2)
+    regkit.attach(model, L2)
+    other(torch.randn(1, 2)).sum().backward()
+    SGD(other.parameters(), lr=RATE).step()

@@ -1,0 +1,1 @@
+"""Optimizers in combination: nested, split, scheduled, sharpness-aware, sharded."""

@@ -1,0 +1,1 @@
+"""Plans: a document resolved against one model."""

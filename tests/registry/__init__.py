@@ -1,0 +1,1 @@
+"""The registry: plugins found, allowed, loaded and kept apart."""

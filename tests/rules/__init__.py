@@ -1,0 +1,1 @@
+"""Rules in force: merged, tried, as lists; constraints."""

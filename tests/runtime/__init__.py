@@ -1,0 +1,1 @@
+"""Modes of torch: tracing, exporting, graph capture, mixed precision."""

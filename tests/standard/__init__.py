@@ -1,0 +1,1 @@
+"""The standard kinds and adapters against their formulas."""

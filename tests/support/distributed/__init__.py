@@ -1,0 +1,1 @@
+"""Worlds of several processes, and their tasks."""

@@ -1,0 +1,1 @@
+"""Plugins of strangers: written, built, installed, failing on demand."""

@@ -1,0 +1,1 @@
+"""Random models, rules and changes, and plain interpreters of them."""

@@ -1,0 +1,1 @@
+"""Models, runs and hand-written loops for the tests of trainers."""

@@ -1,0 +1,1 @@
+"""Lightning, Accelerate, skorch and Transformers against loops written by hand."""

@@ -1,0 +1,1 @@
+"""Weights wherever they live: blocks, parametrizations, masks, ties, snapshots."""
