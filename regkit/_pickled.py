@@ -87,7 +87,7 @@ def reduce_value(value: Any, protocol: Any) -> Call | str:
 
 def reduce_kind(kind: Kind, protocol: Any) -> Call | str:
     """`__reduce_ex__` of a kind: its name, its options as JSON and its distribution, if that has installed it."""
-    from regkit.registry.entries import OWN
+    from regkit.registry.names import OWN
     from regkit.registry.registry import default
 
     entry = default().find(kind.kind)

@@ -12,7 +12,7 @@ import pytest
 
 import regkit
 from regkit import Registry
-from regkit.cli.scaffold import FAMILIES, scaffold
+from regkit.cli.scaffold import TEMPLATES, scaffold
 from tests.support.plugins.distributions import environment, install, run, wheel
 from tests.support.plugins.installing import PLUGIN
 
@@ -80,10 +80,10 @@ def test_what_asks_for_the_strangers_distribution_is_told_from_what_does_not(bef
     assert bool(ASKS_FOR_IT.search(before + STRANGER + after)) == asks
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "the example"])
+@pytest.mark.parametrize("family", [*TEMPLATES, "the example"])
 def test_a_plugin_depends_on_torch_regkit(family, tmp_path):
     folder = ROOT / "examples/third_party_plugin"
-    if family in FAMILIES:
+    if family in TEMPLATES:
         scaffold("regkit-mine", family, folder := tmp_path / "mine")
     (needed,) = re.findall(r"^dependencies = (.*)$", (folder / "pyproject.toml").read_text(), re.MULTILINE)
     assert json.loads(needed) == [f"torch-regkit>={regkit.__version__}", "torch>=2.6"]

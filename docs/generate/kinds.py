@@ -12,7 +12,8 @@ from docs.generate.markdown import table
 from regkit import Registry
 from regkit.cli.kinds import options_of
 from regkit.cli.manual import acts, document, option_rows, shorthand
-from regkit.registry.entries import CONTRACTS, Entry, Family
+from regkit.registry.entries import Entry
+from regkit.registry.names import FAMILIES, Family
 
 _WIDTH: Final = 84
 """The columns of a block that the site shows whole."""
@@ -48,7 +49,7 @@ may not reach 0: every weight would.""",
 def kinds() -> str:
     """The page, of the kinds that regkit itself brings, whatever else is installed."""
     registry = Registry(allow=())
-    return "\n".join([_INTRODUCTION, *(_family(family, registry.entries(family)) for family in CONTRACTS)])
+    return "\n".join([_INTRODUCTION, *(_family(family, registry.entries(family)) for family in FAMILIES)])
 
 
 def _family(family: Family, entries: list[Entry]) -> str:

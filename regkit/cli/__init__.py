@@ -12,7 +12,9 @@ from typing import Final
 
 import regkit
 from regkit.cli.plugin_warnings import plugin_warnings
+from regkit.cli.scaffold import TEMPLATES
 from regkit.errors import RegkitError
+from regkit.registry.names import FAMILIES
 
 _EXAMPLES: Final = """examples:
   regkit kinds max_norm
@@ -50,15 +52,6 @@ offers. Exit status: 0 if something was tried and every law holds."""
 
 _NEW: Final = """Write the whole distribution of a plugin: its metadata with the entry point, one module, tests that try
 every law, README, LICENSE and CI. It installs and passes its tests as it is; then put your own mathematics in."""
-
-_FAMILIES: Final = ("penalty", "activity penalty", "constraint", "schedule")
-_WRITES: Final = {
-    "penalty": "a penalty on weights (the default)",
-    "activity": "a penalty on outputs",
-    "constraint": "a constraint on weights",
-    "schedule": "a schedule",
-    "adapter": "a recurrent cell and the adapter for it",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     kinds = command("kinds", "kinds", "list every kind that is installed, or explain one", _KINDS)
     kinds.add_argument("kind", nargs="?", metavar="KIND", help="the whole manual of this kind")
-    kinds.add_argument("--family", choices=_FAMILIES, help="only this family")
+    kinds.add_argument("--family", choices=FAMILIES, help="only this family")
 
     check = command("check", "documents", "tell what is wrong with documents", _CHECK)
     check.add_argument("spec", nargs="+", metavar="SPEC", help="a JSON document")
@@ -130,9 +123,13 @@ def _parser() -> argparse.ArgumentParser:
     new = command("new", "scaffold", "write the distribution of a plugin", _NEW)
     new.add_argument("name", metavar="NAME", help="of the distribution, such as regkit-nuclear")
     new.add_argument("--folder", metavar="DIR", help="where to write it; left out: a new folder of that name")
-    families = new.add_mutually_exclusive_group()
-    for family, meaning in _WRITES.items():
-        families.add_argument(f"--{family}", dest="family", action="store_const", const=family, help=meaning)
+    new.set_defaults(template="penalty")
+    templates = new.add_mutually_exclusive_group()
+    for template, meaning in TEMPLATES.items():
+        default = " (the default)" if template == "penalty" else ""
+        templates.add_argument(
+            f"--{template}", dest="template", action="store_const", const=template, help=meaning + default
+        )
 
     conformance = command("conformance", "conformance", "try the laws on what a distribution offers", _CONFORMANCE)
     conformance.add_argument("distribution", metavar="DISTRIBUTION", help="or an entry point of it")

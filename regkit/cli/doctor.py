@@ -19,7 +19,7 @@ from regkit import PluginError, Registry
 from regkit.cli.layout import counted, fill, listed
 from regkit.cli.plugin_warnings import plugin_warnings
 from regkit.cli.plugins import overview, why
-from regkit.registry.entries import OWN
+from regkit.registry.names import OWN
 from regkit.registry.plugin import Plugin, installed, loaded
 from regkit.registry.policy import Policy
 

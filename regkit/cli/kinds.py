@@ -10,13 +10,14 @@ from regkit.cli.layout import WIDTH
 from regkit.cli.manual import manual, word
 from regkit.kinds import Kind
 from regkit.plan.table import table
-from regkit.registry.entries import CONTRACTS, Entry, Family
+from regkit.registry.entries import Entry
+from regkit.registry.names import FAMILIES, Family
 
 
 def kinds(options: argparse.Namespace) -> int:
     """List every kind, or explain one."""
     registry = Registry()
-    families: list[Family] = [options.family] if options.family else list(CONTRACTS)
+    families: list[Family] = [options.family] if options.family else list(FAMILIES)
     if options.kind is not None:
         print(manual(_entry(options.kind, families, registry)))
         return 0

@@ -1,7 +1,7 @@
 """`regkit new`: the whole distribution of a plugin, written from templates.
 
-The templates are files in `templates`, beside this one: in `every`, what all distributions have; beside it, what one
-family has. Where both have a file, the family's text comes first.
+The templates are folders of files in `templates`, beside this one: in `every`, what all distributions have; beside it,
+what one has. Where both have a file, the template's own text comes before that of `every`.
 """
 
 from __future__ import annotations
@@ -12,30 +12,29 @@ import keyword
 import re
 import shlex
 import shutil
+import string
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from string import Template
 from typing import Final, Literal, get_args
 
 from regkit.errors import PluginError, unknown
-from regkit.registry.entries import OWN, RESERVED
-from regkit.registry.registry import default
+from regkit.registry.names import OWN, RESERVED
 
-Family = Literal["penalty", "constraint", "activity", "schedule", "adapter"]
+Template = Literal["penalty", "constraint", "activity", "schedule", "adapter"]
 
-FAMILIES: Final[Mapping[Family, str]] = {
+TEMPLATES: Final[Mapping[Template, str]] = {
     "penalty": "a penalty on weights: a group lasso over rows",
     "constraint": "a constraint on weights: an interval",
     "activity": "a penalty on outputs: Huber's function",
     "schedule": "a schedule: warmup, then the inverse square root",
     "adapter": "a recurrent cell with its adapter: an update-gate unit",
 }
-"""What can be written, each with the mathematics that is in it until its author puts in others."""
+"""The kinds of distributions to write, each with the mathematics in it until its author puts in others."""
 
-_TEMPLATES: Final = Path(__file__).with_name("templates")
+_FOLDER: Final = Path(__file__).with_name("templates")
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _LONGEST: Final = 32
 
@@ -43,14 +42,14 @@ _LONGEST: Final = 32
 def new(options: argparse.Namespace) -> int:
     """Write the distribution, and tell how to go on."""
     folder = Path(options.folder or options.name)
-    print("wrote", *(f"  {path}" for path in scaffold(options.name, options.family or "penalty", folder)), sep="\n")
+    print("wrote", *(f"  {path}" for path in scaffold(options.name, options.template, folder)), sep="\n")
     commands = (f"cd {shlex.quote(str(folder))}", 'python -m pip install -e ".[test]"', "python -m pytest")
     print("\nnow", *(f"  {command}" for command in commands), sep="\n")
     return 0
 
 
-def scaffold(name: str, family: Family, folder: Path) -> list[Path]:
-    """Write the distribution `name` into a folder, which is made if it is not there. Returns the files, in order.
+def scaffold(name: str, template: Template, folder: Path) -> list[Path]:
+    """Write the distribution `name` into a folder, made where there is none. Returns the files, in order.
 
     For `regkit-nuclear`, the package is `regkit_nuclear`, the kind is `nuclear`, its class is `Nuclear` (of an adapter:
     `NuclearCell` and `NuclearAdapter`). What is written installs and passes its own tests as it is.
@@ -58,18 +57,18 @@ def scaffold(name: str, family: Family, folder: Path) -> list[Path]:
     Raises PluginError, and leaves nothing behind, for a name that cannot be used or is taken, for a folder that is not
     empty, and where writing fails.
     """
-    if family not in FAMILIES:
-        raise PluginError(unknown("family", family, get_args(Family)))
-    words = _words(name, family)
-    _refuse_taken(words, family)
-    templates = _templates(family)
-    _refuse_imported(words, family, templates)
-    texts = {path.replace("PACKAGE", words["package"]): Template(text) for path, text in sorted(templates.items())}
-    return _written(folder, {path: template.substitute(words) for path, template in texts.items()})
+    if template not in TEMPLATES:
+        raise PluginError(unknown("family", template, get_args(Template)))
+    words = _words(name, template)
+    _refuse_taken(words, template)
+    texts = _texts(template)
+    _refuse_imported(words, template, texts)
+    made = {path: string.Template(text).substitute(words) for path, text in sorted(texts.items())}
+    return _written(folder, {path.replace("PACKAGE", words["package"]): text for path, text in made.items()})
 
 
-def _words(name: str, family: Family) -> dict[str, str]:
-    """What stands in the templates as $word."""
+def _words(name: str, template: Template) -> dict[str, str]:
+    """The words for which $word stands in the templates."""
     if not _NAME.fullmatch(name) or len(name) > _LONGEST:
         raise PluginError(
             f"a distribution is named in lower-case words with hyphens between, as 'regkit-nuclear', in at most "
@@ -81,13 +80,15 @@ def _words(name: str, family: Family) -> dict[str, str]:
         "package": name.replace("-", "_"),
         "kind": kind,
         "Class": "".join(part.capitalize() for part in kind.split("_")),
-        "description": f"For regkit, {FAMILIES[family]}.",
+        "description": f"For regkit, {TEMPLATES[template]}.",
         "regkit": metadata.version(OWN),
         "year": str(date.today().year),
     }
 
 
-def _refuse_taken(words: Mapping[str, str], family: Family) -> None:
+def _refuse_taken(words: Mapping[str, str], template: Template) -> None:
+    from regkit.registry.registry import default  # here, for it imports torch, and `regkit --help` reads TEMPLATES
+
     name, package, kind = words["name"], words["package"], words["kind"]
     if _installed(name):
         raise PluginError(f"a distribution {name!r} is installed already; choose another name")
@@ -97,7 +98,7 @@ def _refuse_taken(words: Mapping[str, str], family: Family) -> None:
         raise PluginError(f"{name!r} would need a package {package!r}, which Python has already; choose another name")
     if not kind[0].isalpha():
         raise PluginError(f"{name!r} would name its class {words['Class']!r}, and none begins so; choose another name")
-    if family == "adapter":
+    if template == "adapter":
         return
     if kind in RESERVED or keyword.iskeyword(words["Class"]):
         raise PluginError(f"{name!r} would name its kind {kind!r}, which no kind may be called; choose another name")
@@ -117,12 +118,12 @@ def _installed(distribution: str) -> bool:
     return True
 
 
-def _templates(family: Family) -> dict[str, str]:
+def _texts(template: Template) -> dict[str, str]:
     """The texts by their paths in the distribution."""
     texts: dict[str, str] = {}
-    for part in (family, "every"):
-        for path in _files(_TEMPLATES / part):
-            where = path.relative_to(_TEMPLATES / part).as_posix().removesuffix(".tmpl")
+    for part in (template, "every"):
+        for path in _files(_FOLDER / part):
+            where = path.relative_to(_FOLDER / part).as_posix().removesuffix(".tmpl")
             texts[where] = texts.get(where, "") + path.read_text(encoding="utf-8")
     return texts
 
@@ -131,17 +132,17 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*.tmpl") if path.is_file())
 
 
-def _refuse_imported(words: Mapping[str, str], family: Family, templates: Mapping[str, str]) -> None:
+def _refuse_imported(words: Mapping[str, str], template: Template, texts: Mapping[str, str]) -> None:
     """A class may not be called as something that its module imports."""
-    lines = [line for text in templates.values() for line in text.splitlines() if line.startswith(("from ", "import "))]
+    lines = [line for text in texts.values() for line in text.splitlines() if line.startswith(("from ", "import "))]
     others = [line for line in lines if "$" not in line]  # the tests import the class itself
-    if family != "adapter" and any(re.search(rf"\b{words['Class']}\b", line) for line in others):
+    if template != "adapter" and any(re.search(rf"\b{words['Class']}\b", line) for line in others):
         name, taken = words["name"], words["Class"]
         raise PluginError(f"{name!r} would name its class {taken}, as something that it imports; choose another name")
 
 
 def _written(folder: Path, texts: Mapping[str, str]) -> list[Path]:
-    """The files in the folder: all of them, or none."""
+    """Write every text into the folder, or none. Returns the files."""
     existed = folder.exists()
     if existed and not folder.is_dir():
         raise PluginError(f"{folder} is a file; choose another folder")
@@ -159,7 +160,7 @@ def _written(folder: Path, texts: Mapping[str, str]) -> list[Path]:
 
 
 def _clear(folder: Path, keep: bool) -> None:
-    """Take away what was written into a folder that was empty or was not there."""
+    """Remove all files from a folder that was empty or did not exist."""
     for child in folder.iterdir() if folder.is_dir() else ():
         if child.is_dir():
             shutil.rmtree(child)

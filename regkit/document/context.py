@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import ValidationInfo
 
 from regkit.kinds import Kind
-from regkit.registry.entries import OWN, canonical
+from regkit.registry.entries import canonical
+from regkit.registry.names import OWN
 from regkit.registry.registry import Registry, default
 
 Unknown = Literal["error", "keep"]

@@ -10,7 +10,8 @@ from pydantic.json_schema import models_json_schema
 
 from regkit.adapters import GATE_ALIASES
 from regkit.document.spec import Spec
-from regkit.registry.entries import Entry, Family
+from regkit.registry.entries import Entry
+from regkit.registry.names import Family
 from regkit.registry.registry import Registry, default
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"

@@ -13,7 +13,8 @@ from regkit.document import shorthand
 from regkit.document.context import MissingKind, ReadingContext
 from regkit.fields import mistake, mistakes_at
 from regkit.kinds import Kind
-from regkit.registry.entries import CONTRACTS, Family
+from regkit.registry.entries import CONTRACTS
+from regkit.registry.names import Family
 
 
 @dataclass(frozen=True)

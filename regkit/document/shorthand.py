@@ -11,7 +11,8 @@ import reprlib
 from typing import Any, Final
 
 from regkit.errors import listing, nearest, unknown
-from regkit.registry.entries import Entry, Family
+from regkit.registry.entries import Entry
+from regkit.registry.names import Family
 from regkit.registry.registry import Registry
 
 _CALL: Final = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(?:\((.*)\))?\s*", re.DOTALL)

@@ -6,12 +6,11 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from regkit.errors import PluginError
 from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty, Schedule
-
-Family = Literal["penalty", "activity penalty", "constraint", "schedule"]
+from regkit.registry.names import RESERVED, Family
 
 CONTRACTS: Final[Mapping[Family, type[Kind]]] = {
     "penalty": Penalty,
@@ -20,18 +19,6 @@ CONTRACTS: Final[Mapping[Family, type[Kind]]] = {
     "schedule": Schedule,
 }
 """The class that every kind of a family is made from."""
-
-OWN: Final = "torch-regkit"
-"""The distribution that regkit itself is. The one called `regkit` on PyPI is a stranger's."""
-
-RESERVED: Final = frozenset(
-    {
-        *("version", "provenance", "rules", "rule", "layers", "layer", "name", "kind", "target", "via", "optional"),
-        *("penalty", "activity", "constraint", "schedule", "regkit"),
-        *("null", "none", "true", "false", "any", "all", "auto", "default", "custom", "unknown"),
-    }
-)
-"""Words of the document and of JSON, which no kind may be named."""
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
 _LONGEST_NAME: Final = 100

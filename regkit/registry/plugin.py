@@ -20,7 +20,8 @@ from regkit.adapters import GATE_ALIASES, Adapter
 from regkit.errors import PluginError, listing, unknown
 from regkit.kinds import Kind
 from regkit.registry import hookspecs
-from regkit.registry.entries import CONTRACTS, Entry, Family, Origin, canonical, entry_of
+from regkit.registry.entries import CONTRACTS, Entry, Origin, canonical, entry_of
+from regkit.registry.names import Family
 
 HOOKS: Final[dict[str, Family]] = {
     "regkit_penalties": "penalty",

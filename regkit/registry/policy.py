@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from regkit.errors import PluginError, PluginWarning, listing, nearest
-from regkit.registry.entries import OWN, Origin, canonical
+from regkit.registry.entries import Origin, canonical
+from regkit.registry.names import OWN
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from regkit import _pickled
 from regkit.adapters import OUTPUT_ROLES, WEIGHT_ROLES, Adapter
 from regkit.errors import PluginError, PluginWarning, unknown
 from regkit.kinds import Kind
-from regkit.registry.entries import CONTRACTS, Entry, Family, Origin, canonical
+from regkit.registry.entries import Entry, Origin, canonical
+from regkit.registry.names import FAMILIES, Family
 from regkit.registry.plugin import (
     Known,
     Plugin,
@@ -151,7 +152,7 @@ class Registry:
     def entries(self, *families: Family) -> list[Entry]:
         """Every kind of these families (none given: of all), by family, then by name."""
         found = sorted(self._kinds.values(), key=lambda entry: entry.name)
-        return [entry for family in (families or CONTRACTS) for entry in found if entry.family == family]
+        return [entry for family in (families or FAMILIES) for entry in found if entry.family == family]
 
     def find(self, name: str, *families: Family) -> Entry | None:
         """The kind of this name in any of these families (none given: in all)."""

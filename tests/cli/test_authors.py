@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from regkit.cli import main
-from regkit.cli.scaffold import FAMILIES
+from regkit.cli.scaffold import TEMPLATES
 from regkit.registry import registry
 from tests.support.plugins.installing import PLUGIN
 
@@ -220,7 +220,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("family", [None, *FAMILIES])
+@pytest.mark.parametrize("family", [None, *TEMPLATES])
 def test_new_writes_a_distribution_and_says_how_to_go_on(elsewhere, capsys, family):
     assert main(["new", "regkit-mine", *([f"--{family}"] if family else [])]) == 0
     captured = capsys.readouterr()

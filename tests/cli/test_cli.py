@@ -16,10 +16,11 @@ import regkit
 from regkit import cli
 from regkit.cli import main
 from regkit.cli.plugin_warnings import plugin_warnings
-from regkit.cli.scaffold import FAMILIES
+from regkit.cli.scaffold import TEMPLATES
 from regkit.plan.table import table
 from regkit.registry import registry
 from regkit.registry.entries import CONTRACTS
+from regkit.registry.names import FAMILIES
 from tests.support.plugins.installing import PLUGIN
 
 GOOD = '{"rules": [{"target": {"role": "recurrent"}, "penalty": "l2(1e-4)"}, {"constraint": "max_norm(3)"}]}'
@@ -167,10 +168,9 @@ def test_help_lists_every_command_and_its_examples_are_commands(capsys):
     assert set(re.findall(r"^  regkit (\w+)", examples, re.MULTILINE)) == set(COMMANDS)
 
 
-def test_what_the_parser_offers_is_what_there_is():
-    """It says them itself, for the rooms that know them import torch."""
-    assert tuple(CONTRACTS) == cli._FAMILIES
-    assert set(cli._WRITES) == set(FAMILIES)
+def test_every_family_has_a_contract_and_every_template_a_folder():
+    assert tuple(CONTRACTS) == FAMILIES
+    assert {folder.name for folder in Path(cli.__file__).with_name("templates").iterdir()} == {*TEMPLATES, "every"}
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["kinds", "--help"], ["new", "--help"], ["nothing"]])

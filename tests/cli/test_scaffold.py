@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from regkit import PluginError
-from regkit.cli.scaffold import FAMILIES, Family, scaffold
+from regkit.cli.scaffold import TEMPLATES, Template, scaffold
 from tests.support.plugins.distributions import environment, install, passed_in, run, unpack, wheel
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ TREE = [
     "tests/test_conformance.py",
     "tests/test_training.py",
 ]
-KINDS = {family: None if family == "adapter" else f"my_{family}" for family in FAMILIES}
+KINDS = {family: None if family == "adapter" else f"my_{family}" for family in TEMPLATES}
 PRINT_KINDS = """
 import json, regkit
 entries = {entry.name: [entry.origin.distribution, entry.origin.version] for entry in regkit.Registry().entries()}
@@ -36,12 +36,12 @@ print(json.dumps(entries))
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Path]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[Template, Path]:
     """One of each family, as it is written."""
     folder = tmp_path_factory.mktemp("written")
-    for family in FAMILIES:
+    for family in TEMPLATES:
         scaffold(f"regkit-my-{family}", family, folder / f"regkit-my-{family}")
-    return {family: folder / f"regkit-my-{family}" for family in FAMILIES}
+    return {family: folder / f"regkit-my-{family}" for family in TEMPLATES}
 
 
 def check_kinds(told: str) -> None:
@@ -51,7 +51,7 @@ def check_kinds(told: str) -> None:
         assert kind is None or entries[kind] == [f"regkit-my-{family}", "0.1.0"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEMPLATES)
 def test_a_whole_distribution_is_written(family, tmp_path):
     folder = tmp_path / "mine"
     files = scaffold("regkit-mine", family, folder)
@@ -93,12 +93,12 @@ def test_what_is_written_works_as_it_is_once_it_is_installed(written, tmp_path):
         for folder in written.values()
         for block in re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     ]
-    assert len(blocks) == len(FAMILIES)
+    assert len(blocks) == len(TEMPLATES)
     readmes = "".join(f"exec({block!r}, {{}})\n" for block in blocks)
     told = run(sys.executable, "-W", "error", "-c", readmes + PRINT_KINDS, cwd=tmp_path, PYTHONPATH=str(site))
     check_kinds(told.splitlines()[-1])
     folders = [folder / "tests" for folder in written.values()]
-    assert passed_in(sys.executable, *folders, cwd=tmp_path, PYTHONPATH=str(site)) > 20 * len(FAMILIES)
+    assert passed_in(sys.executable, *folders, cwd=tmp_path, PYTHONPATH=str(site)) > 20 * len(TEMPLATES)
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_what_is_written_installs_and_passes_its_tests_in_a_fresh_environment(wr
 @pytest.mark.parametrize("name", ["a", "regkit-a", "o" * 32])
 def test_what_is_written_is_lint_clean_however_long_its_name_is(name, tmp_path):
     pytest.importorskip("ruff")
-    for family in FAMILIES:
+    for family in TEMPLATES:
         scaffold(name, family, tmp_path / family)
     for arguments in (["check", "."], ["format", "--check", "."]):
         done = subprocess.run(
