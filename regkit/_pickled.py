@@ -145,7 +145,7 @@ def _binding(*, kind: Any, origin: str, **others: Any) -> Binding:
 def reduce_registry(registry: Registry) -> Call:
     """`__reduce__` of a registry: the names of what is installed, and what was registered in this process itself."""
     from regkit.registry import registry as room
-    from regkit.registry.plugin import _full
+    from regkit.registry.entries import full_name
 
     if registry is room._default:
         return call("registry")
@@ -155,15 +155,15 @@ def reduce_registry(registry: Registry) -> Call:
         for name, one in registry._kinds.items()
     ]
     adapters = [
-        (_full(known), None) if origin.installed else (known, (adapter, origin.distribution))
+        (full_name(known), None) if origin.installed else (known, (adapter, origin.distribution))
         for known, (adapter, origin) in registry._adapters.items()
     ]
     return call("registry", plugins, kinds, adapters)
 
 
 def _registry(*tables: Any) -> Registry:
-    from regkit.registry.entries import Entry, Origin
-    from regkit.registry.plugin import Plugin, _full
+    from regkit.registry.entries import Entry, Origin, full_name
+    from regkit.registry.plugin import Plugin
     from regkit.registry.registry import Registry, default
 
     here = default()
@@ -176,7 +176,7 @@ def _registry(*tables: Any) -> Registry:
         entry = here.find(name) if own is None else Entry(own[0], name, own[1], Origin(own[2]))
         if entry is not None:
             found._kinds[name] = entry
-    classes = {_full(known): known for known in here._adapters}
+    classes = {full_name(known): known for known in here._adapters}
     for known, own in adapters:
         if own is not None:
             found._adapters[known] = own[0], Origin(own[1])

@@ -62,7 +62,7 @@ def doctor(_: argparse.Namespace) -> int:
 def _one_by_one() -> Iterator[Plugin]:
     """What becomes of each plugin on its own, where together they make no registry."""
     try:
-        policy = Policy.of(None, ())
+        policy = Policy.from_environment(None, ())
     except PluginError as error:  # and so nothing may be imported
         yield from (Plugin(origin, point.value, "blocked", str(error)) for point, origin in installed())
         return

@@ -1,4 +1,4 @@
-"""What a registry holds: kinds and adapters, and where each comes from."""
+"""The entries of a registry: kinds, each with its family, name and origin."""
 
 from __future__ import annotations
 
@@ -25,15 +25,20 @@ _LONGEST_NAME: Final = 100
 
 
 def canonical(distribution: str) -> str:
-    """A distribution's name as installers compare it  (PEP 503)."""
+    """The name of a distribution in the form in which installers compare names  (PEP 503)."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def full_name(cls: type | str) -> str:
+    """The name of a class as `package.module:Class`; a name in this form is returned unchanged."""
+    return cls if isinstance(cls, str) else f"{cls.__module__}:{cls.__qualname__}"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a plugin comes from: a distribution, its version, and the name of its entry point there.
+    """The source of a plugin: a distribution, its version, and the name of the plugin's entry point there.
 
-    One that was registered in-process has its module for a distribution, and neither version nor entry point.
+    A plugin that was registered in-process has its module for a distribution, and neither version nor entry point.
     """
 
     distribution: str
@@ -42,12 +47,12 @@ class Origin:
 
     @property
     def installed(self) -> bool:
-        """Whether it came through the entry point of an installed distribution."""
+        """Whether the plugin came through the entry point of an installed distribution."""
         return self.point is not None
 
     @property
     def names(self) -> frozenset[str]:
-        """What allow and block lists may call it: its distribution, its entry point, or `distribution:entry_point`."""
+        """The plugin's names in allow and block lists: distribution, entry point, and `distribution:entry_point`."""
         whole = canonical(self.distribution)
         point = canonical(self.point or whole)
         return frozenset({whole, point, f"{whole}:{point}"})
@@ -72,7 +77,7 @@ class Entry:
 
     @property
     def file(self) -> str | None:
-        """The source file, where there is one; a class that was typed in has neither file nor line."""
+        """The source file of the class; a class that was typed in has neither file nor line."""
         return None if self.line is None else inspect.getsourcefile(self.kind)
 
     @property
@@ -84,20 +89,20 @@ class Entry:
             return None
 
     def redefines(self, other: Entry) -> bool:
-        """Whether it is the same class again, as when a notebook's cell is run once more or a module is reloaded."""
-        return self.origin == other.origin and not self.origin.installed and _place(self.kind) == _place(other.kind)
+        """Whether this is the other's class again, as when a notebook's cell is run again or a module is reloaded."""
+        again = full_name(self.kind) == full_name(other.kind)
+        return again and self.origin == other.origin and not self.origin.installed
 
     def made(self, kind: Kind) -> bool:
-        """Whether a kind is of this very class, or of an earlier run of the cell or module that defines it."""
-        return _place(type(kind)) == _place(self.kind)
-
-
-def _place(cls: type) -> tuple[str, str]:
-    return cls.__module__, cls.__qualname__
+        """Whether a kind is of this very class, or of the class that an earlier run of its cell or module defined."""
+        return full_name(type(kind)) == full_name(self.kind)
 
 
 def entry_of(offer: object, family: Family, origin: Origin) -> Entry:
-    """What a plugin offers as a kind. Raises PluginError where it is none of this family, or may not be named so."""
+    """The entry of a kind that a plugin offers.
+
+    Raises PluginError where the offer is no kind of this family, or may not have its name.
+    """
     contract = CONTRACTS[family]
     if not (isinstance(offer, type) and issubclass(offer, contract)):
         raise PluginError(f"plugin {origin}: {offer!r} is not a {family}: it must be a subclass of {contract.__name__}")
@@ -115,7 +120,7 @@ def entry_of(offer: object, family: Family, origin: Origin) -> Entry:
 
 
 def _refuse_foreign_prefix(name: str, origin: Origin) -> None:
-    """A name with a dot says whose it is: the part before the first dot is the distribution's own name."""
+    """Raise PluginError for a name with a dot unless the part before the first dot is the distribution's own name."""
     prefix, dot, rest = name.partition(".")
     own = canonical(origin.distribution).replace("-", "_")
     if not dot or prefix == own or (prefix not in ("regkit", "torch_regkit") and not origin.installed):

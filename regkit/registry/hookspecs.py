@@ -1,4 +1,4 @@
-"""Everything that a plugin can teach regkit. A plugin implements any of these with `@regkit.hookimpl`.
+"""The hooks of plugins: a plugin implements any number of these functions with `@regkit.hookimpl`.
 
 Each is called once, when a registry is made or the plugin is registered.
 """

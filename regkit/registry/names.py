@@ -1,10 +1,11 @@
-"""Names that regkit itself gives, takes or reserves. The room needs no torch: the help of the command line uses it."""
+"""Names that regkit itself gives, takes or reserves. The help of the command line uses the room: no torch here."""
 
 from __future__ import annotations
 
 from typing import Final, Literal, get_args
 
 Family = Literal["penalty", "activity penalty", "constraint", "schedule"]
+"""The family of a kind."""
 
 FAMILIES: Final[tuple[Family, ...]] = get_args(Family)
 """The families of kinds."""

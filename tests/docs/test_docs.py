@@ -158,7 +158,7 @@ def test_the_table_of_variables_is_complete():
             asked.append(name)
             return default
 
-    Policy.of(None, (), Environment())
+    Policy.from_environment(None, (), Environment())
     assert first_column(DOCS / "plugins.md", "variable") == asked
 
 
