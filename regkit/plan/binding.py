@@ -1,4 +1,4 @@
-"""A rule bound to a model: what acts, where, and how."""
+"""A rule bound to a model: its kind, its sites, and how the kind acts on the sites."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from regkit.runtime.modes import is_capturing
 
 @dataclass(frozen=True)
 class Binding:
-    """One rule, bound: what acts, on which sites, and how it reaches them. origin: the plugin that it comes from."""
+    """One rule, bound to the sites of a model.
+
+    key: the rule's name in reports. kind, schedule, via, every, optional: as in the rule, its defaults filled in.
+    weights, outputs: the sites on which the kind acts. origin: the plugin that offers the kind.
+    """
 
     key: str
     kind: Penalty | ActivityPenalty | Constraint
@@ -28,20 +32,20 @@ class Binding:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Everything it is bound to."""
+        """Every site that the rule is bound to."""
         return (*self.weights, *self.outputs)
 
     def factor(self, index: int) -> float:
-        """The schedule's factor at a step.
+        """The schedule's factor at a step, 1 without a schedule.
 
-        Raises StepError where a schedule gives no finite number ≥ 0, or where a CUDA graph would keep this one.
+        Raises StepError where a schedule gives no finite number ≥ 0, or where a CUDA graph would keep the factor.
         """
         if self.schedule is None:
             return 1.0
         self.refuse_capture(index)
         try:
             factor = self.schedule.factor(index)
-        except Exception as error:  # a schedule is a stranger's code: anything can come out
+        except Exception as error:  # the schedule's author may raise anything
             raise StepError(
                 f"rule {self.key!r}: {self.schedule.describe()}, of plugin {type(self.schedule).__module__}, failed at "
                 f"step {index}: {error!r}"
@@ -52,11 +56,11 @@ class Binding:
 
     @property
     def counts(self) -> bool:
-        """Whether what it does depends on the step."""
+        """Whether the rule acts differently at different steps."""
         return self.schedule is not None or self.every > 1
 
     def refuse_capture(self, index: int) -> None:
-        """Raise StepError where a CUDA graph is captured, if it counts steps: the graph would do the same for ever."""
+        """Raise StepError where the rule counts steps and a CUDA graph is captured, which would repeat one step."""
         if self.counts and is_capturing():
             counts = f"every {self.every} steps" if self.schedule is None else self.schedule.describe()
             raise StepError(
@@ -67,10 +71,10 @@ class Binding:
 
     @property
     def how_it_acts(self) -> str:
-        """How it acts on the weights, and when."""
+        """How and when the rule acts, for the plan's table."""
         if isinstance(self.kind, Constraint):
             return "projected after each step" if self.every == 1 else f"projected after every {self.every} steps"
-        return _REACH[self.via]
+        return _HOW_PENALTIES_ACT[self.via]
 
     @property
     def label(self) -> str:
@@ -83,7 +87,7 @@ class Binding:
         return self.kind.describe() + (f" × {self.schedule.describe()}" if self.schedule else "")
 
 
-_REACH: Final[dict[str, str]] = {
+_HOW_PENALTIES_ACT: Final[dict[str, str]] = {
     "gradient": "added to the gradient at each step",
     "loss": "in penalty(), which the loop adds to the loss",
     "proximal": "proximal operator after each step",

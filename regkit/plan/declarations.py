@@ -1,20 +1,18 @@
-"""What an adapter says of a module, held to its contract: what breaks it is told with the adapter and its plugin."""
+"""The weights and outputs that adapters declare, checked. Each fault is reported with the adapter and its plugin."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
-from types import GenericAlias
-from typing import Any, Final, NamedTuple, TypeVar, get_type_hints
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from regkit.adapters import OUTPUT_ROLES, WEIGHT_ROLES, Output, Weight, oriented
-from regkit.errors import AttachError, PluginError, listing, unknown
+from regkit.adapters import Output, Weight, oriented
+from regkit.errors import AttachError, PluginError, listing
 from regkit.plan.modules import RecurrentModule
 from regkit.runtime.sharding import sharded
+from regkit.statements import fault
 from regkit.weights.locate import MissingError, function_of, mask_of, storage_of
 from regkit.weights.storage import Storage
 
@@ -22,84 +20,33 @@ T = TypeVar("T", Weight, Output)
 
 
 def weights_of(recurrent: RecurrentModule) -> list[Weight]:
-    """Every weight that the adapter tells of. Raises PluginError where it fails, or gives what no target can name."""
-    weights = _given(recurrent, "weights", Weight)
-    for weight in weights:
-        names: object = weight.parameters
-        if not isinstance(names, tuple) or len(names) not in (1, 2) or not all(isinstance(one, str) for one in names):
-            raise broken(recurrent, f"gives a weight the parameters {names!r}, not a tuple of one name or two")
-        what = f"the weight {' + '.join(weight.parameters)!r}"
-        _refuse_types(recurrent, what, weight)
-        _refuse_role(recurrent, what, weight.role)
-        gates = recurrent.adapter.gates
-        if odd := [gate for gate in weight.gates if gate not in gates]:
-            raise broken(recurrent, f"gives {what} {unknown('gate', odd[0], gates)} (in its `gates`)")
-        if len(set(weight.gates)) < len(weight.gates):
-            raise broken(recurrent, f"gives {what} a gate twice: {listing(weight.gates)}")
-        if odd := [gate for gate in weight.separate if gate not in weight.gates]:
-            raise broken(recurrent, f"gives {what} separate gates that it does not have: {listing(odd)}")
-        if weight.mask is not None and len(weight.parameters) > 1:
-            raise broken(recurrent, f"gives {what} the mask {weight.mask}, which goes with one parameter alone")
-    return weights
+    """Every weight of the module. Raises PluginError where the adapter fails or breaks `regkit.statements`."""
+    return _declared(recurrent, "weights", Weight)
 
 
 def outputs_of(recurrent: RecurrentModule) -> list[Output]:
-    """Everything that the module puts out. Raises PluginError as `weights_of`."""
-    outputs = _given(recurrent, "outputs", Output)
-    for output in outputs:
-        _refuse_types(recurrent, "an output", output)
-        _refuse_role(recurrent, "an output", output.role)
-    return outputs
+    """Every output of the module. Raises PluginError as `weights_of`."""
+    return _declared(recurrent, "outputs", Output)
 
 
-def _given(recurrent: RecurrentModule, method: str, contract: type[T]) -> list[T]:
+def _declared(recurrent: RecurrentModule, method: str, contract: type[T]) -> list[T]:
     try:
-        given: Iterable[object] = getattr(recurrent.adapter, method)(recurrent.module)
-        found = list(given)
-    except Exception as error:  # a stranger's code: anything can come out
+        given = list(getattr(recurrent.adapter, method)(recurrent.module))
+    except Exception as error:  # the adapter's author may raise anything
         raise broken(recurrent, f"fails in {method}(): {error!r}") from error
-    if odd := [one for one in found if not isinstance(one, contract)]:
+    if odd := [one for one in given if not isinstance(one, contract)]:
         raise broken(recurrent, f"gives {odd[0]!r} in {method}(), which is no {contract.__name__}")
-    return [one for one in found if isinstance(one, contract)]
-
-
-class _Fields:
-    """The fields of a contract, and what each may hold: a number is no word here, and a list no tuple."""
-
-    def __init__(self, contract: type[Weight] | type[Output]) -> None:
-        hints = get_type_hints(contract)
-        self.names = tuple(hints)
-        self.values: Callable[[object], tuple[object, ...]] = attrgetter(*hints)
-        together: Any = GenericAlias(tuple, tuple(hints.values()))  # they are looked at in one call
-        self.types: TypeAdapter[object] = TypeAdapter(together, config=ConfigDict(strict=True))
-
-
-_WEIGHT: Final = _Fields(Weight)
-_OUTPUT: Final = _Fields(Output)
-
-
-def _refuse_types(recurrent: RecurrentModule, what: str, given: Weight | Output) -> None:
-    fields = _WEIGHT if isinstance(given, Weight) else _OUTPUT
-    values = fields.values(given)
-    try:
-        fields.types.validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        index, why = int(first["loc"][0]), first["msg"]
-        wrong = f"the {fields.names[index]} {values[index]!r}: {why[0].lower()}{why[1:]}"
-        raise broken(recurrent, f"gives {what} {wrong}") from None
-
-
-def _refuse_role(recurrent: RecurrentModule, what: str, role: str) -> None:
-    roles = (*WEIGHT_ROLES, *OUTPUT_ROLES, *recurrent.adapter.roles)
-    if role not in roles:
-        raise broken(recurrent, f"gives {what} the {unknown('role', role, dict.fromkeys(roles))} (in its `roles`)")
+    for one in given:
+        if (wrong := fault(recurrent.adapter, one)) is not None:
+            raise broken(recurrent, wrong)
+    return given
 
 
 class Outline(NamedTuple):
-    """What is known of a weight without its numbers.
+    """The outline of a weight: everything known of the weight but its numbers.
 
-    shape: that kinds see; identity: the ids of all that it is made of, equal for one weight under several names.
+    shape: the shape that kinds see.
+    identity: the ids of the tensors that the weight is made of, equal for one weight under several names.
     """
 
     shape: tuple[int, ...]
@@ -109,23 +56,23 @@ class Outline(NamedTuple):
 def outline(recurrent: RecurrentModule, weight: Weight) -> Outline:
     """The outline of a weight.
 
-    Raises AttachError where the weight cannot be followed, PluginError where it is not there, or not as it is told.
+    Raises AttachError where the weight cannot be followed, PluginError where it is absent or not as declared.
     """
-    kept = [_kept(recurrent, weight, name) for name in weight.parameters]
-    shapes = [shape for _, shape in kept]
+    stored = [_stored(recurrent, weight, name) for name in weight.parameters]
+    shapes = [shape for _, shape in stored]
     if weight.transposed or weight.columns is not None:
-        shapes = _turned(recurrent, weight, shapes)
+        shapes = _oriented(recurrent, weight, shapes)
     if any(shape != shapes[0] for shape in shapes):
         raise broken(recurrent, f"adds {' + '.join(weight.parameters)}, of shapes {listing(map(str, shapes))}")
     rows = shapes[0][0] if shapes[0] else 0
     if not rows or rows % (len(weight.gates) or 1):
         into = f"which do not divide into {len(weight.gates)} gates: {listing(weight.gates)}"
         raise broken(recurrent, f"is wrong: {weight.parameters[0]} has {rows} rows, {into}")
-    return Outline(shapes[0], tuple(one for storage, _ in kept for one in storage.identity))
+    return Outline(shapes[0], tuple(one for storage, _ in stored for one in storage.identity))
 
 
-def _kept(recurrent: RecurrentModule, weight: Weight, name: str) -> tuple[Storage, tuple[int, ...]]:
-    """Where a parameter is kept, and its shape there."""
+def _stored(recurrent: RecurrentModule, weight: Weight, name: str) -> tuple[Storage, tuple[int, ...]]:
+    """The storage of a parameter of the weight, and its shape there."""
     module, mask = recurrent.module, weight.mask
     try:
         storage = storage_of(module, recurrent.parent, name, weight.through, mask)
@@ -142,10 +89,10 @@ def _kept(recurrent: RecurrentModule, weight: Weight, name: str) -> tuple[Storag
     return storage, tuple(kept.shape)
 
 
-def _turned(recurrent: RecurrentModule, weight: Weight, kept: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The shapes of what is kept as kinds see it: units in rows, and the columns of the weight alone."""
+def _oriented(recurrent: RecurrentModule, weight: Weight, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The shapes that kinds see of stored shapes: units in rows, and the columns of the weight alone."""
     try:
-        seen = [oriented(torch.empty(one, device="meta"), weight.transposed, weight.columns) for one in kept]
+        seen = [oriented(torch.empty(one, device="meta"), weight.transposed, weight.columns) for one in shapes]
         if weight.columns is not None:
             columns = weight.columns
             first, stop = columns if isinstance(columns, tuple) else (columns, columns + 1)
@@ -154,12 +101,12 @@ def _turned(recurrent: RecurrentModule, weight: Weight, kept: Sequence[tuple[int
     except (IndexError, RuntimeError, TypeError, ValueError):
         how = ["transposed"] * weight.transposed + [f"columns {weight.columns}"] * (weight.columns is not None)
         names = " + ".join(weight.parameters)
-        raise broken(recurrent, f"reads {names} {listing(how)}, which {kept[0]} has not") from None
+        raise broken(recurrent, f"reads {names} {listing(how)}, which {shapes[0]} has not") from None
     return [tuple(one.shape) for one in seen]
 
 
 def _refuse_mask(recurrent: RecurrentModule, name: str, mask: Tensor, shape: Sequence[int]) -> None:
-    """Raise PluginError unless the mask is of 0 and 1. On shards and on no device, nobody looks."""
+    """Raise PluginError unless the mask has the shape and holds 0 and 1 alone; shards and meta tensors are not read."""
     if tuple(mask.shape) != tuple(shape):
         raise broken(recurrent, f"masks {tuple(shape)} by {name}, which is {tuple(mask.shape)}")
     if not sharded(mask) and not mask.is_meta and not bool(((mask == 0) | (mask == 1)).all()):
@@ -167,7 +114,7 @@ def _refuse_mask(recurrent: RecurrentModule, name: str, mask: Tensor, shape: Seq
 
 
 def broken(recurrent: RecurrentModule, how: str) -> PluginError:
-    """That the adapter broke its contract, and how."""
+    """The error that the adapter broke its contract, and how."""
     adapter = type(recurrent.adapter)
     whose = f"{adapter.__module__}.{adapter.__qualname__} of plugin {recurrent.origin}"
     return PluginError(f"the adapter {whose}, for {recurrent}, {how}")

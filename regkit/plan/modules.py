@@ -1,4 +1,4 @@
-"""The recurrent modules of a model, by the names that its author gave them."""
+"""The recurrent modules of a model, under the names that the model's author gave."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 class RecurrentModule:
     """A recurrent module, under one of its names.
 
-    path: where it is; name: the same without wrappers' prefixes ('' is the model itself); parent: what holds it under
-    the first of its names; origin: the plugin of its adapter.
+    path: the dotted path in the model. name: the path without wrappers' prefixes; '' is the model itself.
+    module_class: the name of the class. parent: the module that holds this one under the first of its names.
+    adapter, origin: the adapter of the class, and the plugin that offers the adapter.
     """
 
     path: str
@@ -36,10 +37,9 @@ class RecurrentModule:
 
 
 def class_name(module: nn.Module) -> str:
-    """The name of the class that its author gave the module: parametrizing and sharding put a made one above it."""
+    """The name of the module's class, without the classes of parametrizing and sharding."""
     made = (parametrize.type_before_parametrizations(module), *type(module).__mro__)
-    room = sys.modules.get("torch.distributed.fsdp")
-    sharding = None if room is None else getattr(room, "FSDPModule", None)
+    sharding = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     if sharding is not None and isinstance(module, sharding):
         made = tuple(cls for cls in made if not issubclass(cls, sharding))
     return made[0].__name__
@@ -67,7 +67,7 @@ def _walk(
 
 
 def recurrent_modules(model: nn.Module, registry: Registry) -> list[RecurrentModule]:
-    """Every module that an adapter knows, under all its names, in the model's order; but none that another encloses."""
+    """Every module that an adapter knows and none encloses, under all its names, in the model's order."""
     places: dict[int, list[tuple[str, str]]] = {}
     modules: dict[int, nn.Module] = {}
     by_path: dict[str, nn.Module] = {}

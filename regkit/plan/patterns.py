@@ -1,4 +1,4 @@
-"""Patterns of dotted names, as targets give them."""
+"""The patterns of dotted names in targets."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable
 
 
 def glob(pattern: str) -> Callable[[str], bool]:
-    """What says of a dotted name whether a pattern covers it.
+    """A function that tells whether a pattern covers a dotted name.
 
-    `*` and `?` stand for what is within a part, `**` for any number of parts, even none. The model itself, of no name,
-    is covered by `**` alone.
+    `*` and `?` stand for characters within a part, `**` for any number of parts, even none. The model itself, of no
+    name, is covered by `**` alone.
     """
     wanted = [None if part == "**" else _part(part) for part in pattern.split(".")]
 
     def covers(name: str) -> bool:
         parts = name.split(".") if name else []
-        reached = {0}  # how many parts may be used up so far; a set, for a regular expression would try them one by one
+        reached = {0}  # the numbers of parts that may be used up so far; all at once, where a regex would backtrack
         for fits in wanted:
             if fits is None:
                 reached = set(range(min(reached, default=len(parts) + 1), len(parts) + 1))

@@ -1,7 +1,7 @@
 """The plan: every rule of a document bound to concrete places of one model.
 
-Everything that can be decided before training is decided here, and every rule that does not fit is told at once. A plan
-holds names and numbers, no tensors and no modules; `print(plan)` shows what will be optimized.
+Everything that can be decided before training is decided here, and every rule that does not fit is reported at once. A
+plan holds names and numbers, no tensors and no modules; `print(plan)` shows what will be optimized.
 """
 
 from __future__ import annotations
@@ -28,29 +28,26 @@ from regkit.plan.table import table
 from regkit.registry.registry import Registry, default
 from regkit.weights.locate import storage_of
 
-_HEADER: Final = (
-    "rule",
-    "kind",
-    "module",
-    "parameter",
-    "role",
-    "layer",
-    "direction",
-    "gate",
-    "shape",
-    "how it acts",
-)
+_HEADER: Final = ("rule", "kind", "module", "parameter", "role", "layer", "direction", "gate", "shape", "how it acts")
 
 _Shapes = dict[tuple[str | None, ...], tuple[int, ...]]
-"""The shapes of weights, by all that says where they are: several rules may ask for one."""
+"""The shapes of weights by path, parameter, `through` and `mask`: several rules may ask for one shape."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every rule of a spec, bound to a model's sites, in the document's order; the registry that knew its kinds."""
+    """Every rule of a spec, bound to a model's sites, in the document's order.
+
+    >>> plan = regkit.resolve(nn.LSTM(3, 4), {"rules": [{"target": {"role": "recurrent"}, "penalty": "l2(1e-4)"}]})
+    >>> plan.rows()[0][1:9]
+    ('l2(strength=0.0001)', '(model)', 'weight_hh_l0', 'recurrent', '0', 'forward', 'all', '16 × 4')
+    """
 
     bindings: tuple[Binding, ...]
+    """The rules, each with its sites."""
+
     registry: Registry = field(repr=False, compare=False)
+    """The registry of the rules' kinds and of the modules' adapters."""
 
     def rows(self) -> list[tuple[str, ...]]:
         """The cells of the table, a row for each site."""
@@ -66,13 +63,13 @@ class Plan:
                 module, has = modules.get(site.path), classes.get(site.path, "nothing")
                 if module is None or has != site.module_class:
                     raise _of_another_model(f"{site.path!r} is {has} here, {site.module_class} in the plan")
-                if not isinstance(site, WeightSite) and self.registry.adapter(module) is None:
+                if isinstance(site, WeightSite):
+                    _check_shape(site, module, modules.get(site.path.rpartition(".")[0]), shapes)
+                elif self.registry.adapter(module) is None:
                     raise AttachError(
                         f"no adapter for {has} is known here, and {binding.key} needs one: import what registers it, "
                         "or resolve the spec anew"
                     )
-                if isinstance(site, WeightSite):
-                    _check_shape(site, module, modules.get(site.path.rpartition(".")[0]), shapes)
 
     def __str__(self) -> str:
         return table(_HEADER, self.rows())
@@ -87,14 +84,7 @@ class Plan:
 def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:
     head, tail = (binding.key, binding.title), binding.how_it_acts
     for w in binding.weights:
-        place = (
-            w.name or "(model)",
-            w.parameter,
-            w.role,
-            str(w.layer),
-            w.direction,
-            w.gate or "all",
-        )
+        place = (w.name or "(model)", w.parameter, w.role, str(w.layer), w.direction, w.gate or "all")
         yield (*head, *place, " × ".join(map(str, w.shape)), tail)
     for o in binding.outputs:
         layers, directions = ", ".join(map(str, o.layers)), ", ".join(o.directions)
@@ -112,26 +102,26 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
         raise TypeError(f"a model is an nn.Module, not {type(model).__name__}")
     registry = registry or default()
     spec = reader.load(spec, registry=registry)
-    everywhere = Candidates(recurrent_modules(model, registry))
+    candidates = Candidates(recurrent_modules(model, registry))
     bindings: list[Binding] = []
     problems: list[Problem] = []
     for key, rule in spec.keyed_rules().items():
-        if gone := [kind for kind in (rule.kind, rule.schedule) if isinstance(kind, MissingKind)]:
-            problems += [Problem(key, kind.reason) for kind in gone]
+        if missing := [kind for kind in (rule.kind, rule.schedule) if isinstance(kind, MissingKind)]:
+            problems += [Problem(key, kind.reason) for kind in missing]
             continue
         try:
             entry = registry.find(rule.kind.kind)
             origin = rule.kind.__class__.__module__ if entry is None else str(entry.origin)
-            bindings.append(replace(bind(key, rule, everywhere), origin=origin))
+            bindings.append(replace(bind(key, rule, candidates), origin=origin))
         except DoesNotFit as error:
-            problems.append(Problem(key, _sentence(str(error), model, everywhere, registry)))
+            problems.append(Problem(key, _reason(str(error), model, candidates, registry)))
     if problems:
         raise ResolveError("the spec", problems)
     return Plan(tuple(bindings), registry)
 
 
-def _sentence(reason: str, model: nn.Module, everywhere: Candidates, registry: Registry) -> str:
-    if everywhere.modules:
+def _reason(reason: str, model: nn.Module, candidates: Candidates, registry: Registry) -> str:
+    if candidates.modules:
         return reason
     classes = listing(sorted({type(module).__name__ for _, _, module in named_modules(model)}))
     known = listing(registry.module_classes)

@@ -13,9 +13,10 @@ _NARROWEST: Final = 12
 def table(
     header: Sequence[str], rows: Iterable[Sequence[str]], *, wrap: Sequence[int] = (), width: int | None = None
 ) -> str:
-    """Left-aligned columns under a ruled header.
+    """A table of left-aligned columns under a ruled header.
 
-    wrap, width: the columns whose cells go on below, so that the table is not wider than that, if it can be helped.
+    wrap: the columns of which long cells go on in the lines below. width: the width that these columns are narrowed to
+    meet, as far as they can be.
     """
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -24,10 +25,10 @@ def table(
         if widths[widest] <= _NARROWEST:
             break
         widths[widest] -= 1
-    told = [line for row in rows for line in _lines(row, widths, wrap)]
-    widths = [max(map(len, column)) for column in zip(header, *told, strict=True)]
-    lines = [header, ["─" * one for one in widths], *told]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    lines = [line for row in rows for line in _lines(row, widths, wrap)]
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    whole = [header, ["─" * one for one in widths], *lines]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in whole)
 
 
 def _lines(row: Sequence[str], widths: Sequence[int], wrap: Sequence[int]) -> Iterator[tuple[str, ...]]:
