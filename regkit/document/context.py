@@ -1,4 +1,4 @@
-"""Kinds that are not here: kept as they were written, for tools that edit documents of other people's plugins."""
+"""The context of reading a document: its registry and provenance, and the treatment of kinds that are not installed."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from regkit.registry.names import OWN
 from regkit.registry.registry import Registry, default
 
 Unknown = Literal["error", "keep"]
-"""What to do with a kind that no plugin offers."""
+"""The treatment of a kind that no plugin offers."""
 
 
 class MissingKind(Kind):
-    """A kind that no plugin offers here. A rule with one can be kept and saved again, and nothing else."""
+    """A kind that no plugin offers here, kept for tools that edit documents. Its rule can only be saved again."""
 
     kind: str
-    """Its name."""
+    """The name of the kind."""
 
     given: Any
-    """What stood in the document, shorthand or not."""
+    """The value in the document, in shorthand or not."""
 
     saved: Any = None
-    """The provenance it was saved with."""
+    """The provenance of the kind in the document."""
 
     reason: str
-    """Why it is not here."""
+    """The sentence that says why the kind is missing."""
 
-    def __hash__(self) -> int:  # what was given may be a dict
+    def __hash__(self) -> int:  # `given` may be a dict
         return hash(self.kind)
 
     def describe(self) -> str:
@@ -41,22 +41,26 @@ class MissingKind(Kind):
 
 @dataclass(frozen=True)
 class ReadingContext:
-    """What a reader of a document brings to it: a registry, where kinds came from, what to do with unknown ones."""
+    """The context in which a document is read.
+
+    registry: the kinds and adapters at hand. provenance: the document's own, by names of kinds, as far as given.
+    unknown: the treatment of kinds that no plugin offers.
+    """
 
     registry: Registry
     provenance: Mapping[str, Any]
     unknown: Unknown = "error"
 
     @classmethod
-    def of(cls, info: ValidationInfo) -> ReadingContext:
-        """The reading that validation is a part of; outside of any, with the registry of everything installed."""
+    def from_validation(cls, info: ValidationInfo) -> ReadingContext:
+        """The context that a validation is part of; outside of any reading, one with the default registry."""
         reading = (info.context or {}).get("reading")
         return reading if isinstance(reading, ReadingContext) else cls(default(), {})
 
     def saved(self, name: str) -> Mapping[str, Any] | None:
-        """The provenance of a kind, where there is one that can be read.
+        """The provenance of a kind, if the document has a readable one.
 
-        Documents that were saved when regkit's own distribution was called `regkit` are read as if by its current name.
+        The distribution `regkit` is read as `torch-regkit`, whose name it was when older documents were saved.
         """
         found = self.provenance.get(name)
         if not isinstance(found, dict) or not isinstance(distribution := found.get("distribution"), str):
@@ -64,6 +68,6 @@ class ReadingContext:
         return {**found, "distribution": OWN if canonical(distribution) == "regkit" else distribution}
 
     def absence(self, name: str) -> str:
-        """Why a kind may be missing: a sentence to append, or none."""
+        """A sentence to append that says why a kind may be missing; empty where nothing is known."""
         saved = self.saved(name) or {}
         return self.registry.absence(name, saved.get("distribution"), saved.get("version"))

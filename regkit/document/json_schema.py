@@ -1,4 +1,4 @@
-"""The JSON Schema of the whole document with every installed kind in it, for editors and validators."""
+"""The JSON Schema of documents, with every installed kind, for editors and validators."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Final
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from regkit.adapters import GATE_ALIASES
@@ -15,21 +16,19 @@ from regkit.registry.names import Family
 from regkit.registry.registry import Registry, default
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
-_REF: Final = "#/$defs/{model}"
 
 
 def schema(registry: Registry | None = None) -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a document.
 
-    Each kind is one branch of a `oneOf` with the discriminator `kind`, beside the shorthand that stands for it.
+    registry: the kinds, roles and gates that the schema allows; left out, those of everything installed.
+
+    Each kind is one branch of a `oneOf` with the discriminator `kind`, beside the shorthand that stands for the kind.
     """
     registry = registry or default()
     entries = registry.entries()
-    names, generated = models_json_schema(
-        [(Spec, "validation"), *((entry.kind, "validation") for entry in entries)],
-        by_alias=True,
-        ref_template=_REF,
-    )
+    models: list[type[BaseModel]] = [Spec, *(entry.kind for entry in entries)]
+    names, generated = models_json_schema([(model, "validation") for model in models])
     definitions: dict[str, Any] = generated["$defs"]
     references = {entry.name: names[entry.kind, "validation"] for entry in entries}
     for entry in entries:
@@ -44,7 +43,7 @@ def schema(registry: Registry | None = None) -> dict[str, Any]:
 
 
 def _fill(node: Any, unions: dict[str, Any], registry: Registry, references: dict[str, Any]) -> Any:
-    """The schema with what the registry knows in the places left open for it: kinds, roles and gates."""
+    """A part of the schema with the registry's kinds, roles and gates in the places that are open."""
     if isinstance(node, list):
         return [_fill(item, unions, registry, references) for item in node]
     if not isinstance(node, dict):
@@ -99,7 +98,7 @@ def _single_key(names: Iterable[str]) -> dict[str, Any]:
 
 
 def _fields(entries: list[Entry]) -> list[dict[str, Any]]:
-    """Objects whose keys are all the options of a kind's shorthand: `{"l1": 1e-5, "l2": 1e-4}`."""
+    """The objects with exactly the options of a kind's shorthand for keys: `{"l1": 1e-5, "l2": 1e-4}`."""
     return [
         {
             "type": "object",

@@ -1,7 +1,7 @@
-"""The text of a document: read within limits, and where each value stands in it.
+"""The text of a document, read within limits, with the line and column of each value.
 
-`json` reads the values. What it does not tell, the line and column of each value and which keys came twice, is found by
-walking the tokens once more; since `json` has accepted the text by then, the walk need not check the grammar.
+`json` reads the values. The place of each value, and keys that came twice, are found by walking the tokens once more;
+since `json` has accepted the text by then, the walk need not check the grammar.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, Final
 from regkit.errors import Problem, SpecError
 
 LARGEST_TEXT: Final = 4 * 2**20
-"""Characters in a document. A rule takes some 200: this is room for 20,000."""
+"""The number of characters in a document. A rule takes some 200: there is room for 20,000 rules."""
 
 DEEPEST: Final = 32
-"""Containers within containers; a spec needs 5."""
+"""The depth of containers within containers. A spec needs 5."""
 
 MOST_DIGITS: Final = 300
-"""Digits in a whole number: with more it would not fit a float."""
+"""The number of digits in a whole number. One with more would not fit a float."""
 
 _LONGEST_ORIGIN: Final = 200
 
@@ -34,7 +34,10 @@ _TOKENS: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}:,]|[^\s\[\]{}:,"]
 
 @dataclass(frozen=True)
 class Source:
-    """A document as plain JSON values, with the place of each value where it came from a text."""
+    """A document as plain JSON values, with the place of each value if there is a text.
+
+    origin: the name of the document in errors. offsets: the index in the text of each value, by JSON Pointer.
+    """
 
     origin: str
     value: Any
@@ -46,13 +49,16 @@ class Source:
         return [match.start() for match in re.finditer("\n", self.text or "")]
 
     def problem(self, pointer: str, message: str) -> Problem:
-        """A problem at a JSON Pointer, with the line and column of it or of the nearest value around it."""
+        """A problem at a JSON Pointer, with the line and column of the value there, or of the nearest value around."""
         near = pointer
         while near and near not in self.offsets:
             near = near.rpartition("/")[0]
         if self.text is None or near not in self.offsets:
             return Problem(pointer, message)
-        offset = self.offsets[near]
+        return self.problem_at(self.offsets[near], pointer, message)
+
+    def problem_at(self, offset: int, pointer: str, message: str) -> Problem:
+        """A problem at a JSON Pointer, with the line and column of an index in the text."""
         line = bisect_left(self._line_ends, offset)
         return Problem(pointer, message, line + 1, offset - (self._line_ends[line - 1] if line else -1))
 
@@ -63,9 +69,9 @@ def pointer(parts: Iterator[str | int] | tuple[str | int, ...]) -> str:
 
 
 def read(source: Any) -> Source:
-    """The document in a path, a JSON text (a string that begins with a bracket) or plain values.
+    """Read the document in a path, a JSON text (a string that begins with a bracket) or plain values.
 
-    Raises SpecError for what is not JSON, keys given twice, and more than LARGEST_TEXT, DEEPEST or MOST_DIGITS.
+    Raises SpecError for anything but JSON, for keys given twice, and beyond LARGEST_TEXT, DEEPEST or MOST_DIGITS.
     """
     if isinstance(source, str) and source.lstrip("\ufeff \t\r\n")[:1] in ("{", "["):
         found = _parse("the given text", source.removeprefix("\ufeff"))
@@ -105,16 +111,16 @@ def _parse(origin: str, text: str) -> Source:
     except json.JSONDecodeError as error:
         raise SpecError(origin, [Problem("", f"not JSON: {error.msg}", error.lineno, error.colno)]) from None
     except RecursionError:
-        value = None  # nested so deeply that the walk will say where
+        value = None  # the walk says where the text is nested too deeply
     offsets: dict[str, int] = {}
+    source = Source(origin, value, text, offsets)
     twice: list[Problem] = []
-    for place, offset in _places(origin, text):
-        if place in offsets:
-            twice.append(Problem(place, "this key is given twice", *_line_and_column(text, offset)))
-        offsets.setdefault(place, offset)
+    for place, offset in _places(source, text):
+        if offsets.setdefault(place, offset) != offset:
+            twice.append(source.problem_at(offset, place, "this key is given twice"))
     if twice:
         raise SpecError(origin, twice)
-    return Source(origin, value, text, offsets)
+    return source
 
 
 def _whole_number(digits: str) -> int:
@@ -126,13 +132,9 @@ def _refusal(origin: str, message: str) -> SpecError:
     return SpecError(origin, [Problem("", message)])
 
 
-def _line_and_column(text: str, offset: int) -> tuple[int, int]:
-    return text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset)
-
-
 @dataclass
-class _Open:
-    """A container being walked: its path, and the key or index of the value that comes next."""
+class _OpenContainer:
+    """A container that is being walked: its path, and the key or index of the next value."""
 
     path: str
     is_object: bool
@@ -140,9 +142,9 @@ class _Open:
     index: int = 0
 
 
-def _places(origin: str, text: str) -> Iterator[tuple[str, int]]:
-    """Every value's pointer and offset, in order; a key given twice gives its pointer twice."""
-    stack: list[_Open] = []
+def _places(source: Source, text: str) -> Iterator[tuple[str, int]]:
+    """The pointer and offset of every value, in order; a key given twice gives its pointer twice."""
+    stack: list[_OpenContainer] = []
     for match in _TOKENS.finditer(text):
         token = match[0]
         top = stack[-1] if stack else None
@@ -159,17 +161,17 @@ def _places(origin: str, text: str) -> Iterator[tuple[str, int]]:
             path = "" if top is None else top.path + pointer((top.index if top.key is None else top.key,))
             yield path, match.start()
             if token in "[{":
-                stack.append(_Open(path, token == "{"))
+                stack.append(_OpenContainer(path, token == "{"))
             if len(stack) > DEEPEST:
-                place = _line_and_column(text, match.start())
-                raise SpecError(origin, [Problem(path, f"nested deeper than {DEEPEST} levels", *place)])
+                too_deep = f"nested deeper than {DEEPEST} levels"
+                raise SpecError(source.origin, [source.problem_at(match.start(), path, too_deep)])
 
 
 def _refuse_foreign(source: Source) -> None:
     """Refuse values that no JSON text could hold: other types, keys that are no strings, endless nesting."""
     problems: list[Problem] = []
     pending: list[tuple[tuple[str | int, ...], Any]] = [((), source.value)]
-    deepest: dict[int, int] = {}  # a container that stands in many places is looked into once for each new depth
+    deepest: dict[int, int] = {}  # by id: a container in many places is walked once for each greater depth
     while pending:
         path, item = pending.pop()
         if len(path) > DEEPEST:
@@ -191,7 +193,7 @@ def _refuse_foreign(source: Source) -> None:
 
 
 def _foreign(item: Any) -> str | None:
-    """Why a scalar is none of JSON's, or None."""
+    """The reason why a scalar is no JSON value, or None."""
     if type(item) is int and abs(item) >= 10**MOST_DIGITS:
         return f"a number of more than {MOST_DIGITS} digits"
     if item is None or type(item) in (str, int, float, bool):

@@ -1,4 +1,4 @@
-"""Fields that hold any installed kind of some families: the open union."""
+"""The fields of a document that hold any installed kind of some families."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from regkit.registry.names import Family
 class KindField:
     """A field that holds any installed kind of some families.
 
-    The registry is asked at each validation, so that a plugin's kind is as good as one that was there when this module
-    was imported; pydantic's own discriminated unions are closed once built.
+    The registry is asked at each validation, so that kinds may be registered at any time; the members of pydantic's own
+    discriminated unions are fixed when a model is defined.
     """
 
     families: tuple[Family, ...]
@@ -33,12 +33,12 @@ class KindField:
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"x-open-union": list(self.families)}  # filled by regkit.schema, which knows the registry
+        return {"x-open-union": list(self.families)}  # `regkit.schema` fills this in
 
     def _validate(self, value: Any, info: ValidationInfo) -> Kind:
         if isinstance(value, Kind):
             return self._of_family(value)
-        reading = ReadingContext.of(info)
+        reading = ReadingContext.from_validation(info)
         try:
             options = shorthand.canonical(value, self.families, reading.registry)
         except shorthand.KindError as error:
@@ -54,18 +54,18 @@ class KindField:
             raise mistake(sentence) from None
         except shorthand.ShorthandError as error:
             raise mistake(str(error)) from None
-        # A ValidationError of the kind's own class is merged by pydantic, under this field's place.
+        # A ValidationError of the kind's own class is put under this field's place by pydantic.
         return reading.registry.kind(options["kind"], *self.families).model_validate(options, context=info.context)
 
     def _of_family(self, kind: Kind) -> Kind:
-        """A kind that Python code has made: it need not be registered to be used, only to be saved."""
+        """A kind that Python code has made, which need not be registered to be used, only to be saved."""
         if not any(isinstance(kind, CONTRACTS[family]) for family in self.families):
             raise mistake(f"{type(kind).__name__} is not a {' or '.join(self.families)}")
         return kind
 
 
 def _plain(value: Any) -> Any:
-    """What is kept of a foreign kind: a copy, of nothing that could not be saved as it is."""
+    """A copy of a missing kind's value, which is refused if no document could hold the value unchanged."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
         text.encode()
@@ -75,7 +75,7 @@ def _plain(value: Any) -> Any:
 
 
 def _dump_kind(kind: Kind) -> Any:
-    """The options, without those that are null and would be if left out; of a foreign kind what was given."""
+    """The options without nulls that are defaults; of a missing kind the value in its document."""
     if isinstance(kind, MissingKind):
         return kind.given
     options = kind.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Problems: pydantic's errors, as sentences in the words of JSON, each at its place in the document as written."""
+"""The problems of a document: pydantic's errors as sentences in the words of JSON, each at its place in the text."""
 
 from __future__ import annotations
 
@@ -32,23 +32,24 @@ _echo: Final = reprlib.Repr()
 _echo.maxstring = _echo.maxother = _echo.maxlong = 80
 
 
-def problems(error: ValidationError, read: json_text.Source, registry: Registry) -> list[Problem]:
-    """A problem for each of pydantic's errors, each once, in the order of the text."""
+def problems(error: ValidationError, source: json_text.Source, registry: Registry) -> list[Problem]:
+    """The problems that pydantic's errors tell, each once, in the order of the text."""
     found: list[tuple[str, str]] = []
     for one in error.errors():
-        place = _place(one["loc"], read.value)
-        sentence = _sentence(dict(one), read, registry)
+        place = _place(one["loc"], source.value)
+        sentence = _sentence(dict(one), source, registry)
         if place != one["loc"] and isinstance(one["loc"][-1], str) and one["type"] != "missing":
             sentence = f"`{one['loc'][-1]}` {sentence}"  # the document does not show the option's name
         found.append((json_text.pointer(place), sentence))
-    problems = [read.problem(pointer, sentence) for pointer, sentence in dict.fromkeys(found)]
+    problems = [source.problem(pointer, sentence) for pointer, sentence in dict.fromkeys(found)]
     return sorted(problems, key=lambda p: (p.line or 0, p.column or 0))
 
 
 def _place(path: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
-    """Where in the document as written the value at a path of its canonical form stands.
+    """The path in the document as written to the value at a path of the canonical form.
 
-    An option of a kind in shorthand is in its string, or under the kind's name: /penalty/l2 for /penalty/strength.
+    An option of a kind in shorthand is in the shorthand's string, or under the kind's name: /penalty/l2 for
+    /penalty/strength.
     """
     place: list[str | int] = []
     for part in path:
@@ -62,29 +63,29 @@ def _place(path: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
         elif isinstance(value, (list, tuple)) and isinstance(part, int):
             value = value[part]
         else:
-            break  # a scalar that stands for all that would be below it
+            break  # a scalar is the place of all values that the canonical form has below
         place.append(part)
     return tuple(place)
 
 
-def _sentence(error: dict[str, Any], read: json_text.Source, registry: Registry) -> str:
+def _sentence(error: dict[str, Any], source: json_text.Source, registry: Registry) -> str:
     kind, path, given = error["type"], error["loc"], error["input"]
     if kind == "extra_forbidden":
-        return errors.unknown("key", str(path[-1]), _known_keys(path[:-1], read.value, registry))
+        return errors.unknown("key", str(path[-1]), _known_keys(path[:-1], source.value, registry))
     if kind == "missing":
         return f"`{path[-1]}` is missing"
     if kind == "regkit":
         return str(error["msg"])
     if kind in _IN_WORDS_OF_JSON:
         return f"{_IN_WORDS_OF_JSON[kind]}, got {_shown(given)}"
-    if kind == "value_error":  # raised by a kind's own validator, which says what was given
+    if kind == "value_error":  # a kind's own validator raised this, with the value in its sentence
         return str(error["ctx"]["error"])
     message = str(error["msg"]).replace("Input should be", "must be")
     return f"{message}, got {_shown(given)}"
 
 
 def _shown(value: Any) -> str:
-    """The value as JSON writes it where it is one of the three words, and not too long."""
+    """A value, shortened: the words null, true and false as in JSON, others as in Python."""
     return json.dumps(value) if value is None or isinstance(value, bool) else _echo.repr(value)
 
 

@@ -1,4 +1,4 @@
-"""Reading a document: from a path, a text or plain values to a Spec, or to every error in it at once."""
+"""The reader of documents: from a path, a text or plain values to a Spec, or to every problem at once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def load(
     strict: bool = False,
     unknown: Unknown = "error",
 ) -> Spec:
-    """The Spec in a path, a JSON text, a dict, or a Spec itself.
+    """Read the Spec in a path, a JSON text or a dict; a Spec is returned unchanged.
 
+    registry: the kinds, roles and gates that the document may name; left out, those of everything installed.
     strict: every kind must come from the distribution and version that the document was saved with; a Spec no longer
     says which those were.
-    unknown: "keep" takes rules of kinds that are not installed, for tools that edit a document and save it again: they
-    are saved as they were written; to resolve or attach them is an error.
+    unknown: "keep" takes rules of kinds that are not installed, for tools that edit a document and save it again: such
+    rules are saved as they were written; to resolve or attach them is an error.
 
     Raises SpecError with every problem found, each with its JSON Pointer and, where there is a text, line and column.
     """
@@ -41,26 +42,28 @@ def load(
         return document
     if not isinstance(document, (str, Path, dict)):
         raise TypeError(f"a spec is a path, a JSON text, a dict or a Spec, not {type(document).__name__}")
-    registry = registry or default()
-    read = json_text.read(document)
-    if not isinstance(read.value, dict):
-        raise SpecError(read.origin, [read.problem("", "a document is an object with `rules` or `layers`")])
-    given = read.value.get("provenance")
+    return _validated(json_text.read(document), registry or default(), strict, unknown)
+
+
+def _validated(source: json_text.Source, registry: Registry, strict: bool, unknown: Unknown) -> Spec:
+    if not isinstance(source.value, dict):
+        raise SpecError(source.origin, [source.problem("", "a document is an object with `rules` or `layers`")])
+    given = source.value.get("provenance")
     reading = ReadingContext(registry, given if isinstance(given, dict) else {}, unknown)
     try:
-        spec = Spec.model_validate(read.value, context={"reading": reading})
+        spec = Spec.model_validate(source.value, context={"reading": reading})
     except ValidationError as error:
-        raise SpecError(read.origin, problems(error, read, registry)) from None
-    if drift := [read.problem(*one) for one in _drift(spec, reading, strict)]:
-        raise SpecError(read.origin, drift)
+        raise SpecError(source.origin, problems(error, source, registry)) from None
+    if moved := [source.problem(*one) for one in _moved_kinds(spec, reading, strict)]:
+        raise SpecError(source.origin, moved)
     return spec
 
 
-def _drift(spec: Spec, reading: ReadingContext, strict: bool) -> Iterator[tuple[str, str]]:
-    """Which kinds come from elsewhere than when the document was saved: a pointer and a sentence for each."""
+def _moved_kinds(spec: Spec, reading: ReadingContext, strict: bool) -> Iterator[tuple[str, str]]:
+    """The kinds of another origin than when the document was saved: a pointer and a sentence for each."""
     for name in sorted({kind.kind for kind in spec.kinds() if not isinstance(kind, MissingKind)}):
         entry, saved = reading.registry.find(name), reading.saved(name)
-        if entry is None:  # Python code has made it, and only what is saved must be found again
+        if entry is None:  # Python code has made the kind: only a document that is saved needs the registry
             continue
         where = json_text.pointer(("provenance", name))
         if saved is None:

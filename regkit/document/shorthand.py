@@ -17,19 +17,19 @@ from regkit.registry.registry import Registry
 
 _CALL: Final = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _WORD: Final = re.compile(r"[A-Za-z_]\w*")
-_SCALAR: Final = re.compile(r"true|false|null|-?\d{1,300}(\.\d{1,300})?([eE][+-]?\d{1,4})?")
+_SCALAR: Final = re.compile(r"true|false|null|-?(0|[1-9]\d{0,299})(\.\d{1,300})?([eE][+-]?\d{1,4})?", re.ASCII)
 
 
 class ShorthandError(ValueError):
-    """A value that stands for no kind."""
+    """The error of a value that stands for no kind."""
 
 
 class KindError(ShorthandError):
-    """A kind that cannot stand here."""
+    """The error of a kind that is not of the families of a field."""
 
 
 class UnknownKindError(KindError):
-    """A name that no installed plugin offers."""
+    """The error of a name that no installed plugin offers."""
 
     def __init__(self, name: str, sentence: str) -> None:
         super().__init__(sentence)
@@ -103,16 +103,11 @@ def _positional(entry: Entry) -> str:
 
 
 def _scalar(text: str, word: str) -> Any:
-    try:
-        return json.loads(word) if _SCALAR.fullmatch(word) else _word(word)
-    except ValueError:  # a number that JSON writes otherwise, such as 01
-        raise ShorthandError(f"{reprlib.repr(text)}: {reprlib.repr(word)} is neither a number nor a word") from None
-
-
-def _word(word: str) -> str:
-    if not _WORD.fullmatch(word) or word in ("NaN", "Infinity"):
-        raise ValueError(word)
-    return word
+    if _SCALAR.fullmatch(word):
+        return json.loads(word)
+    if _WORD.fullmatch(word) and word not in ("NaN", "Infinity"):
+        return word
+    raise ShorthandError(f"{reprlib.repr(text)}: {reprlib.repr(word)} is neither a number nor a word")
 
 
 def _of_object(value: dict[str, Any], families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The document, as frozen models: what it may say, in its one canonical form.
+"""The document as frozen models, in its one canonical form.
 
 A `Spec` holds rules; a rule binds one penalty or one constraint to a target. Shorthand and the `layers` section become
 rules as they are read, so what is saved is canonical. This room knows no tensor and no model.
@@ -30,13 +30,18 @@ _LATEST: Final = 10**9  # optimizer steps: later than any run's last
 
 
 class Rule(Frozen):
-    """One target, one penalty or one constraint, at most one schedule."""
+    """One target, one penalty or one constraint, at most one schedule.
+
+    >>> rule = regkit.Rule(target={"role": "recurrent"}, penalty="l2(1e-4)", schedule="linear(0, 1, steps=100)")
+    >>> rule.kind.describe()
+    'l2(strength=0.0001)'
+    """
 
     name: Name | None = None
-    """What values() and violations() call it; rules/3 where it is left out."""
+    """The key in values() and violations(); left out: the place in the document, as rules/3."""
 
     target: Target = Target()
-    """Where it binds; left out: every recurrent module."""
+    """The weights or outputs to act on; left out: every recurrent module."""
 
     penalty: AnyPenalty | None = None
     """A penalty on weights or on activity."""
@@ -68,22 +73,25 @@ class Rule(Frozen):
         if (self.penalty is None) == (self.constraint is None):
             has = "and this has none" if self.penalty is None else "not both"
             raise mistake(f"a rule has one penalty or one constraint, {has}")
-        mistakes = list(_mistakes(self))
-        if mistakes:
+        if mistakes := list(_mistakes(self)):
             raise mistakes_at(mistakes)
         return self
 
 
-Mistake = tuple[str, Any, str]  # the key, what it was given, and what is wrong with it
+Mistake = tuple[str, Any, str]
+"""The key of a rule, its value, and the sentence that says why the value is wrong."""
 
 
 def _mistakes(rule: Rule) -> Iterator[Mistake]:
-    """What a rule says that cannot be done, or would do nothing."""
-    kinds = {"penalty": rule.penalty, "constraint": rule.constraint, "schedule": rule.schedule}
+    """The mistakes of a rule: settings that cannot be met, or would have no effect."""
+    yield from _inert_kinds({"penalty": rule.penalty, "constraint": rule.constraint, "schedule": rule.schedule})
+    yield from _penalty_mistakes(rule) if rule.penalty is not None else _constraint_mistakes(rule)
+
+
+def _inert_kinds(kinds: Mapping[str, Kind | None]) -> Iterator[Mistake]:
     for key, kind in kinds.items():
         if kind is not None and (reason := kind.inert()) is not None:
             yield key, kind, f"{kind.kind} has no effect: {reason}"
-    yield from _penalty_mistakes(rule) if rule.penalty is not None else _constraint_mistakes(rule)
 
 
 def _penalty_mistakes(rule: Rule) -> Iterator[Mistake]:
@@ -107,7 +115,7 @@ def _constraint_mistakes(rule: Rule) -> Iterator[Mistake]:
 
 
 class Layer(Frozen):
-    """Keras' seven names for one module, or for all that match."""
+    """A penalty or constraint under each of Keras' seven names, for all modules that match."""
 
     module: AnyOf[Pattern] | None = None
     """Globs over dotted module names; left out: every recurrent module."""
@@ -131,13 +139,12 @@ class Layer(Frozen):
     """torch's two bias vectors one by one, or their sum, which is Keras' one bias."""
 
     def rules(self, place: str) -> Iterator[Rule]:
-        """The rules it stands for, each named by its place in the document."""
-        for field in type(self).model_fields:
-            kind = getattr(self, field)
-            if not isinstance(kind, Kind):
+        """The rules that the layer stands for, each named by its place in the document."""
+        for field, kind in self._kinds().items():
+            if kind is None:
                 continue
             role, _, verb = field.partition("_")
-            # Not validated again: that would ask for the registry once more.
+            # A validation here would ask for the registry once more.
             reading = self.bias if role == "bias" else "each"
             role = "output" if role == "activity" else role
             target = Target.model_construct(module=self.module, role=(role,), bias=reading)
@@ -146,13 +153,15 @@ class Layer(Frozen):
 
     @model_validator(mode="after")
     def _does_something(self) -> Layer:
-        kinds = {f: getattr(self, f) for f in type(self).model_fields if f not in ("module", "bias")}
-        if all(kind is None for kind in kinds.values()):
+        kinds = self._kinds()
+        if not any(kinds.values()):
             raise mistake(f"it regularizes nothing; give one of {', '.join(kinds)}")
-        inert = [(field, kind, kind.inert()) for field, kind in kinds.items() if kind is not None and kind.inert()]
-        if inert:
-            raise mistakes_at([(f, kind, f"{kind.kind} has no effect: {reason}") for f, kind, reason in inert])
+        if inert := list(_inert_kinds(kinds)):
+            raise mistakes_at(inert)
         return self
+
+    def _kinds(self) -> dict[str, Kind | None]:
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in ("module", "bias")}
 
 
 class Provenance(Frozen):
@@ -163,7 +172,12 @@ class Provenance(Frozen):
 
 
 class Spec(Frozen):
-    """A whole document."""
+    """A whole document.
+
+    >>> spec = regkit.load({"layers": [{"recurrent_regularizer": "l2(1e-4)"}]})
+    >>> [(rule.target.role, rule.kind.describe()) for rule in spec.rules]
+    [(('recurrent',), 'l2(strength=0.0001)')]
+    """
 
     schema_: Annotated[str | None, Field(alias="$schema", max_length=1000)] = None
     """The JSON Schema that an editor checks the document with."""
@@ -175,10 +189,10 @@ class Spec(Frozen):
     """The rules, in the order in which constraints are applied."""
 
     layers: Annotated[tuple[Layer, ...], Field(max_length=MOST_RULES, exclude=True)] = ()
-    """Rules in Keras' seven names; read into `rules`."""
+    """Rules in Keras' seven names, which become `rules`."""
 
     provenance: Annotated[dict[str, Provenance], Field(exclude=True)] = Field(default_factory=dict)
-    """Where the kinds came from; written when the document is saved."""
+    """The distributions that the kinds came from, written when the document is saved."""
 
     @field_validator("version", mode="before")
     @classmethod
@@ -190,7 +204,7 @@ class Spec(Frozen):
     @model_validator(mode="after")
     def _expand(self) -> Spec:
         expanded = [rule for index, layer in enumerate(self.layers) for rule in layer.rules(f"layers/{index}")]
-        # The model is frozen for its users; here it is still being made.
+        # The model is frozen for its users, but still being made here.
         self.__dict__.update(rules=(*self.rules, *expanded), layers=(), provenance={})
         if not self.rules:
             raise mistake("it has no rules, so it would regularize nothing")
@@ -199,36 +213,31 @@ class Spec(Frozen):
             raise mistake(f"two rules have the name {', '.join(map(repr, twice))}")
         return self
 
-    def __hash__(self) -> int:  # provenance, which is empty by then, is a dict
+    def __hash__(self) -> int:  # `provenance`, always empty by now, is a dict
         return hash(self.rules)
 
     def keyed_rules(self) -> dict[str, Rule]:
-        """The rules by their names, or by rules/3 where they have none."""
+        """The rules by their names; a rule without a name by its place, as rules/3."""
         return {rule.name or f"rules/{index}": rule for index, rule in enumerate(self.rules)}
 
     def kinds(self) -> Iterator[Kind]:
-        """Every penalty, constraint and schedule in it."""
+        """Every penalty, constraint and schedule of the document."""
         for rule in self.rules:
             yield rule.kind
             if rule.schedule is not None:
                 yield rule.schedule
 
     def to_json(self, registry: Registry | None = None) -> str:
-        """The canonical text, with the provenance of its kinds: loading it and saving again gives the same bytes."""
+        """The canonical text, with the provenance of kinds. To load and save the text gives the same bytes."""
         registry = registry or default()
         body = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         head = {key: body[key] for key in ("$schema",) if key in body}
-        whole = {
-            **head,
-            "version": self.version,
-            "provenance": _provenance(self, registry),
-            "rules": body["rules"],
-        }
+        whole = {**head, "version": self.version, "provenance": _provenance(self, registry), "rules": body["rules"]}
         return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
 
     def save(self, path: str | Path, registry: Registry | None = None) -> None:
         """Write the canonical text to a file."""
-        written = self.to_json(registry).encode()  # first: what cannot be written must not empty the file
+        written = self.to_json(registry).encode()  # before the file is opened, and so emptied
         Path(path).write_bytes(written)
 
 
@@ -238,7 +247,7 @@ def _provenance(spec: Spec, registry: Registry) -> Mapping[str, Mapping[str, str
 
 
 def _saved(kind: Kind, registry: Registry) -> Mapping[str, str | None] | None:
-    """Where a kind comes from; of one that is not here, where it came from when the document was saved, if known."""
+    """The provenance of a kind; of a missing kind, the provenance in its document, if known."""
     if isinstance(kind, MissingKind):
         saved: Mapping[str, str | None] | None = kind.saved
         return saved
@@ -252,9 +261,9 @@ def _entry(kind: Kind, registry: Registry) -> Entry:
         sentence = f"the kind {kind.kind!r} is not in the registry: what is saved with it could not be loaded again"
         raise PluginError(sentence + registry.absence(kind.kind))
     if not entry.made(kind):
-        mine, theirs = type(kind), entry.kind
+        cls, other = type(kind), entry.kind
         raise PluginError(
-            f"{mine.__module__}.{mine.__qualname__} has the name {kind.kind!r} of another kind, "
-            f"{theirs.__module__}.{theirs.__qualname__} of {entry.origin}, as which it would be loaded again"
+            f"{cls.__module__}.{cls.__qualname__} has the name {kind.kind!r} of another kind, "
+            f"{other.__module__}.{other.__qualname__} of {entry.origin}, as which it would be loaded again"
         )
     return entry

@@ -1,4 +1,4 @@
-"""The target of a rule: which modules, roles, layers, directions and gates it binds to."""
+"""The target of a rule: the modules, roles, layers, directions and gates to bind to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not values:  # not pydantic's min_length: it also counts items that were refused, and says so a second time
+    if not values:  # pydantic's min_length would tell refused items a second time
         raise mistake("an empty list selects nothing; leave the key out to mean any")
     return tuple(dict.fromkeys(values))
 
@@ -39,7 +39,7 @@ def _one_or_list(values: tuple[Any, ...] | None) -> Any:
 
 
 class _OneOrMany:
-    """Lets the JSON Schema of a list say that one item may stand without it."""
+    """An annotation by which the JSON Schema of a list also takes one bare item."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         many = handler(schema)
@@ -56,11 +56,11 @@ AnyOf = Annotated[
     PlainSerializer(_one_or_list),
     _OneOrMany(),
 ]
-"""One item or a list of them, kept as a tuple and saved as one item where there is one."""
+"""One item or a list of items, kept as a tuple and saved as a bare item where there is one."""
 
 
 def _known_role(role: str, info: ValidationInfo) -> str:
-    reading = ReadingContext.of(info)
+    reading = ReadingContext.from_validation(info)
     roles = reading.registry.roles
     if role not in roles and reading.unknown == "error":
         raise mistake(unknown("role", role, roles))
@@ -68,7 +68,7 @@ def _known_role(role: str, info: ValidationInfo) -> str:
 
 
 def _known_gate(gate: str, info: ValidationInfo) -> str:
-    reading = ReadingContext.of(info)
+    reading = ReadingContext.from_validation(info)
     gates = reading.registry.gates
     name = gate if gate in gates else GATE_ALIASES.get(gate, gate)
     if name not in gates and reading.unknown == "error":
@@ -112,7 +112,12 @@ class Frozen(BaseModel):
 
 
 class Target(Frozen):
-    """Where a rule binds. What is left out means any; a list means any of its items."""
+    """The target of a rule. A key left out means any; a list means any of its items.
+
+    >>> target = regkit.Target(module="encoder.**", role=["kernel", "recurrent"], gate="f")
+    >>> target.role, target.gate
+    (('kernel', 'recurrent'), ('forget',))
+    """
 
     module: AnyOf[Pattern] | None = None
     """Globs over dotted module names: `*` within a part, `**` across parts."""
