@@ -1,4 +1,4 @@
-"""Attaching: a spec's rules put in force on a model, all or none, and on copies of it."""
+"""Attaching: a spec's rules are put in force on a model, or on a copy of one, all or none."""
 
 from __future__ import annotations
 
@@ -31,55 +31,69 @@ def attach(
     registry: Registry | None = None,
     loss_scale: Scale | None = None,
 ) -> Attachment:
-    """Put a spec's rules in force on a model: all of them, or, where one fails, none.
+    """Put a spec's rules in force on a model: all, or, where one fails, none.
 
     spec: a path, a JSON text, a dict, a Spec, or a Plan that was resolved for this model.
     optimizer: act at the steps of these optimizers alone; left out, of every one that owns the weights.
+    registry: the kinds and adapters to use; left out, those of the installed plugins.
     loss_scale: for rules via inject, what the loop multiplies its loss by: a number, or a function that is asked.
 
     Raises SpecError for a bad document, ResolveError where a rule does not fit the model, AttachError where a plan was
     made for another model, a kind acts on the same places already, or a rule acts on no weight of `optimizer`;
     PluginError where a kind returns something else than its contract says.
+
+    >>> model = nn.GRU(4, 8)
+    >>> regkit.attach(model, {"rules": [{"penalty": "l2(0.01)", "target": {"role": "recurrent"}}]})
+    <regkit.Attachment of 1 rules, on GRU, step 0>
     """
     plan = spec if isinstance(spec, Plan) else resolve(model, spec, registry=registry)
     if isinstance(spec, Plan):
         plan.check(model)
     only = None if optimizer is None else _optimizers(optimizer)
     attachments(model)
-    return _in_force(model, plan, only, loss_scale)
+    return _put_in_force(model, plan, only, loss_scale)
 
 
 def attachments(model: nn.Module) -> tuple[Attachment, ...]:
-    """The attachments in force on this very model, in the order in which they were made.
+    """The attachments in force on this very model, in the order of attaching.
 
     A copy of a model (`copy.deepcopy`, pickle, `torch.save`) brings its own: the same plan, from the step count that
     the original had then. This is where to get it, to take `penalty()` from; weights need nothing.
+
+    >>> import copy
+    >>> model = nn.GRU(4, 8)
+    >>> attachment = regkit.attach(model, {"rules": [{"penalty": "l2(0.01)"}]})
+    >>> regkit.attachments(model) == (attachment,)
+    True
+    >>> copied = copy.deepcopy(model)
+    >>> regkit.attachments(copied)
+    (<regkit.Attachment of 1 rules, on GRU, step 0>,)
     """
     found: list[Attachment] = []
     for one in compiled_from(model):
         for companion in companions(one):
             if companion.dormant:
                 companion.wake()
-        found += _attached.get(id(one), ())
+        found += (attachment for attachment in list(_attached) if attachment._model() is one)
     return tuple(found)
 
 
 def attach_copy(model: nn.Module, plan: Plan, count: int) -> Listener:
-    """Put an attachment's plan in force on a copy of its model."""
+    """Put an attachment's plan in force on a copy of the model. Returns the new attachment's listener."""
     plan.check(model)
-    attachment = _in_force(model, plan, None, None)
-    attachment._steps.count.restore(count, ())
-    return attachment._steps
+    tracker = _put_in_force(model, plan, None, None)._tracker
+    tracker.count.restore(count, ())
+    return tracker
 
 
-def _in_force(model: nn.Module, plan: Plan, only: list[Optimizer] | None, loss_scale: Scale | None) -> Attachment:
+def _put_in_force(model: nn.Module, plan: Plan, only: list[Optimizer] | None, loss_scale: Scale | None) -> Attachment:
     keep_clear(*_hook_numbers(model))
     drop_copied_hooks(model)
     watchdog.drop_copied_hooks(model)
     reshard(model)
     attachment = Attachment(model, plan, only, loss_scale)
     _refuse_twice(attachment)
-    attachment._try()
+    attachment._try_kinds()
     if only is not None:
         _refuse_idle(attachment._rules, only)
     attachment._install(model)
@@ -87,17 +101,17 @@ def _in_force(model: nn.Module, plan: Plan, only: list[Optimizer] | None, loss_s
 
 
 def _hook_numbers(model: nn.Module) -> Iterator[int]:
-    """The numbers of all hooks on a model: it may have come with them from another process."""
+    """The numbers of all hooks on a model, which may have come with the model from another process."""
     for module in model.modules():
-        for name, held in vars(module).items():
-            if isinstance(held, dict) and held and name.endswith("_hooks"):
-                yield from (number for number in held if isinstance(number, int))
+        for name, hooks in vars(module).items():
+            if isinstance(hooks, dict) and hooks and name.endswith("_hooks"):
+                yield from (number for number in hooks if isinstance(number, int))
 
 
 def _refuse_twice(attachment: Attachment) -> None:
-    """Raise AttachError where a kind acts on a place already, through this model or another that has it in it."""
+    """Raise AttachError where a kind acts on a place already, through this model or another that shares the module."""
     # A copy, for a model may be collected meanwhile. One whose modules have moved is an error at its own next step.
-    others = [other for siblings in list(_attached.values()) for other in siblings if other._engine.moved() is None]
+    others = [other for other in list(_attached) if other._engine.moved_module() is None]
     live = {place: rule for other in others for place, _, rule in other._rules.acts()}
     for place, name, rule in attachment._rules.acts() if live else ():
         if place in live:
@@ -109,15 +123,16 @@ def _refuse_twice(attachment: Attachment) -> None:
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
-    found = [given] if isinstance(given, Optimizer) else list(given)
-    for one in found:
+    """The optimizers given as one or as several. Raises TypeError for anything else."""
+    optimizers = [given] if isinstance(given, Optimizer) else list(given)
+    for one in optimizers:
         if not isinstance(one, Optimizer):
             raise TypeError(f"optimizer= takes torch optimizers, got {type(one).__name__}")
-    return found
+    return optimizers
 
 
 def _refuse_idle(rules: RuleSet, optimizers: list[Optimizer]) -> None:
-    """Raise AttachError for a rule that none of the only optimizers to act at could ever reach."""
+    """Raise AttachError for a rule on weights of which the only optimizers to act at own none."""
     owned = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
     for rule in rules.on_weights:
         if rule.blocks and not any(id(p) in owned for p in rule.parameters()):

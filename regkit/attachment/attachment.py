@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -32,93 +32,102 @@ from regkit.rules.trials import try_kinds
 from regkit.runtime import optimizer_hooks
 from regkit.runtime.modes import eager, uncast
 from regkit.runtime.sharding import reshard
-from regkit.weights.links import Parameters
 
-_attached: dict[int, list[Attachment]] = {}
-"""The attachments of each living model, by its id; a model need not be hashable."""
+_attached: dict[Attachment, None] = {}
+"""The attachments in force in this process, in the order of attaching: a dict serves as an ordered set."""
 
 
 class Attachment:
-    """Rules in force on a model. Made by `attach`; leaves with `detach`, or as a context manager, or with the model."""
+    """Rules in force on a model. Made by `attach`; ends with `detach`, with its `with` block, or with the model.
+
+    >>> model = nn.LSTM(4, 8)
+    >>> rules = [{"penalty": "l2(0.01)"}, {"penalty": "activity_l2(0.001)"}, {"constraint": "max_norm(1)"}]
+    >>> attachment = regkit.attach(model, {"rules": rules})
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> output, _ = model(torch.ones(3, 2, 4))
+    >>> loss = output.square().mean() + attachment.penalty()
+    >>> loss.backward()
+    >>> optimizer.step()
+    >>> attachment
+    <regkit.Attachment of 3 rules, on LSTM, step 1>
+    >>> attachment.detach()
+    """
 
     def __init__(
         self, model: nn.Module, plan: Plan, optimizers: Iterable[Optimizer] | None, loss_scale: Scale | None
     ) -> None:
         self.plan = plan
+        """The rules, resolved against the model."""
         self._model = weakref.ref(model)
-        self._key = id(model)
-        self._parameters = Parameters(model)
-        self._live = False
         self._rules = rules_of(plan, model)
-        self._rules.inject(loss_scale, lambda: self._steps.upcoming())
         self._engine = Engine(self._rules, model, optimizers is not None)
-        self._steps = StepTracker(self._engine, optimizers)
-        self._watch = self._engine.watch
-        self._watch.inside, self._watch.open = self._steps.inside, self._steps.open
-        self._companion: ModelCompanion | None = None
+        self._watchdog = self._engine.watchdog
+        self._tracker = StepTracker(self._engine, optimizers)
+        self._rules.inject(loss_scale, self._tracker.upcoming)
+        self._companion = ModelCompanion(model, plan, lambda: self.step_count)
         self._hooked = False
+        self._model_end: weakref.finalize[..., nn.Module] | None = None
         self._orphans: OrphanedModules | None = None
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _try(self) -> None:
+    def _try_kinds(self) -> None:
         self._engine.check_weights()
         try_kinds(self._rules)
         self._rules.snapshots.release()  # until the first step: parameters may be sharded or replaced before it
 
     def _install(self, model: nn.Module) -> None:
-        self._companion = ModelCompanion(model, self.plan, lambda: self.step_count)
         try:
             self._hook()
         except BaseException:
             self.detach()
             raise
-        self._live = True
-        if self._key not in _attached:
-            # The model's end takes the hooks along; the attachment itself never keeps the model alive.
-            weakref.finalize(model, _forget, self._key).atexit = False
-        _attached.setdefault(self._key, []).append(self)
+        # The model's end takes the hooks along; the attachment itself never keeps the model alive.
+        self._model_end = weakref.finalize(model, self._model_gone)
+        self._model_end.atexit = False
+        _attached[self] = None
 
     def _hook(self) -> None:
         for recorder in self._rules.recorders:
             recorder.install()
-        self._watch.arm()
-        optimizer_hooks.add_listener(self._steps)
-        if self._companion is not None:
-            self._companion.join()
+        self._watchdog.arm()
+        optimizer_hooks.add_listener(self._tracker)
+        self._companion.join()
         self._hooked = True
 
     def _unhook(self) -> None:
         self._hooked = False
-        if self._companion is not None:
-            self._companion.leave()
-        optimizer_hooks.remove_listener(self._steps)
-        self._watch.disarm()
+        self._companion.leave()
+        optimizer_hooks.remove_listener(self._tracker)
+        self._watchdog.disarm()
         for recorder in self._rules.recorders:
             recorder.remove()
 
-    def _remove(self) -> None:
+    def _end(self) -> None:
         self._unhook()
         self._engine.release()
-        self._live = False
+        _attached.pop(self, None)
+
+    def _model_gone(self) -> None:
+        self._end()
+        self._orphans = OrphanedModules(self._rules.modules())
 
     def detach(self) -> None:
         """Take every hook off the model. May be called again; afterwards the attachment can only be read."""
-        self._remove()
+        self._end()
+        if self._model_end is not None:
+            self._model_end.detach()
         if self._orphans is not None:
             optimizer_hooks.remove_listener(self._orphans)
         optimizer_hooks.remove_hooks()
-        siblings = _attached.get(self._key, [])
-        if self in siblings:
-            siblings.remove(self)
 
     @contextmanager
     def detached(self) -> Iterator[None]:
-        """Inside, no hook is on the model and no step is acted in: for what can bear no hooks, as `torch.export`.
+        """Keep all hooks off the model and act in no step, inside a `with`: for `torch.export`, which bears no hooks.
 
-        A copy that is made inside carries no rules. What was recorded and not consumed is dropped. Raises RegkitError
-        after detach.
+        A copy that is made inside carries no rules. Outputs that were recorded and not consumed are dropped. Raises
+        RegkitError after detach.
         """
         self._refuse_dead("nothing to take off")
         hooked = self._hooked
@@ -126,12 +135,12 @@ class Attachment:
         try:
             yield
         finally:
-            if hooked and self._live:
+            if hooked and self in _attached:
                 self._hook()
 
-    def _refuse_dead(self, so: str) -> None:
-        if not self._live:
-            raise RegkitError(f"the attachment is detached: there is {so}")
+    def _refuse_dead(self, consequence: str) -> None:
+        if self not in _attached:
+            raise RegkitError(f"the attachment is detached: there is {consequence}")
 
     def __enter__(self) -> Attachment:
         return self
@@ -141,7 +150,7 @@ class Attachment:
 
     def __repr__(self) -> str:
         model = self._model()
-        standing = "detached" if not self._live else f"on {type(model).__name__}, step {self.step_count}"
+        standing = "detached" if self not in _attached else f"on {type(model).__name__}, step {self.step_count}"
         return f"<regkit.Attachment of {len(self.plan.bindings)} rules, {standing}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
@@ -153,19 +162,20 @@ class Attachment:
     # --- updates that no torch optimizer makes -----------------------------------------------------------------------
 
     def step(self, lr: float | Tensor | None = None) -> ManualStep:
-        """The context of an update that no torch optimizer makes: all that is done at a step is done around it.
+        """The context of an update that no torch optimizer makes: around the update, all work of a step is done.
 
         `with attachment.step(lr=0.1): update(model)`, with the gradients of the backward pass in `.grad`, unscaled.
-        lr: what proximal and decoupled rules multiply by; only they need it.
+
+        lr: the learning rate, which proximal and decoupled rules multiply by; no other rule needs one.
 
         Raises RegkitError after detach, StepError as an optimizer's step would.
         """
         self._refuse_dead("no rule in force at a step")
-        return ManualStep(self._steps, lr)
+        return ManualStep(self._tracker, lr)
 
     def weights_changed(self) -> None:
-        """Say that the weights were changed on purpose and not by a step: a new initialization, copied weights."""
-        self._watch.weights_changed()
+        """Say that the weights were changed on purpose without a step: a new initialization, copied weights."""
+        self._watchdog.weights_changed()
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -178,10 +188,10 @@ class Attachment:
 
         Raises RegkitError after detach.
         """
-        if not self._live:
+        if self not in _attached:
             self._refuse_dead("nothing to add to the loss")
         rules = self._rules
-        index = self._steps.upcoming() if rules.scheduled else self._steps.count.count
+        index = self._tracker.upcoming() if rules.scheduled else self._tracker.count.count
         terms = rules.intake.consume(index) if rules.activities else []
         if rules.by_loss:
             terms += rules.loss_terms(index)
@@ -205,7 +215,7 @@ class Attachment:
         return result
 
     def discard(self) -> None:
-        """Drop what is recorded and what `penalty()` has returned since the last step: for a batch that is skipped."""
+        """Drop recorded outputs, and penalties returned since the last step: for a batch that is skipped."""
         for recorder in self._rules.recorders:
             recorder.clear()
             recorder.ledger.discard()
@@ -213,31 +223,29 @@ class Attachment:
             rule.ledger.discard()
 
     def _device(self) -> torch.device:
-        first = next(iter(self._parameters), None)
+        first = next(iter(self._engine.parameters), None)
         return torch.device("cpu") if first is None else first.device
 
-    @contextmanager
-    def lengths(self, lengths: Tensor | Sequence[int]) -> Iterator[None]:
-        """Inside, padded outputs count up to these lengths.  lengths: (batch,), whole numbers ≥ 0.
+    def lengths(self, lengths: Tensor | Sequence[int]) -> AbstractContextManager[None]:
+        """The context in which padded outputs count up to these lengths.
 
         For a loop over a cell, the context stands around the whole loop: its n-th call is time n. Packed sequences know
         their lengths and need no context.
-        """
-        with self._validity(Lengths.of(lengths)):
-            yield
 
-    @contextmanager
-    def mask(self, mask: Tensor) -> Iterator[None]:
-        """Inside, padded outputs count where the mask is true.
+        lengths: (batch,), whole numbers ≥ 0.
+        """
+        return self._under(Lengths.of(lengths))
+
+    def mask(self, mask: Tensor) -> AbstractContextManager[None]:
+        """The context in which padded outputs count where a mask is true.
 
         mask: bool, laid out as the output without its features: (time, batch), or (batch, time) with batch_first, or
         (time,) unbatched; (batch,) around one call of a cell.
         """
-        with self._validity(Mask.of(mask)):
-            yield
+        return self._under(Mask.of(mask))
 
     @contextmanager
-    def _validity(self, validity: Validity) -> Iterator[None]:
+    def _under(self, validity: Validity) -> Iterator[None]:
         with ExitStack() as stack:
             for recorder in self._rules.recorders:
                 stack.enter_context(recorder.under(validity))
@@ -247,16 +255,16 @@ class Attachment:
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps taken since attach, or since the state that was loaded."""
-        return self._steps.count.count
+        """The number of optimizer steps since attach, or since the state that was loaded."""
+        return self._tracker.count.count
 
     @uncast
     @torch.no_grad()
     def values(self) -> dict[str, Tensor]:
         """For each penalty rule, strength · factor · penalty as optimized now, detached.  -> () each.
 
-        An activity rule gives what is in store, or else what `penalty()` last took; NaN before there was any. Frozen
-        weights are not counted: nothing optimizes them.
+        An activity rule gives the value of the recorded outputs, or else of those that `penalty()` last consumed; NaN
+        before there were any. Frozen weights are not counted: nothing optimizes them.
         """
         found = reports.values(self._rules, self.step_count, self._device())
         return {binding.key: found[binding.key] for binding in self.plan.bindings if binding.key in found}
@@ -264,13 +272,13 @@ class Attachment:
     @uncast
     @torch.no_grad()
     def violations(self) -> dict[str, Tensor]:
-        """For each constraint rule, how far its worst weight is outside, in the unit of its bound.  -> () each."""
+        """For each constraint rule, how far the worst weight is beyond the bound, in the bound's unit.  -> () each."""
         return reports.violations(self._rules, self.step_count, self._device())
 
     @uncast
     @torch.no_grad()
     def apply_constraints(self) -> None:
-        """Project every constrained weight now, frozen ones excepted: say, before the first step."""
+        """Project every constrained weight now, but frozen ones: say, before the first step."""
         model = self._model()
         if model is not None:
             reshard(model)
@@ -282,15 +290,9 @@ class Attachment:
     # --- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model: numbers and names, no tensor."""
-        return state.read(self._steps.count, self._rules, self._model())
+        """The numbers and names that a resumed run needs besides the model; no tensor."""
+        return state.read(self._tracker.count, self._rules, self._model())
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a saved state. Raises ValueError for anything that `state_dict` does not return."""
-        state.restore(saved, self._steps.count, self._rules, self._model())
-
-
-def _forget(model_id: int) -> None:
-    for attachment in _attached.pop(model_id, []):
-        attachment._remove()
-        attachment._orphans = OrphanedModules(attachment._rules.modules())
+        state.restore(saved, self._tracker.count, self._rules, self._model())

@@ -1,10 +1,10 @@
-"""Copies of a model that has an attachment: how the rules stay in force on them.
+"""Copies of a model that has an attachment, and how rules stay in force on copies.
 
-`copy.deepcopy`, pickle and `torch.save` copy a model with all that hangs on it. A `ModelCompanion` hangs on it for
-that: its copy knows the model's copy, and attaches the same plan to it when that is asked for, or when an optimizer
-first steps it. Until then it sleeps, holds nothing and records nothing; a copy that is never trained (an average of
-weights, a target network) stays as good as bare. However many sleep, one listener hears of steps for all of them, and
-asks about each optimizer once.
+`copy.deepcopy`, pickle and `torch.save` copy a model with all that hangs on the model, and so a `ModelCompanion`. The
+companion's copy knows the model's copy, and attaches the same plan there when `regkit.attachments` is asked, or when an
+optimizer first steps the copy. Until then it sleeps, holds nothing and records nothing; a copy that is never trained
+(an average of weights, a target network) stays as good as bare. However many companions sleep, one listener sees steps
+for all, and looks at each optimizer once.
 """
 
 from __future__ import annotations
@@ -14,25 +14,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import dropwhile
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
 
 from regkit import _pickled
-from regkit.adapters import Site
+from regkit.adapters import OutputSite, WeightSite
 from regkit.errors import AttachError, StepError
 from regkit.plan.plan import Plan
-from regkit.runtime import optimizer_hooks
+from regkit.runtime.optimizer_hooks import Listener, add_listener, remove_listener
 
 ATTRIBUTE: Final = "_regkit_companions"
-"""Where the companions are in the model's `__dict__`: no module, parameter or buffer, and in no state_dict."""
+"""The name of the companions in the model's `__dict__`: no module, parameter or buffer, and in no state_dict."""
 
 _COMPILED: Final = "_orig_mod"
-"""Where torch.compile keeps the module that it made another from."""
+"""The name under which a module from torch.compile keeps its original."""
 
-Attach = Callable[[nn.Module, Plan, int], optimizer_hooks.Listener]
-"""Puts a plan in force on a model, from a step count on; what it returns hears of steps from then on."""
+_Site = TypeVar("_Site", WeightSite, OutputSite)
+
+Attach = Callable[[nn.Module, Plan, int], Listener]
+"""A function that puts a plan in force on a model, from a step count on, and returns the attachment's listener."""
 
 _OF_A_COPY: Final = (
     "This model is a copy of one with rules, which are in force on it too: regkit.attachments(model) has its "
@@ -41,18 +43,19 @@ _OF_A_COPY: Final = (
 
 
 class ModelCompanion:
-    """What of one attachment travels with copies of its model.
+    """The part of an attachment that travels with copies of the model.
 
-    count: the attachment's step count when it is asked for.
+    model: the model of the attachment.
+    count: a function that returns the attachment's step count.
     """
 
     _attach: Attach
-    """How a copy attaches: given to it when it is made."""
+    """The function that attaches the plan to a copy; set as a copy is made."""
 
     def __init__(self, model: nn.Module, plan: Plan, count: Callable[[], int]) -> None:
         *_, host = compiled_from(model)
         self._model: Callable[[], nn.Module | None] = weakref.ref(host)
-        self._plan = plan if host is model else _of_what_was_compiled(plan)
+        self._plan = plan if host is model else _of_original(plan)
         self._count = count
         self.dormant = False
 
@@ -67,26 +70,26 @@ class ModelCompanion:
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self.dormant = model is not None
         if self.dormant:
-            _dormitory.take_in(self)
+            _sleeping.take_in(self)
 
     def join(self) -> None:
-        """Travel with the model."""
+        """Hang on the model."""
         model = self._model()
         if model is not None:
             model.__dict__[ATTRIBUTE] = [*companions(model), self]
 
     def leave(self) -> None:
-        """Travel no more."""
+        """Hang on the model no more. May be called again."""
         model = self._model()
-        others = [] if model is None else [one for one in companions(model) if one is not self]
         if model is not None:
+            others = [companion for companion in companions(model) if companion is not self]
             model.__dict__.pop(ATTRIBUTE, None)
             model.__dict__.update({ATTRIBUTE: others} if others else {})
 
-    def wake(self) -> optimizer_hooks.Listener | None:
-        """Attach the plan to the copy of the model; None where there is none any more.
+    def wake(self) -> Listener | None:
+        """Attach the plan to the copy of the model. Returns None if that is gone.
 
-        Raises AttachError where the copy is not what it was; then it sleeps on, for the rules are still meant.
+        Raises AttachError where the copy is not what it was; then the companion sleeps on: the rules are still meant.
         """
         model = self._model()
         if model is None:
@@ -97,95 +100,78 @@ class ModelCompanion:
             raise AttachError(f"{error}. {_OF_A_COPY}") from error
         self.leave()  # the attachment has brought a companion of its own
         self.dormant = False
-        _dormitory.let_go(self)
+        _sleeping.let_go(id(self))
         return listener
 
     def is_stepped_by(self, owned: set[int]) -> bool:
-        """Whether the copy has any of these parameters."""
+        """Whether the copy has a parameter with one of these ids."""
         model = self._model()
         return model is not None and any(id(p) in owned for p in model.parameters())
 
 
-class _SleepingCopies:
-    """The one listener for all companions that sleep. It holds them weakly: they belong to their models."""
+class _SleepingCopies(Listener):
+    """The one listener for all sleeping companions, which are held weakly: each belongs to the copy of a model."""
 
     def __init__(self) -> None:
         self._asleep: dict[int, weakref.ref[ModelCompanion]] = {}
         self._ever = 0
+        """How many companions have ever slept."""
         self._strangers: weakref.WeakKeyDictionary[Optimizer, tuple[int, list[int]]] = weakref.WeakKeyDictionary()
+        """For optimizers that were looked at, how many companions had slept by then, and the ids of parameters."""
 
     def take_in(self, companion: ModelCompanion) -> None:
-        """Listen for it from now on, until it wakes or is gone."""
+        """See steps for a companion from now on, until the companion wakes or is gone."""
         key = id(companion)
         self._ever += 1
-        self._asleep[key] = weakref.ref(companion, lambda _: self._forget(key))
-        optimizer_hooks.add_listener(self)
+        self._asleep[key] = weakref.ref(companion, lambda _: self.let_go(key))
+        add_listener(self)
 
-    def let_go(self, companion: ModelCompanion) -> None:
-        """Listen for it no more."""
-        self._forget(id(companion))
-
-    def _forget(self, key: int) -> None:
+    def let_go(self, key: int) -> None:
+        """See steps no more for the companion of this id."""
         self._asleep.pop(key, None)
         if not self._asleep:
-            optimizer_hooks.remove_listener(self)
+            remove_listener(self)
             if self._asleep:  # one came from another thread meanwhile
-                optimizer_hooks.add_listener(self)
+                add_listener(self)
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
-        """Wake those whose copies this optimizer steps, and pass the step on to them."""
+        """Wake the companions of copies that the optimizer steps, and pass the step on to the new attachments."""
         ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
-        met = (self._ever, ids)
-        if self._strangers.get(optimizer) == met:
+        seen = (self._ever, ids)
+        if self._strangers.get(optimizer) == seen:
             return None
         owned, given = set(ids), (args, kwargs)
         for companion in [reference() for reference in list(self._asleep.values())]:
             listener = companion.wake() if companion is not None and companion.is_stepped_by(owned) else None
             if listener is not None:
-                given = self._pass_on(listener, optimizer, given, frame) or given
-        self._strangers[optimizer] = met
+                try:
+                    given = listener.before(optimizer, *given, frame) or given
+                except StepError as error:
+                    raise StepError(f"{error}. {_OF_A_COPY}") from error
+        self._strangers[optimizer] = seen
         return given
 
-    def _pass_on(
-        self, listener: optimizer_hooks.Listener, optimizer: Optimizer, given: tuple[Any, Any], frame: FrameType
-    ) -> tuple[Any, Any] | None:
-        try:
-            return listener.before(optimizer, *given, frame)
-        except StepError as error:
-            raise StepError(f"{error}. {_OF_A_COPY}") from error
 
-    gradients_final = None
-
-    def after(self, frame: FrameType) -> None:
-        """Nothing of it is in any step."""
-
-
-_dormitory: Final = _SleepingCopies()
+_sleeping: Final = _SleepingCopies()
 
 
 def compiled_from(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, and what torch.compile made it from: a copy of what it made has nothing else of it."""
+    """The model, and the modules that torch.compile made the model from: a copy of the model is made with these."""
     inner: nn.Module | None = model
     while inner is not None:
         yield inner
         inner = inner._modules.get(_COMPILED)
 
 
-def _of_what_was_compiled(plan: Plan) -> Plan:
-    def path(site: Site) -> str:
-        return ".".join(dropwhile(_COMPILED.__eq__, site.path.split(".")))
+def _of_original(plan: Plan) -> Plan:
+    """The plan of a model from torch.compile, as a plan of the model's original."""
 
-    return replace(
-        plan,
-        bindings=tuple(
-            replace(
-                binding,
-                weights=tuple(replace(site, path=path(site)) for site in binding.weights),
-                outputs=tuple(replace(site, path=path(site)) for site in binding.outputs),
-            )
-            for binding in plan.bindings
-        ),
-    )
+    def moved(sites: tuple[_Site, ...]) -> tuple[_Site, ...]:
+        paths = (".".join(dropwhile(_COMPILED.__eq__, site.path.split("."))) for site in sites)
+        return tuple(replace(site, path=path) for site, path in zip(sites, paths, strict=True))
+
+    bindings = (replace(one, weights=moved(one.weights), outputs=moved(one.outputs)) for one in plan.bindings)
+    return replace(plan, bindings=tuple(bindings))
 
 
 def companions(model: nn.Module) -> list[ModelCompanion]:

@@ -1,4 +1,4 @@
-"""What rules amount to on the model as it is: the values of penalties, the violations of constraints."""
+"""Values of penalties and violations of constraints, on the model as of now."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from regkit.rules.rule_set import RuleSet, named
 def values(rules: RuleSet, index: int, device: torch.device) -> dict[str, Tensor]:
     """The value of each penalty rule at a step, detached, by the rule's key.  -> () each.
 
-    device: of the values of rules that have nothing to say it.
+    index: the number of the step.
+    device: of the value of a rule that acts on nothing.
     """
     snapshot = rules.snapshots.fresh()
     found: dict[str, Tensor | None] = {rule.binding.key: named(rule, rule.value, index) for rule in rules.penalties}
@@ -25,7 +26,10 @@ def values(rules: RuleSet, index: int, device: torch.device) -> dict[str, Tensor
 
 
 def violations(rules: RuleSet, index: int, device: torch.device) -> dict[str, Tensor]:
-    """The largest violation of each constraint rule at a step, by the rule's key.  -> () each."""
+    """The largest violation of each constraint rule at a step, by the rule's key.  -> () each.
+
+    index, device: as of `values`.
+    """
     snapshot = rules.snapshots.fresh()
     zero = torch.zeros((), device=device)
     found = {

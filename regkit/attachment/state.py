@@ -1,7 +1,9 @@
-"""What a resumed run needs besides the model: how many steps were taken, and what is left over of the last one.
+"""The state of an attachment, which a resumed run needs besides the model.
 
-step_count: the steps. stepped: the parameters that optimizers have stepped in the last of them, which others may still
-join. due: by rule, the weights that wait for a constraint with `every`, since no step has trained them.
+step_count: the number of steps.
+stepped: the names of the parameters that optimizers have stepped in the last step, which other optimizers may still
+    join.
+due: by rule, the weights that wait for a constraint with `every`, since no step has trained them.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ _VERSION: Final = 2
 
 
 def read(count: StepCount, rules: RuleSet, model: nn.Module | None) -> dict[str, Any]:
-    """The state, as JSON could hold it."""
+    """The state of an attachment, in values that JSON can hold."""
     stepped = [name for name, parameter in _named(model) if id(parameter) in count.stepped] if count.stepped else []
     due = {rule.binding.key: sorted(block.name for block in rule.due) for rule in rules.constraints if rule.due}
     return {"version": _VERSION, "step_count": count.count, "stepped": stepped, "due": due}
 
 
 def restore(saved: Mapping[str, Any], count: StepCount, rules: RuleSet, model: nn.Module | None) -> None:
-    """Go on from a saved state. Raises ValueError, and changes nothing, where it is none or of another model."""
+    """Go on from a saved state. Raises ValueError, and changes nothing, for no state or that of another model."""
     if not isinstance(saved, Mapping) or "version" not in saved:
         raise ValueError(f"not a state of an attachment: {saved!r}")
     if saved["version"] != _VERSION:
@@ -50,7 +52,7 @@ def restore(saved: Mapping[str, Any], count: StepCount, rules: RuleSet, model: n
 
 
 def _named(model: nn.Module | None) -> Iterator[tuple[str, nn.Parameter]]:
-    """The model's parameters by names that wrapping it does not change."""
+    """The model's parameters, by names that do not change as the model is wrapped."""
     for _, name, module in () if model is None else named_modules(model):
         for own, parameter in module._parameters.items():
             if parameter is not None:

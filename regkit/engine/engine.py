@@ -1,4 +1,4 @@
-"""What an attachment does at each of its optimizer steps: check, then gradients; after the update, projections."""
+"""The engine of an attachment: at each of its optimizer steps checks, then gradients; after the update, projections."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch._C import _is_any_autocast_enabled as _casts
 from torch.optim import Optimizer
 
 from regkit.activity.reduction import total
+from regkit.engine.failed_step import FailedStep
 from regkit.engine.finite import EVERY, FiniteCheck
 from regkit.engine.program import ActiveStep, Jobs, Program
 from regkit.engine.watchdog import Watchdog, owned_by_any
@@ -32,67 +33,72 @@ _set_grad: Final = torch._C._set_grad_enabled
 
 
 class Engine:
-    """The rules at work. It holds the model weakly, as everything does that torch's global hooks hold.
+    """The rules of one attachment at work. The model is held weakly, as by everything that torch's global hooks hold.
 
-    restricted: whether `attach(optimizer=...)` said which steps to act in.
+    restricted: whether `attach(optimizer=...)` said which optimizers' steps to act in.
     """
 
     def __init__(self, rules: RuleSet, model: nn.Module, restricted: bool) -> None:
         self._rules = rules
-        self.model = weakref.ref(model)  # the model, while it lives
-        self._parameters = Parameters(model)
-        self._restricted = restricted
-        self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self.model = weakref.ref(model)
+        self.parameters = Parameters(model)
         self.snapshots, self.recorders = rules.snapshots, rules.recorders
-        self._armed: Snapshot | None = None
+        self._restricted = restricted
+        self.stepped_by_hand = False
+        """Whether there was a manual step, which may train weights that no optimizer owns."""
+        self._optimizers_seen: set[weakref.ref[Optimizer]] = set()
         self._owned: set[int] = set()
-        self._expected: tuple[Snapshot, set[int]] | None = None
-        self._health = FiniteCheck(rules.snapshots)
+        """The ids of parameters that optimizers were found to own."""
+        self._owned_now: tuple[Snapshot, set[int]] | None = None
+        """The ids of the parameters that optimizers owned when a snapshot was taken."""
+        self._finite_check = FiniteCheck(rules.snapshots)
         self._counting = [rule.binding for rule in rules.on_weights if rule.binding.counts]
         self._checks = bool(self._counting or rules.activities or rules.by_loss or rules.by_prox or rules.by_decay)
-        self.watch = Watchdog(self._watched)
-        self._by_hand = False
+        self.failed_step = FailedStep()
+        self.watchdog = Watchdog(self._parameter_to_watch, self.failed_step)
+        self._armed_at: Snapshot | None = None
+        """The snapshot for which the watchdog was armed."""
 
-    def moved(self) -> str | None:
-        """The name of a bound module that is not where it was bound any more, if there is one."""
+    def moved_module(self) -> str | None:
+        """The name of the first bound module that is no more in its place in the model, None if all are."""
         return next((link.name for link in self.snapshots.links if not link.intact()), None)
 
     def now(self) -> Snapshot:
-        """The model as it is. Raises AttachError where FSDP1 has flattened a parameter that a rule needs."""
+        """The model of now. Raises AttachError where FSDP1 has flattened a parameter that a rule needs."""
         self._refuse_flattened()
         return self.snapshots.now()
 
     def expected(self) -> set[int]:
         """The ids of the model's trainable parameters that any optimizer owns."""
-        here = self.snapshots.now()
-        if self._expected is None or self._expected[0] is not here:
-            self._expected = here, owned_by_any() | self._owned
-        owned = self._expected[1]
-        return {key for key, parameter in here.parameters.items() if key in owned and parameter.requires_grad}
+        snapshot = self.snapshots.now()
+        if self._owned_now is None or self._owned_now[0] is not snapshot:
+            self._owned_now = snapshot, owned_by_any() | self._owned
+        owned = self._owned_now[1]
+        return {key for key, parameter in snapshot.parameters.items() if key in owned and parameter.requires_grad}
 
     def check_weights(self) -> None:
-        """Raise AttachError where a weight is not finite, or where FSDP1 has flattened one that a rule needs."""
+        """Raise AttachError where a weight is not finite, or FSDP1 has flattened a parameter that a rule needs."""
         self._refuse_flattened()
-        self._health.check_finite()
+        self._finite_check.check_finite()
 
     def _refuse_flattened(self) -> None:
-        # What trains such a module could not be told any more. Rules on weights refuse as they look for them.
-        for recorder in self._rules.recorders:
+        # Whether a step trains such a module could not be told any more. Rules on weights refuse by themselves.
+        for recorder in self.recorders:
             if flattened(recorder.module):
                 raise AttachError(f"a weight of {recorder.title} {FSDP1}")
 
-    def _watched(self) -> tuple[str, nn.Module, nn.Parameter] | None:
-        """The first parameter under a rule that is trained: its name, its module, itself.
+    def _parameter_to_watch(self) -> tuple[str, nn.Module, nn.Parameter] | None:
+        """The first trainable parameter under a rule: its name, its module, itself.
 
-        If there is one whose gradient is added to, it is the first of these: a backward pass is heard of before it
-        changes that.
+        One whose gradient is added to comes first: the watchdog hears of a backward pass before that changes the
+        gradient.
         """
         rules = (*self._rules.by_gradient, *self._rules.by_decay, *self._rules.on_weights)
         for block in chain.from_iterable(rule.blocks for rule in rules):
-            for leaf in block.parameters():
-                if leaf.requires_grad:
-                    return block.name, block.module, leaf
-        for recorder in self._rules.recorders:
+            for parameter in block.parameters():
+                if parameter.requires_grad:
+                    return block.name, block.module, parameter
+        for recorder in self.recorders:
             for parameter in recorder.module.parameters():
                 if parameter.requires_grad:
                     return f"a weight of {recorder.title}", recorder.module, parameter
@@ -103,30 +109,28 @@ class Engine:
 
         At an optimizer's first step, raises StepError for a weight that no optimizer owns.
         """
-        watch, groups = self.watch, program.owned.all_groups
-        if id(watch.parameter) in groups:
-            watch.accepted = watch.step_ever_seen = True
+        watchdog, groups = self.watchdog, program.owned.all_groups
+        if id(watchdog.parameter) in groups:
+            watchdog.accepted = watchdog.step_ever_seen = True
             if not acts:
-                watch.give_up()
+                watchdog.give_up()
         for recorder in self.recorders:
             if recorder.calls.last is not None or recorder.calls.records:
                 recorder.skip_step(groups)
-        if program.optimizer_seen or self._restricted or self._by_hand:
+        if self._restricted or self.stepped_by_hand or weakref.ref(optimizer) in self._optimizers_seen:
             return
-        if optimizer not in self._met:
-            if any(id(p) in groups for p in self._parameters):
-                self._refuse_unowned(program.snapshot, groups)
-            self._met.add(optimizer)
-        program.optimizer_seen = True
+        if any(id(p) in groups for p in self.parameters):
+            self._refuse_unowned(program.snapshot, groups)
+        self._optimizers_seen.add(weakref.ref(optimizer, self._optimizers_seen.discard))
 
     def _refuse_unowned(self, snapshot: Snapshot, groups: Mapping[int, Any]) -> None:
         blocks = chain.from_iterable(rule.blocks for rule in self._rules.on_weights if not rule.binding.optional)
         kept = ((block, storage) for block in blocks for storage in snapshot.storages[block])
-        trained = [(block, leaf) for block, storage in kept for leaf in storage.parameters if leaf.requires_grad]
+        trainable = [(block, p) for block, storage in kept for p in storage.parameters if p.requires_grad]
         self._owned |= set(groups)
-        if any(id(leaf) not in self._owned for _, leaf in trained):
+        if any(id(p) not in self._owned for _, p in trainable):
             self._owned |= owned_by_any()
-        names = [block.name for block, leaf in trained if id(leaf) not in self._owned]
+        names = [block.name for block, p in trainable if id(p) not in self._owned]
         if names:
             raise StepError(
                 f"no optimizer owns {listing(names)}, though its neighbours are being trained: a rule on it can never "
@@ -135,61 +139,58 @@ class Engine:
             )
 
     def at_gradients(self, step: ActiveStep) -> None:
-        """Add gradients and decay, once it is sure that nothing the document says is left out of this step."""
+        """Add gradients and decay. Raises StepError first where a rule would be left out of this step."""
         if _casts():
             with torch._C._DisableAutocast():
                 self.at_gradients(step)
             return
         step.evaluations += 1
-        leaves, jobs = step.owned.parameters, step.program.jobs
-        found = list(map(_grad, leaves))
+        parameters, jobs, failed = step.owned.parameters, step.program.jobs, self.failed_step
+        gradients = list(map(_grad, parameters))
+        all_trained = not any(map(is_, gradients, repeat(None))) and all(map(_requires_grad, parameters))
         if (
             jobs is None
-            or not jobs.usual
-            or any(map(is_, found, repeat(None)))
-            or not all(map(_requires_grad, leaves))
+            or not (jobs.usual and all_trained)
             or (step.optimizer is not None and any(map(dict.get, step.optimizer.param_groups, repeat("maximize"))))
         ):
-            jobs = self._jobs(step, found)
+            jobs = self._jobs(step, gradients, all_trained)
         step.jobs, step.trained = jobs, jobs.trained
-        if self.watch.mark.gradient is not None and step.evaluations == 1 and self.watch.mark.holds(step):
+        if failed.gradient is not None and step.evaluations == 1 and failed.is_retried_by(step):
             return  # the optimizer failed, and the step is taken again: all is in the gradients
-        if step.optimizer is None:
-            self._refuse_nothing(step)
         differentiated = torch.is_grad_enabled()
         _set_grad(False)
         try:
             if self._checks:
                 self._check(step, jobs)
             if step.index % EVERY == 0:
-                self._health.look(step.index)
-            self._add(step, jobs, found)
+                self._finite_check.look(step.index)
+            self._add(step, jobs, gradients)
         finally:
             _set_grad(differentiated)
 
-    def _jobs(self, step: ActiveStep, found: list[Tensor | None]) -> Jobs:
-        """What is to be done for those that have a gradient."""
+    def _jobs(self, step: ActiveStep, gradients: list[Tensor | None], all_trained: bool) -> Jobs:
+        """The work for the parameters that have a gradient."""
         program, owned = step.program, step.owned
         trained = owned.ids
-        if any(map(is_, found, repeat(None))) or not all(map(_requires_grad, owned.parameters)):
-            pairs = zip(owned.parameters, found, strict=True)
-            trained = frozenset(id(leaf) for leaf, gradient in pairs if gradient is not None and leaf.requires_grad)
-        up = frozenset(key for key in trained if owned.groups[key].get("maximize"))
+        if not all_trained:
+            pairs = zip(owned.parameters, gradients, strict=True)
+            trained = frozenset(id(p) for p, gradient in pairs if gradient is not None and p.requires_grad)
+        ascending = frozenset(key for key in trained if owned.groups[key].get("maximize"))
         jobs = program.jobs
-        if jobs is None or jobs.trained != trained or jobs.up != up:
-            jobs = program.jobs = Jobs(self._rules, program.snapshot, owned, trained, up)
+        if jobs is None or jobs.trained != trained or jobs.ascending != ascending:
+            jobs = program.jobs = Jobs(self._rules, program.snapshot, owned, trained, ascending)
         return jobs
 
-    def _add(self, step: ActiveStep, jobs: Jobs, found: list[Tensor]) -> None:
-        """Add gradients and decay. The first gradient is marked, so that a step that fails is known again."""
-        mark, snapshot = self.watch.mark, jobs.snapshot
+    def _add(self, step: ActiveStep, jobs: Jobs, gradients: list[Tensor]) -> None:
+        """Add gradients and decay, and remember the first gradient in case that the step fails."""
+        failed, snapshot = self.failed_step, jobs.snapshot
         rule: PenaltyRule | None = None
         complete = False
         try:
             if snapshot.cached:
                 snapshot.forget()
             for rule, work in jobs.gradients:
-                rule.add_gradient(work, step, found)
+                rule.add_gradient(work, step, gradients)
             for rule, work in jobs.decays:
                 rule.decay(work, step)
                 if snapshot.cached:
@@ -199,30 +200,22 @@ class Engine:
             assert rule is not None
             raise_named(rule, error)
         finally:
-            mark.gradient = None
-            if jobs.marked is not None:
-                mark.parameter, mark.gradient = step.owned.parameters[jobs.marked], found[jobs.marked]
-                mark.version, mark.renewed, mark.complete = mark.gradient._version, False, complete
-                mark.trained = jobs.trained
+            failed.gradient = None
+            if (first := jobs.first_changed) is not None:
+                failed.parameter, failed.gradient = step.owned.parameters[first], gradients[first]
+                failed.version, failed.renewed, failed.complete = failed.gradient._version, False, complete
+                failed.trained = jobs.trained
             if snapshot.cached:
                 snapshot.forget()  # or what was gathered would stay until the next step
 
-    def _refuse_nothing(self, step: ActiveStep) -> None:
-        self._by_hand = True
-        if not step.trained and any(p.requires_grad for p in step.program.snapshot.parameters.values()):
-            raise StepError(
-                "attachment.step() found no gradient: put the backward pass's gradients into .grad before it, for "
-                "that is where penalties are added, and what says which weights are trained"
-            )
-
     def release(self) -> None:
         """Hold no parameter and no gradient any more."""
-        self.watch.mark.parameter = self.watch.mark.gradient = self._armed = self._expected = None
+        self.failed_step.parameter = self.failed_step.gradient = self._armed_at = self._owned_now = None
         self.snapshots.release()
 
     @plain
     def value(self, step: ActiveStep) -> Tensor:
-        """The value of what `at_gradients` added to gradients."""
+        """The sum of the penalties of which `at_gradients` has added the gradients.  -> ()."""
         snapshot = self.snapshots.fresh()
         terms = [rule.trained_value(step) for rule in self._rules.by_gradient]
         snapshot.forget()
@@ -230,36 +223,35 @@ class Engine:
         return total([term for term in terms if term is not None], device)
 
     def after(self, step: ActiveStep) -> None:
-        """Proximal operators, then constraints in the document's order."""
-        watch, jobs = self.watch, step.jobs
-        watch.mark.parameter = watch.mark.gradient = None
+        """Apply proximal operators, then constraints in the document's order."""
+        watchdog, jobs = self.watchdog, step.jobs
+        self.failed_step.parameter = self.failed_step.gradient = None
         if jobs is None:  # the optimizer never called its closure
             return
-        if step.optimizer is None and id(watch.parameter) in step.groups:
-            watch.accepted = watch.step_ever_seen = True
-        if self._armed is not jobs.snapshot or watch.parameter is None or not watch.parameter.requires_grad:
-            self._armed = jobs.snapshot
-            watch.arm()
+        if self._armed_at is not jobs.snapshot or watchdog.parameter is None or not watchdog.parameter.requires_grad:
+            self._armed_at = jobs.snapshot
+            watchdog.arm()
         # First of all: whatever fails below, the step is taken.
         if jobs.recorders:
             settle(jobs.recorders)
-        for recorder in jobs.apart:
+        for recorder in jobs.untrained_recorders:
             if jobs.trained and recorder.frozen:
                 recorder.ledger.settle(jobs.trained)
-        for rule, trained in jobs.losses:
+        for rule, trained in jobs.by_loss:
             rule.ledger.settle(trained)
-        if jobs.moves:
-            self._move(step, jobs)
+        if jobs.proximal or jobs.projections:
+            self._project(step, jobs)
 
-    def _move(self, step: ActiveStep, jobs: Jobs) -> None:
+    def _project(self, step: ActiveStep, jobs: Jobs) -> None:
+        """Apply proximal operators and constraints to the weights that the update has changed."""
         if not jobs.snapshot.holds():  # a hook of the optimizer's own may have put new parameters in the place of old
-            jobs = Jobs(self._rules, self.snapshots.now(), step.owned, jobs.trained, jobs.up)
+            jobs = Jobs(self._rules, self.snapshots.now(), step.owned, jobs.trained, jobs.ascending)
         snapshot, differentiated = jobs.snapshot, torch.is_grad_enabled()
         _set_grad(False)
         rule: WeightRule | None = None
         try:
             if snapshot.cached:
-                snapshot.forget()  # the update has changed them, and may have read them
+                snapshot.forget()  # the update has changed the weights, and may have read some
             for rule, work in jobs.proximal:
                 rule.shrink(work, step)
                 if snapshot.cached:
@@ -277,16 +269,16 @@ class Engine:
             _set_grad(differentiated)
 
     def _check(self, step: ActiveStep, jobs: Jobs) -> None:
-        """Raise StepError where something that the document says would be left out of this step."""
+        """Raise StepError where a rule would be left out of this step."""
         for binding in self._counting:
             binding.refuse_capture(step.index)
-        if jobs.apart or not all_in_the_loss(jobs.recorders):
+        if jobs.untrained_recorders or not all_in_the_loss(jobs.recorders):
             trained = dict(jobs.recorders)
-            trained.update((one, jobs.trained) for one in jobs.apart if one.frozen)
+            trained.update((one, jobs.trained) for one in jobs.untrained_recorders if one.frozen)
             for activity in self._rules.activities:
                 activity.verify_consumed(trained)
-        for rule, mine in jobs.losses:
-            reason = rule.ledger.missing(mine)
+        for rule, ids in jobs.by_loss:
+            reason = rule.ledger.missing(ids)
             if reason is not None:
                 raise StepError(f"{rule.binding.label} {reason}")
         for rule, work in (*jobs.proximal, *jobs.decays):

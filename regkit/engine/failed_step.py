@@ -1,4 +1,4 @@
-"""The mark of a step that may fail: what was added to gradients is in them until backward passes make new ones."""
+"""Steps that fail: the penalties that a step has added to gradients stay there until a backward pass renews these."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from regkit.runtime.step import Step
 
 
 class FailedStep:
-    """That gradients hold what a step added to them: the first of them, as it was then. gradient: None where none do.
+    """The memory that a step has added penalties to gradients, so that a retry after a failure adds none twice.
 
-    complete: whether all was added, or something failed before. version: the gradient's, then. trained: the parameters
-    whose gradients they are.
+    The first gradient that was added to stands for all.
+
+    parameter: the parameter of that gradient.
+    gradient: the gradient; None where no gradient holds penalties.
+    complete: whether all penalties were added, or something failed before.
+    renewed: whether a backward pass has made the gradient anew.
+    version: the gradient's version once penalties were added.
+    trained: the ids of the parameters that the step trained.
     """
 
     parameter: nn.Parameter | None = None
@@ -21,20 +27,25 @@ class FailedStep:
     version = 0
     trained: frozenset[int] = frozenset()
 
-    def passed(self) -> None:
-        """A backward pass is about to reach it: it makes a new gradient if that was zeroed, and else adds to it."""
+    def gradients_final(self) -> None:
+        """Remember the gradient as of now: others may have changed the numbers since the penalties were added."""
+        if self.gradient is not None:
+            self.version, self.renewed = self.gradient._version, False
+
+    def backward_begins(self) -> None:
+        """Note that a backward pass reaches the gradient: a zeroed one is made anew by that, any other is added to."""
         if self.gradient is not None and self.gradient._version != self.version:
             self.renewed = True
 
-    def holds(self, step: Step) -> bool:
-        """Whether this step has these very gradients again. Raises StepError where they are no more what they were."""
-        leaf, gradient = self.parameter, self.gradient
+    def is_retried_by(self, step: Step) -> bool:
+        """Whether a step finds its penalties in the gradients already. Raises StepError where that holds for a part."""
+        parameter, gradient = self.parameter, self.gradient
         if (
-            leaf is None
+            parameter is None
             or gradient is None
-            or leaf.grad is not gradient
+            or parameter.grad is not gradient
             or self.renewed
-            or id(leaf) not in step.trained
+            or id(parameter) not in step.trained
         ):
             return False
         if self.complete and gradient._version == self.version and self.trained == step.trained:

@@ -1,4 +1,4 @@
-"""Whether the weights under rules are finite, looked at now and then: a NaN is told with its name."""
+"""Finiteness of the weights under rules: a NaN or an infinite number is an error that names the weight."""
 
 from __future__ import annotations
 
@@ -14,39 +14,41 @@ from regkit.runtime.sharding import everywhere, local, sharded
 from regkit.weights.snapshot import Snapshots
 
 EVERY: Final = 64
-"""Steps between two looks. Each reads every weight once and, on a GPU, waits for it."""
+"""Steps between two checks. Each check reads every weight once and, on a GPU, waits for the result."""
 
 
 class FiniteCheck:
-    """Looks at weights when rules are attached, before the first step, and before every 64th."""
+    """The check that weights are finite: when rules are attached, before the first step, and before every 64th."""
 
     def __init__(self, snapshots: Snapshots) -> None:
         self._snapshots = snapshots
-        self._looked = -1
+        self._last = -1
+        """The step before which weights were last checked."""
 
     def check_finite(self) -> None:
         """Raise AttachError where a weight is not finite."""
-        if names := self._sick():
+        if names := self._not_finite_names():
             raise AttachError(f"NaN or infinite numbers in {names}: initialize or load weights before regkit.attach()")
 
     def look(self, index: int) -> None:
-        """Look, once for each step. Raises StepError where a weight is not finite."""
-        if index == self._looked or is_capturing():  # several optimizers may take one step together
+        """Check before a step, once for each. Raises StepError where a weight is not finite."""
+        if index == self._last or is_capturing():  # several optimizers may take one step together
             return
-        if names := self._sick():
+        if names := self._not_finite_names():
             raise StepError(f"NaN or infinite numbers in {names} before step {index}; training has come apart")
-        self._looked = index
+        self._last = index
 
-    def _sick(self) -> str | None:
-        """The names of what is not finite."""
+    def _not_finite_names(self) -> str | None:
+        """The names of the weights that are not finite, as a phrase; None where all are finite."""
         alike: dict[Hashable, list[tuple[str, Tensor]]] = {}
         for name, weight in self._weights():
             mesh = weight.device_mesh if sharded(weight) else None
             alike.setdefault((weight.dtype, weight.device, mesh), []).append((name, weight))
-        bad = [name for named in alike.values() for name in _not_finite(named)]
-        return listing(bad) if bad else None
+        names = [name for named in alike.values() for name in _not_finite(named)]
+        return listing(names) if names else None
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each weight under a rule, once, with the weight's name."""
         snapshot = self._snapshots.fresh()
         blocks = {(block.site.path, block.site.parameters): block for block in snapshot.storages}
         for block in blocks.values():
@@ -58,9 +60,10 @@ class FiniteCheck:
 
 
 def _not_finite(named: Sequence[tuple[str, Tensor]]) -> Iterator[str]:
-    """The names of those that are not finite, of weights of one dtype on one device, or one mesh.
+    """The names of the weights that are not finite, of weights of one dtype on one device, or one mesh.
 
-    Each process looks at what it holds, and all come to the same: one that raised alone would leave the others waiting.
+    Each process looks at its own shards, and all come to the same result: a process that raised alone would leave the
+    others waiting.
     """
     first = named[0][1]
     parts = [local(weight) for _, weight in named]

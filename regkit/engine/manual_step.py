@@ -1,29 +1,78 @@
-"""Steps that no torch optimizer makes."""
+"""Optimizer steps that no torch optimizer makes."""
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from regkit.engine.program import ActiveStep
-from regkit.engine.tracker import StepTracker
+from regkit.engine.program import ActiveStep, Program
+from regkit.engine.tracker import StepTracker, replaced
+from regkit.errors import StepError
+from regkit.runtime.modes import uncompiled
+from regkit.runtime.sharding import reshard
+from regkit.runtime.step import OwnedParameters
 
 
 @dataclass(eq=False)
 class ManualStep:
-    """The context of an update that no torch optimizer makes: what is before and after a step is done around it.
+    """A context around an update of weights that no torch optimizer makes: entering and leaving do a step's work.
 
-    lr: what proximal and decoupled rules multiply by.
+    tracker: of the attachment.
+    lr: the learning rate, which proximal and decoupled rules multiply by.
     """
 
-    hooks: StepTracker
+    tracker: StepTracker
     lr: float | Tensor | None
     step: ActiveStep | None = None
 
     def __enter__(self) -> None:
-        self.step = self.hooks.begin_by_hand(self.lr)
+        self.step = self._begin()
+
+    @uncompiled
+    def _begin(self) -> ActiveStep:
+        """Check, and add to gradients. Raises StepError within a step, and where there is no gradient."""
+        tracker, engine = self.tracker, self.tracker.engine
+        running = tracker.running_steps()
+        if running:
+            raise StepError("attachment.step() was entered within a step")
+        model = engine.model()
+        if model is not None:
+            reshard(model)
+        moved = engine.moved_module()
+        if moved is not None:
+            raise replaced(moved)
+        snapshot = engine.now()
+        parameters = snapshot.parameters
+        tracker.count.keep(parameters)
+        owned = OwnedParameters(parameters, dict.fromkeys(parameters, {} if self.lr is None else {"lr": self.lr}))
+        program = Program(None, snapshot, owned)
+        step = ActiveStep(None, owned, None, False, tracker.count.index(owned.ids), None, program=program)
+        engine.stepped_by_hand = True
+        trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        if trainable and all(parameter.grad is None for parameter in trainable):
+            raise StepError(
+                "attachment.step() found no gradient: put the backward pass's gradients into .grad before it, for "
+                "that is where penalties are added, and what says which weights are trained"
+            )
+        engine.at_gradients(step)
+        engine.failed_step.gradients_final()
+        running.append(step)
+        tracker.open_steps.add(weakref.ref(step, tracker.open_steps.discard))
+        return step
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        assert self.step is not None
-        self.hooks.end_by_hand(self.step, failed=kind is not None)
+        """End the step. Where the update failed nothing is done and counted, as where an optimizer fails."""
+        tracker, step = self.tracker, self.step
+        assert step is not None
+        tracker.running_steps()  # ends the steps that raised in the update
+        tracker.leave(step)
+        if kind is None:
+            watchdog = tracker.engine.watchdog
+            if id(watchdog.parameter) in step.groups:
+                watchdog.accepted = watchdog.step_ever_seen = True
+            try:
+                tracker.engine.after(step)
+            finally:
+                tracker.count.advance(step.owned.ids)

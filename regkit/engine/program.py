@@ -1,4 +1,4 @@
-"""What an optimizer's steps do to a model: worked out once, as lists that are gone through at each step.
+"""The work of an optimizer's steps on a model: worked out once, as lists that each step goes through.
 
 Between two steps the forward and backward passes drive Python's own code and objects out of the processor's caches, and
 a function that takes 0.1 µs in a loop of its own takes 1 to 2 µs in training. So a step asks as few as can be.
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import is_, itemgetter
 
-from torch import nn
 from torch.optim import Optimizer
 
 from regkit.recording.recorder import Recorder
@@ -24,50 +23,50 @@ from regkit.runtime.step import OwnedParameters, Step
 from regkit.weights.snapshot import Snapshot
 
 Acts = list[tuple[PenaltyRule, Work]]
-"""Rules, and all that each acts on."""
+"""Rules, each with the blocks to act on."""
 
 _params = itemgetter("params")
 
 
 class Jobs:
-    """What is done where these parameters are trained: what each rule acts on, in the order in which they do.
+    """The work of a step that trains certain parameters: rules with the blocks to act on, in the order of acting.
 
-    up: of the trained ones, those that their optimizer moves up the gradient. usual: whether all that the optimizer
-    owns are trained, and none up. moves: whether anything is done behind the update. marked: the number, among what the
-    optimizer owns, of the first parameter whose gradient is added to. losses, recorders: what is trained of each;
-    apart: the recorders of which nothing is.
+    trained: the ids of the parameters that the step trains.
+    ascending: of these, the ids of those that the optimizer moves up the gradient.
+    usual: whether all parameters that the optimizer owns are trained, and none ascends.
+    first_changed: the number, among the owned parameters, of the first one whose gradient is added to.
+    by_loss: the rules via loss, each with the ids of its parameters that are trained.
+    recorders: of modules that are trained, each with the ids of its parameters that are.
+    untrained_recorders: all others.
     """
 
     def __init__(
         self, rules: RuleSet, snapshot: Snapshot, owned: OwnedParameters, trained: frozenset[int], up: frozenset[int]
     ) -> None:
-        self.snapshot, self.trained, self.up = snapshot, trained, up
+        self.snapshot, self.trained, self.ascending = snapshot, trained, up
         self.usual = trained is owned.ids and not up
-        numbers = {id(leaf): number for number, leaf in enumerate(owned.parameters)}
+        numbers = {id(parameter): number for number, parameter in enumerate(owned.parameters)}
         self.gradients = _busy((rule, rule.work(snapshot, trained, numbers, up)) for rule in rules.by_gradient)
         self.decays = _busy((rule, rule.work(snapshot, trained)) for rule in rules.by_decay)
         self.proximal = _busy((rule, rule.work(snapshot, trained)) for rule in rules.by_prox)
         self.projections: list[tuple[ConstraintRule, Work]] = [
             (rule, rule.work(snapshot, trained)) for rule in rules.constraints
         ]
-        self.moves = bool(self.proximal or self.projections)
-        changed = (numbers[id(leaf)] for rule in (*rules.by_gradient, *rules.by_decay) for leaf in self._of(rule))
-        self.marked = next(changed, None)
-        self.losses = [
-            (rule, mine) for rule in rules.by_loss if (mine := frozenset(id(leaf) for leaf in self._of(rule)))
-        ]
+        changed = (numbers[key] for rule in (*rules.by_gradient, *rules.by_decay) for key in self._trained_by(rule))
+        self.first_changed = next(changed, None)
+        self.by_loss = [(rule, ids) for rule in rules.by_loss if (ids := frozenset(self._trained_by(rule)))]
         self.recorders: list[tuple[Recorder, frozenset[int]]] = []
-        self.apart: list[Recorder] = []
+        self.untrained_recorders: list[Recorder] = []
         for recorder in rules.recorders:
-            if mine := trained.intersection(map(id, recorder.parameters)):
-                self.recorders.append((recorder, mine))
+            if ids := trained.intersection(map(id, recorder.parameters)):
+                self.recorders.append((recorder, ids))
             else:  # trained elsewhere, or not at all: that may change at any time
-                self.apart.append(recorder)
+                self.untrained_recorders.append(recorder)
 
-    def _of(self, rule: PenaltyRule) -> Iterator[nn.Parameter]:
-        """The trained parameters of a rule."""
+    def _trained_by(self, rule: PenaltyRule) -> Iterator[int]:
+        """The ids of the parameters of a rule that are trained."""
         storages = chain.from_iterable(self.snapshot.storages[block] for block in rule.blocks)
-        return (leaf for storage in storages for leaf in storage.parameters if id(leaf) in self.trained)
+        return (id(p) for storage in storages for p in storage.parameters if id(p) in self.trained)
 
 
 def _busy(acts: Iterable[tuple[PenaltyRule, Work]]) -> Acts:
@@ -75,9 +74,11 @@ def _busy(acts: Iterable[tuple[PenaltyRule, Work]]) -> Acts:
 
 
 class Program:
-    """What the steps of one optimizer do to the model of one snapshot.
+    """The work of one optimizer's steps on the model of one snapshot.
 
-    jobs: those of its last step. optimizer_seen: whether what is asked of an optimizer at its first step was asked.
+    optimizer: None for a manual step.
+    owned: the parameters of the optimizer that are the model's; left out, they are found.
+    jobs: of the last step.
     """
 
     def __init__(self, optimizer: Optimizer | None, snapshot: Snapshot, owned: OwnedParameters | None = None) -> None:
@@ -90,14 +91,13 @@ class Program:
             owned = OwnedParameters(snapshot.parameters, group_of)
         self.owned = owned
         self.jobs: Jobs | None = None
-        self.optimizer_seen = False
         self._optimizer: weakref.ref[Optimizer] | None = None
         if optimizer is not None:
             key, programs = id(optimizer), snapshot.programs
             self._optimizer = weakref.ref(optimizer, lambda _: programs.pop(key, None))
 
     def holds(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer has the parameters that it had, in the same groups, and the model, too."""
+        """Whether the optimizer has the parameters and groups that the program was made for, and the model has, too."""
         groups = optimizer.param_groups
         return (
             self._optimizer is not None
@@ -113,7 +113,8 @@ class Program:
 class ActiveStep(Step):
     """A step that runs.
 
-    program: what the optimizer's steps do. jobs: those of this one, once gradients are complete.
+    program: the work of the optimizer's steps.
+    jobs: the work of this step, once gradients are complete.
     """
 
     program: Program

@@ -1,9 +1,9 @@
-"""The steps of an attachment: which optimizer steps are its own, when gradients are complete, and at what scale.
+"""Optimizer steps: which ones are the attachment's, when gradients are complete, and at which loss scale.
 
-Every step of every optimizer in the process is heard of. One is acted on where its optimizer owns parameters of ours,
-found anew at each step. Where optimizers wrap one another, both are heard of: the outermost that owns a parameter owns
-its step. Under `step(closure)` a step is heard of before the backward pass, so the closure is wrapped and the work done
-behind it.
+Every step of every optimizer in the process is seen. The attachment acts in a step if the optimizer owns parameters of
+the model, looked up anew at each step. Where optimizers wrap one another, each is seen: the outermost that owns a
+parameter owns the parameter's step. Under `step(closure)` a step is seen before the backward pass, so the closure is
+wrapped and the work done behind it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from regkit.engine.engine import Engine
 from regkit.engine.program import ActiveStep, Program
 from regkit.errors import AttachError, StepError
 from regkit.runtime.modes import uncompiled
+from regkit.runtime.optimizer_hooks import Listener
 from regkit.runtime.sharding import distributed, reshard, sharded
-from regkit.runtime.step import OwnedParameters, StepCount
+from regkit.runtime.step import StepCount
 
 
 class _Thread(threading.local):
@@ -35,62 +36,71 @@ class _Thread(threading.local):
         self.running: list[ActiveStep] = []
 
 
-class StepTracker:
-    """The optimizer steps of one attachment: hears of all, and acts on its own."""
+class StepTracker(Listener):
+    """The listener of one attachment: sees every optimizer step, and has the engine act in the attachment's.
+
+    optimizers: those to act in the steps of; None: all.
+    count: of the attachment's steps.
+    open_steps: the steps that may be running, in any thread.
+    """
 
     def __init__(self, engine: Engine, optimizers: Iterable[Optimizer] | None) -> None:
         self.count = StepCount()
-        self._engine = engine
+        self.engine = engine
+        self.gradients_final = engine.failed_step.gradients_final
         self._only = None if optimizers is None else weakref.WeakSet(optimizers)
         self._thread = _Thread()
-        self.open: set[weakref.ref[ActiveStep]] = set()
+        self.open_steps: set[weakref.ref[ActiveStep]] = set()
+        engine.watchdog.open_steps, engine.watchdog.step_runs = self.open_steps, self.step_runs
 
-    def _running(self, frame: FrameType) -> list[ActiveStep]:
-        """The steps that this thread is in, outermost first.
+    def running_steps(self, new: tuple[int, CodeType] | None = None) -> list[ActiveStep]:
+        """The steps that this thread is in, outermost first. Steps that have raised are ended before.
 
-        A step that raised never ends, and would claim its parameters for ever. It is told by its frame: one that is
-        not on the stack any more is over. `attachment.step()` has none, and always ends. A frame is told by its id and
-        code, for to hold it would keep a batch alive; `before` sees to it that no new one is taken for it.
+        A step that raised never ends by itself, and would claim its parameters for ever. A step whose frame is not on
+        the stack any more is over; a manual step has no frame, and always ends. A frame is known by its id and code,
+        for to hold it would keep a batch alive.
+
+        new: the frame of a step to come, which may be where the frame of a step that raised has been.
         """
         running = self._thread.running
         if running:
-            on_stack = set()
-            above: FrameType | None = frame
-            while above is not None:
-                on_stack.add(_key(above))
-                above = above.f_back
-            self._end(running, lambda step: step.frame is not None and step.frame not in on_stack)
+            on_stack: set[tuple[int, CodeType] | None] = set()
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None:
+                on_stack.add((id(frame), frame.f_code))
+                frame = frame.f_back
+            on_stack.discard(new)
+            for step in [step for step in running if step.frame is not None and step.frame not in on_stack]:
+                self.leave(step)
         return running
 
-    def _end(self, running: list[ActiveStep], over: Callable[[ActiveStep], bool]) -> None:
-        for step in [step for step in running if over(step)]:
-            self._leave(running, step)
-
-    def _leave(self, running: list[ActiveStep], step: ActiveStep) -> None:
-        if step in running:  # or it was entered in another thread, as asynchronous code may
-            running.remove(step)
-        self.open.discard(weakref.ref(step))
+    def leave(self, step: ActiveStep) -> None:
+        """Take a step for ended, whether done or failed."""
+        if step in self._thread.running:  # or it was entered in another thread, as asynchronous code may
+            self._thread.running.remove(step)
+        self.open_steps.discard(weakref.ref(step))
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
-        """Begin a step, if it is one of the attachment's."""
-        engine = self._engine
+        """Begin a step that the attachment acts in. Returns the arguments with the closure wrapped, if there is one."""
+        engine = self.engine
         model = engine.model()  # or it could be collected while its parameters are looked at
         if model is None:
             return None
         running, key, count = self._thread.running, (id(frame), frame.f_code), self.count
-        if running:  # a step that raised may be among them, whose frame has been where this one's is now
-            self._end(self._running(frame), lambda step: step.frame == key)
+        if running:
+            self.running_steps(key)
         last = engine.snapshots.last
         program = None if last is None else last.programs.get(id(optimizer))
         if program is None or not program.holds(optimizer):
             program = self._program(model, optimizer)
             if program is None:
                 return None
-        acts = self._only is None or not program.owned.groups or self._concerns(optimizer)
-        program = self._within(running, program, optimizer) if running else program
-        owned = program.owned
-        if not running:
+        acts = self._only is None or not program.owned.groups or self._is_acted_for(optimizer)
+        if running:
+            program = _within(running, program, optimizer)
+        else:
             engine.step_seen(optimizer, program, acts)
+        owned = program.owned
         if not owned.groups or not acts:
             return None
         # Both attributes are set by GradScaler around the step of an optimizer that unscales by itself, and only there.
@@ -99,32 +109,23 @@ class StepTracker:
         index = count.count if count.stepped is owned.ids else count.index(owned.ids)
         skipped = found_inf is not None and bool(found_inf)
         step = ActiveStep(optimizer, owned, scale, skipped, index, key, program=program)
-        given = self._around(step, args, kwargs) if kwargs or len(args) > 1 else None
+        given = None if skipped or not (kwargs or len(args) > 1) else _wrapped(engine, step, args, kwargs)
         if given is None and not skipped:
             engine.at_gradients(step)
         running.append(step)
-        self.open.add(weakref.ref(step, self.open.discard))  # as a WeakSet, which is Python and slow
+        self.open_steps.add(weakref.ref(step, self.open_steps.discard))  # as a WeakSet, which is Python and slow
         return given
 
-    def _around(self, step: ActiveStep, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Arguments with the work of the step behind their closure; None where there is no closure, or no work."""
-        closure, put_back = _closure(args, kwargs)
-        return None if closure is None or step.skipped else put_back(_Closure(self, step, closure))
-
-    def _within(self, running: Iterable[ActiveStep], program: Program, optimizer: Optimizer) -> Program:
-        """What a step does that runs within others, to whom what they have in common belongs."""
-        owned = program.owned
-        for outer in running:
-            owned = owned.without(outer.groups)
-        return Program(optimizer, program.snapshot, owned)
-
     def _program(self, model: nn.Module, optimizer: Optimizer) -> Program | None:
-        """What an optimizer's steps do; None where the model is not what it was, and is not trained by it either."""
+        """The work of an optimizer's steps on the model of now; None if a bound module has moved.
+
+        Raises AttachError if a bound module has moved and the optimizer trains the model.
+        """
         if distributed() and any(sharded(p) for group in optimizer.param_groups for p in group["params"]):
             reshard(model)  # or what it owns might not be in the model at the moment
-        moved = self._engine.moved()
+        moved = self.engine.moved_module()
         if moved is None:
-            snapshot = self._engine.now()
+            snapshot = self.engine.now()
             self.count.keep(snapshot.parameters)
             program = snapshot.programs.get(id(optimizer))
             if program is None or not program.holds(optimizer):
@@ -132,108 +133,72 @@ class StepTracker:
             return program
         owned_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(p) in owned_ids for p in model.parameters()):
-            raise _replaced(moved)
+            raise replaced(moved)
         return None
 
-    def _concerns(self, optimizer: Optimizer) -> bool:
-        """Whether the attachment was restricted to this optimizer."""
+    def _is_acted_for(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer is one that the attachment is restricted to. Raises StepError where all are gone."""
         assert self._only is not None
         if not self._only:
             raise StepError("the optimizer that attach(optimizer=...) was restricted to is gone; attach anew")
         return optimizer in self._only
 
     def upcoming(self) -> int:
-        """The number of the step to come, for what is computed before it is known who makes it."""
-        return self.count.upcoming(self._engine.expected) if self.count.stepped else self.count.count
-
-    def gradients_final(self) -> None:
-        """Whatever else is done before the step is done."""
-        mark = self._engine.watch.mark
-        if mark.gradient is not None:
-            mark.version, mark.renewed = mark.gradient._version, False
+        """The number of the step to come, before the optimizer that makes the step is known."""
+        return self.count.upcoming(self.engine.expected)
 
     def after(self, frame: FrameType) -> None:
-        """End the step of this frame, if it was ours. Another step of the same optimizer may run within it."""
+        """End the step of a frame that the attachment acts in. Another of the same optimizer may run within."""
         running, key = self._thread.running, (id(frame), frame.f_code)
         if running and running[-1].frame != key:
-            running = self._running(frame)
+            self.running_steps()
         if running and running[-1].frame == key:
             step = running.pop()
-            self.open.discard(weakref.ref(step))
+            self.open_steps.discard(weakref.ref(step))
             count, ids = self.count, step.owned.ids
             if not step.skipped:
                 try:
-                    self._engine.after(step)
-                finally:  # whatever fails behind it, the weights are updated
+                    self.engine.after(step)
+                finally:  # whatever fails behind the update, the weights are updated
                     if count.stepped is ids and not count.history:
                         count.count += 1
                     else:
                         count.advance(ids)
 
-    def inside(self) -> bool:
-        """Whether a step that the attachment acts in is running, in whatever thread: backward passes have their own."""
-        if not self.open:
-            return False
-        self._running(sys._getframe(1))  # which closes those that are over
-        return len(self.open) > 0
-
-    @uncompiled
-    def begin_by_hand(self, lr: float | Tensor | None) -> ActiveStep:
-        """Begin a step that no optimizer makes."""
-        running = self._running(sys._getframe(1))
-        if running:
-            raise StepError("attachment.step() was entered within a step")
-        model = self._engine.model()
-        if model is not None:
-            reshard(model)
-        moved = self._engine.moved()
-        if moved is not None:
-            raise _replaced(moved)
-        group = {} if lr is None else {"lr": lr}
-        snapshot = self._engine.now()
-        here = snapshot.parameters
-        self.count.keep(here)
-        owned = OwnedParameters(here, dict.fromkeys(here, group))
-        program = Program(None, snapshot, owned)
-        step = ActiveStep(None, owned, None, False, self.count.index(owned.ids), None, program=program)
-        self._engine.at_gradients(step)
-        self.gradients_final()
-        running.append(step)
-        self.open.add(weakref.ref(step, self.open.discard))
-        return step
-
-    def end_by_hand(self, step: ActiveStep, failed: bool) -> None:
-        """End it. Where the update failed nothing is done and counted, as where an optimizer fails."""
-        self._leave(self._running(sys._getframe(1)), step)
-        if not failed:
-            try:
-                self._engine.after(step)
-            finally:
-                self.count.advance(step.owned.ids)
+    def step_runs(self) -> bool:
+        """Whether a step that the attachment acts in is running, in any thread: backward passes have their own."""
+        if self.open_steps:
+            self.running_steps()  # ends those that have raised
+        return bool(self.open_steps)
 
 
-def _key(frame: FrameType) -> tuple[int, CodeType]:
-    return id(frame), frame.f_code
-
-
-def _replaced(name: str) -> AttachError:
+def replaced(name: str) -> AttachError:
+    """The error that a module is no more in its place in the model."""
     return AttachError(f"the module {name!r} was replaced or removed after attach(); detach(), attach anew")
 
 
-def _closure(args: Any, kwargs: Any) -> tuple[Callable[[], Any] | None, Callable[[Any], tuple[Any, Any]]]:
-    """The closure in the arguments of `step`, whose first is the optimizer, and how to put another in its place."""
+def _within(running: Iterable[ActiveStep], program: Program, optimizer: Optimizer) -> Program:
+    """The work of a step within others, less the parameters that an outer step owns."""
+    owned = program.owned
+    for outer in running:
+        owned = owned.without(outer.groups)
+    return Program(optimizer, program.snapshot, owned)
+
+
+def _wrapped(engine: Engine, step: ActiveStep, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """The arguments of `optimizer.step`, with the closure wrapped; None where there is none. args[0]: the optimizer."""
     if callable(kwargs.get("closure")):
-        return kwargs["closure"], lambda new: (args, {**kwargs, "closure": new})
+        return args, {**kwargs, "closure": _Closure(engine, step, kwargs["closure"])}
     if len(args) > 1 and callable(args[1]):
-        return args[1], lambda new: ((args[0], new, *args[2:]), kwargs)
-    return None, lambda new: (args, kwargs)
+        return (args[0], _Closure(engine, step, args[1]), *args[2:]), kwargs
+    return None
 
 
 @dataclass(eq=False)
 class _Closure:
-    """A training closure with the work of a step behind it."""
+    """A training closure, and the work of a step behind the closure."""
 
-    hooks: StepTracker
+    engine: Engine
     step: ActiveStep
     closure: Callable[[], Any]
 
@@ -242,14 +207,14 @@ class _Closure:
 
     @uncompiled
     def _behind(self, loss: Any) -> Any:
-        """Do the work. A line search gets the loss that goes with the gradients."""
-        step, engine = self.step, self.hooks._engine
+        """Do the work of the step. Returns the loss that goes with the gradients, which a line search needs."""
+        step, engine = self.step, self.engine
         if not step.program.snapshot.holds():
             snapshot = engine.now()
             step.owned = step.owned.restrict_to_parameters(snapshot.parameters)
             step.program = Program(step.optimizer, snapshot, step.owned)
         engine.at_gradients(step)
-        self.hooks.gradients_final()
+        engine.failed_step.gradients_final()
         if isinstance(step.optimizer, torch.optim.LBFGS) and loss is not None:
             with torch.no_grad():
                 return loss + engine.value(step)

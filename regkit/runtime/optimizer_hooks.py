@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,18 +22,21 @@ from torch.utils.hooks import RemovableHandle
 from regkit.runtime.modes import compiler, is_dynamo_compiling, uncompiled
 
 
-class Listener(Protocol):
-    """What wants to see optimizer steps. frame: of the step, the same before and after it."""
+class Listener:
+    """An object that sees every optimizer step, and by default does nothing.
+
+    frame: of the step, the same before and after the step.
+    """
+
+    gradients_final: Callable[[], None] | None = None
+    """Called once each of several listeners has done all that is done before the step, if not None."""
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
-        """A step begins. Returns the arguments to go on with, None for those given."""
-
-    @property
-    def gradients_final(self) -> Callable[[], None] | None:
-        """Hears that every one of several listeners has done what it does before the step."""
+        """Begin a step. Returns the arguments to go on with, None for those given."""
+        return None
 
     def after(self, frame: FrameType) -> None:
-        """A step has ended without an error."""
+        """End a step that has raised no error."""
 
 
 _listeners: tuple[Listener, ...] = ()

@@ -289,7 +289,7 @@ def test_the_watch_costs_next_to_nothing():
     called(everywhere)
     assert 0 < called(OURS) <= 6
     armed = called(everywhere)
-    attachment._watch.disarm()
-    attachment._watch._off = True
+    attachment._watchdog.disarm()
+    attachment._watchdog._off = True
     assert called(OURS) == 0
     assert 0 < armed - called(everywhere) <= 8

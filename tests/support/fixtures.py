@@ -22,9 +22,8 @@ def isolation() -> Iterator[None]:
     """The same random numbers for each test, and no attachment left over from the one before."""
     torch.manual_seed(0)
     yield
-    for attachments in list(attachment_room._attached.values()):
-        for attachment in list(attachments):
-            attachment.detach()
+    for attachment in list(attachment_room._attached):
+        attachment.detach()
     # For modules of models that are gone, and that no collection has reached yet:
     for listener in optimizer_hooks._listeners:
         optimizer_hooks.remove_listener(listener)
