@@ -40,13 +40,13 @@ def restore(saved: Mapping[str, Any], count: StepCount, rules: RuleSet, model: n
     fits = type(steps) is int and steps >= 0 and isinstance(stepped, list) and isinstance(due, Mapping)
     if not fits or len(saved) != 4:
         raise ValueError(f"not a state of an attachment: {dict(saved)!r}")
-    here = {name: id(parameter) for name, parameter in _named(model)} if stepped else {}
+    ids = {name: id(parameter) for name, parameter in _named(model)} if stepped else {}
     blocks = {rule.binding.key: {block.name for block in rule.blocks} for rule in rules.constraints}
-    missing = [name for name in stepped if name not in here]
+    missing = [name for name in stepped if name not in ids]
     missing += [name for key, names in due.items() for name in names if name not in blocks.get(key, ())]
     if missing:
         raise ValueError(f"the state is of another model or document: it is about {listing(missing)}")
-    count.restore(steps, (here[name] for name in stepped))
+    count.restore(steps, (ids[name] for name in stepped))
     for rule in rules.constraints:
         rule.restore(steps, due.get(rule.binding.key, ()))
 

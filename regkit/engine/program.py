@@ -22,9 +22,6 @@ from regkit.rules.weight_rule import Work
 from regkit.runtime.step import OwnedParameters, Step
 from regkit.weights.snapshot import Snapshot
 
-Acts = list[tuple[PenaltyRule, Work]]
-"""Rules, each with the blocks to act on."""
-
 _params = itemgetter("params")
 
 
@@ -69,7 +66,8 @@ class Jobs:
         return (id(p) for storage in storages for p in storage.parameters if id(p) in self.trained)
 
 
-def _busy(acts: Iterable[tuple[PenaltyRule, Work]]) -> Acts:
+def _busy(acts: Iterable[tuple[PenaltyRule, Work]]) -> list[tuple[PenaltyRule, Work]]:
+    """The rules that have a block to act on, each with all such blocks."""
     return [(rule, work) for rule, work in acts if work.batches or work.lone]
 
 

@@ -86,10 +86,8 @@ def answers() -> Iterator[Callable[[], list[str]]]:
 
     def ask(*given: Any) -> bool:
         asked.append(sys._getframe(1).f_globals["__name__"].removeprefix("regkit."))
-        return asked[-1] not in (
-            "engine.tracker",
-            "rules.penalty_rule",
-        )  # these ask whether infinity was found, whether rates differ
+        # These ask whether infinity was found, whether rates differ.
+        return asked[-1] not in ("engine.tracker", "rules.penalty_rule")
 
     def taken() -> list[str]:
         found = list(asked)
