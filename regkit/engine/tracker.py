@@ -95,7 +95,7 @@ class StepTracker(Listener):
             program = self._program(model, optimizer)
             if program is None:
                 return None
-        acts = self._only is None or not program.owned.groups or self._is_acted_for(optimizer)
+        acts = self._only is None or not program.owned.groups or self._acts_for(optimizer)
         if running:
             program = _within(running, program, optimizer)
         else:
@@ -136,7 +136,7 @@ class StepTracker(Listener):
             raise replaced(moved)
         return None
 
-    def _is_acted_for(self, optimizer: Optimizer) -> bool:
+    def _acts_for(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer is one that the attachment is restricted to. Raises StepError where all are gone."""
         assert self._only is not None
         if not self._only:
