@@ -6,10 +6,10 @@ for x, y in loader:
     optimizer.zero_grad(); loss.backward(); optimizer.step()
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+import importlib as _importlib
+import typing as _typing
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from regkit.activity import Activity, Segment
     from regkit.activity.padding import Validity
     from regkit.adapters import Adapter, Example, Form, Output, OutputSite, Site, Weight, WeightSite
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Each public name is imported from its room when it is first asked for (PEP 562): `import regkit` alone costs nothing,
-# and a program that only reads documents, or asks for the version, does not wait for torch.
-_ROOMS: Final = {
+# Each public name is imported from its module when it is first asked for (PEP 562). `import regkit` alone, the version
+# and the errors import no torch; other names do, `load` too, which validates documents by the classes of their kinds.
+_ROOMS: _typing.Final = {
     "activity": ("Activity", "Segment"),
     "attachment.attaching": ("attach", "attachments"),
     "attachment.attachment": ("Attachment",),
@@ -57,7 +57,7 @@ _ROOMS: Final = {
     "document.target": ("Target",),
     "activity.padding": ("Validity",),
 }
-_ROOM_OF: Final = {name: room for room, names in _ROOMS.items() for name in names}
+_ROOM_OF: _typing.Final = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "Activity",
@@ -100,13 +100,13 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 
-if not TYPE_CHECKING:  # or a type checker would take any name for one of these
+if not _typing.TYPE_CHECKING:  # or a type checker would take any name for a public one
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> _typing.Any:
         if name not in _ROOM_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+        value = globals()[name] = getattr(_importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
         return value

@@ -1,10 +1,10 @@
-"""The one room that pickles name: `regkit._pickled.read`, with a format number, a word, and plain values.
+"""The one module that pickles of regkit name: `read`, with a format number, a word, and plain values.
 
-A model that was pickled, or saved whole by `torch.save`, names the modules of its classes; where one has moved, the
-model can be loaded no more. So everything of regkit that a pickle may hold is written here, and read here. The path of
-this room, the name `read` and every word that it was ever given stay for ever; the classes and rooms behind them may be
-renamed, and where fields are, their old names are read too. A change of what is written raises `FORMAT`; what older
-formats wrote is still read. `tests/support/pickles` holds such pickles.
+A model that was pickled, or saved whole by `torch.save`, names the modules of its classes; once a module has moved,
+such a model cannot be loaded. So everything of regkit that a pickle may hold is written here, and read here. The path
+of this module, the name `read` and every word that was ever written stay for ever; the classes and modules behind the
+words may be renamed; where fields are renamed, the old names are read too. A change of the written values raises
+`FORMAT`; older formats are still read. `tests/support/pickles` holds such pickles.
 
 An installed kind is its name and its options, as in a document. A kind that no installed plugin offers is pickled as
 the class that its author gave it, which names its author's module.
@@ -27,11 +27,11 @@ FORMAT: Final = 1
 """The format that is written, and the newest that is read."""
 
 Call = tuple[Any, ...]
-"""What `__reduce__` returns: a function and its arguments."""
+"""A result of `__reduce__`: a function and its arguments."""
 
 
 def read(format: int, word: str, *values: Any) -> Any:
-    """The object that was written under a word. Raises RegkitError where a newer regkit has written it."""
+    """The object that was written under a word. Raises RegkitError for a format that only a newer regkit reads."""
     from regkit.errors import RegkitError
 
     if format > FORMAT:
@@ -42,20 +42,20 @@ def read(format: int, word: str, *values: Any) -> Any:
     if word in _READERS:
         return _READERS[word](*values)
     made = _classes()[word]
-    return getattr(made, "model_construct", made)(**values[0])  # as it was: what is known here need not know its roles
+    return getattr(made, "model_construct", made)(**values[0])  # unchecked: its roles and gates may be unknown here
 
 
 def call(word: str, *values: Any) -> Call:
-    """The call of `read` that makes an object again."""
+    """The call of `read` that makes an object anew."""
     return read, (FORMAT, word, *values)
 
 
-# --- values: what a document and a plan are made of ------------------------------------------------------------------
+# --- values of which a document and a plan are made ------------------------------------------------------------------
 
 
 @cache
 def _classes() -> dict[str, type]:
-    """The classes that are written as their fields, by the words that stand for them in pickles."""
+    """The classes that are written as their fields, by their words in pickles."""
     from regkit import adapters
     from regkit.document import context, spec, target
 
@@ -80,13 +80,13 @@ def _words() -> dict[type, str]:
 
 
 def reduce_value(value: Any, protocol: Any) -> Call | str:
-    """`__reduce_ex__` of a class that is written as its fields; a stranger's subclass is pickled as Python does."""
+    """`__reduce_ex__` of a class that is written as its fields; other subclasses are pickled as Python does."""
     word = _words().get(type(value))
     return object.__reduce_ex__(value, protocol) if word is None else call(word, dict(value.__dict__))
 
 
 def reduce_kind(kind: Kind, protocol: Any) -> Call | str:
-    """`__reduce_ex__` of a kind: its name, its options as JSON and its distribution, if that has installed it."""
+    """`__reduce_ex__` of a kind: for an installed kind its name, its options as JSON and its distribution."""
     from regkit.registry.names import OWN
     from regkit.registry.registry import default
 
@@ -94,8 +94,8 @@ def reduce_kind(kind: Kind, protocol: Any) -> Call | str:
     if entry is None or not entry.origin.installed or not entry.made(kind):
         return reduce_value(kind, protocol)
     origin = entry.origin
-    whence = () if origin.distribution == OWN else (origin.distribution, origin.version)
-    return call("kind", kind.kind, kind.model_dump_json(), *whence)
+    version = () if origin.distribution == OWN else (origin.distribution, origin.version)
+    return call("kind", kind.kind, kind.model_dump_json(), *version)
 
 
 def _kind(name: str, options: str, distribution: str | None = None, version: str | None = None) -> Kind:
@@ -143,7 +143,7 @@ def _binding(*, kind: Any, origin: str, **others: Any) -> Binding:
 
 
 def reduce_registry(registry: Registry) -> Call:
-    """`__reduce__` of a registry: the names of what is installed, and what was registered in this process itself."""
+    """`__reduce__` of a registry: the names of installed plugins, and the plugins registered in this process."""
     from regkit.registry import registry as room
     from regkit.registry.entries import full_name
 
@@ -185,7 +185,7 @@ def _registry(*tables: Any) -> Registry:
     return found
 
 
-# --- what hangs on a model -------------------------------------------------------------------------------------------
+# --- companions and hooks, which models carry ------------------------------------------------------------------------
 
 
 def _companion() -> ModelCompanion:

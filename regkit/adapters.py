@@ -1,8 +1,7 @@
-"""Places on recurrent modules that a rule can bind to, and the adapters that know them.
+"""Adapters, which describe classes of recurrent modules, and sites, the places that a rule can bind to.
 
-An adapter says of a module class which weights it has (role, layer, direction, the gates stacked in its rows) and what
-it puts out. From that, `regkit.plan` makes sites: a `WeightSite` is a block of rows of one weight, an `OutputSite` one
-of the things that a module returns.
+An adapter lists a module's weights (role, layer, direction, the gates stacked in the rows) and outputs. From these,
+`regkit.resolve` makes sites: a `WeightSite` is a block of rows of one weight, an `OutputSite` one output of a module.
 """
 
 from __future__ import annotations
@@ -29,24 +28,29 @@ GATE_ALIASES: Mapping[str, str] = {
 
 
 Columns = tuple[int, int] | int | None
-"""Columns of a matrix: from the first up to, not including, the second; one alone, as a vector; or all of them."""
+"""Columns of a matrix: from the first up to, not including, the second; a single column, as a vector; or all (None)."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of a module, as its adapter sees it. Kinds see it with a row for each unit, wherever it is kept.
+    """A weight of a module, as an adapter describes the weight. Kinds see a row for each unit.
 
-    parameters: the attribute's name, dotted where a submodule has it; two names mean a pair of biases of which the sum
-    acts.
-    gates: the gates stacked in its rows, in their order; empty where there are none.
+    parameters: the attribute's name, dotted where a submodule has the attribute; two names mean a pair of biases of
+    which the sum acts.
+    gates: the gates stacked in the rows, in order; empty where there are no gates.
     separate: of a pair, the gates in which each bias acts on its own, so that the sum means nothing there.
-    transposed: it is kept as (inputs, units), as Keras does; kinds see its transpose.
-    columns: it is these columns of that (after the transposition), as where kernel and recurrent lie side by
-    side in one matrix; a single number is one column, seen as a vector.
-    through: the submodule (dotted, too) whose function, element by element, of what is kept is what acts, as a softplus
-    that keeps weights positive. Constraints need its `right_inverse`; that of nn.Softplus is known.
-    mask: the attribute (dotted, too) of a tensor of 0 and 1 that the module multiplies the weight by at each call, as
-    cells with a wiring do. The product is what acts; what the mask takes out is never changed.
+    transposed: the attribute is (inputs, units), as in Keras; kinds see the transpose.
+    columns: the weight is these columns of the attribute (after the transposition), as where kernel and recurrent lie
+    side by side in one matrix; a single number is one column, seen as a vector.
+    through: the submodule (dotted, too) that the module applies to the attribute, element by element, such as a
+    softplus that keeps weights positive; the result acts. Constraints need the submodule's `right_inverse`; that of
+    nn.Softplus is known.
+    mask: the attribute (dotted, too) of a tensor of 0 and 1 by which the module multiplies the weight at each call, as
+    cells with a wiring do. The product acts; numbers under a 0 are never changed.
+
+    >>> weight = regkit.Weight(("weight_hh",), "recurrent", gates=("reset", "update", "new"))
+    >>> weight.layer, weight.direction
+    (0, 'forward')
     """
 
     __reduce_ex__ = _pickled.reduce_value
@@ -65,7 +69,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Output:
-    """Something that a module puts out: its role, the layers and directions in it, whether it runs over time."""
+    """An output of a module: the role, the layers and directions, and whether the output runs over time.
+
+    >>> regkit.Output("output", layers=(1,), directions=("forward", "backward"), sequence=True).role
+    'output'
+    """
 
     __reduce_ex__ = _pickled.reduce_value
 
@@ -79,10 +87,16 @@ class Output:
 class WeightSite:
     """A block of rows of one weight (or of a sum of two biases) in a model.
 
-    path, name: the module's dotted path in the model, and the same without the prefixes of wrappers.
-    start, rows: the block; gates: the gates stacked in it; gate: the one gate it is, None where it holds all.
-    shape: of the block, as kinds see it; units: the rows of the whole weight.
-    transposed, columns, through, mask: as its adapter said (`Weight`).
+    path, name: the module's dotted path in the model, and this path without the prefixes of wrappers.
+    gate: the gate of a block that is one gate's rows; None for a block of all rows.
+    start, rows: the first row and the number of rows; gates: the number of gates stacked in the block.
+    shape: the block's shape, as kinds see the block; units: the rows of the whole weight.
+    transposed, columns, through, mask: as in `Weight`.
+
+    >>> plan = regkit.resolve(nn.LSTM(2, 3), {"rules": [{"penalty": "l2(1)", "target": {"gate": "forget"}}]})
+    >>> site = plan.bindings[0].weights[0]
+    >>> site.parameter, site.gate, site.start, site.shape
+    ('weight_ih_l0', 'forget', 3, (3, 2))
     """
 
     __reduce_ex__ = _pickled.reduce_value
@@ -107,12 +121,12 @@ class WeightSite:
 
     @property
     def part(self) -> tuple[Hashable, ...]:
-        """Which part of what is kept it is: equal for the same part, and only for that."""
+        """The part of the attribute that the block is: equal for equal parts, and only for equal parts."""
         return self.start, self.rows, self.transposed, self.columns
 
     @property
     def parameter(self) -> str:
-        """What is read, for a table: `weight_hh_l0`, `bias_ih_l0 + bias_hh_l0`, `w.T[:, 0:3] * mask`."""
+        """The weight in words, for a table: `weight_hh_l0`, `bias_ih_l0 + bias_hh_l0`, `w.T[:, 0:3] * mask`."""
         whole = "{}" if self.through is None else f"{self.through}({{}})"
         part = ".T" if self.transposed else ""
         if isinstance(self.columns, int):
@@ -124,9 +138,9 @@ class WeightSite:
 
 
 def oriented(kept: Tensor, transposed: bool, columns: Columns) -> Tensor:
-    """The view of what is kept that a `Weight` tells of.
+    """The view of an attribute that is the weight, with units in rows: as `transposed` and `columns` in `Weight`.
 
-    Raises IndexError or RuntimeError where a tensor of its shape has none.
+    Raises IndexError or RuntimeError where a tensor of such a shape has no such view.
     """
     if transposed:
         kept = kept.transpose(0, 1)
@@ -139,11 +153,16 @@ def oriented(kept: Tensor, transposed: bool, columns: Columns) -> Tensor:
 
 
 class Form(NamedTuple):
-    """Where the tensor of an output is in what is observed of a call, as long as no padding is to be left out.
+    """The form of an output that is a plain tensor in the result of `observe`, as long as there is no padding.
 
-    before: of a cell, where its h_{t-1} is; left out, the tensor is a padded sequence: (time, batch, features), or
-    batch first, as the module's attribute `batch_first` says. directions: those that lie side by side in the features;
-    what is "backward" runs against time.
+    role: the tensor's key in the result of `observe`.
+    before: for a cell, the key of h_{t-1}; left out, the tensor is a padded sequence.
+    batch_first: the layout of a sequence: (time, batch, features), or batch first, as the module's attribute
+    `batch_first` says.
+    directions: the directions that lie side by side in the features; a "backward" one runs against time.
+
+    >>> regkit.Form("output", batch_first=True).directions
+    ('forward',)
     """
 
     role: str
@@ -154,7 +173,12 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputSite:
-    """One output of one module, and the layers and directions in it that count."""
+    """One output of one module in a model, with the layers and directions to which a rule applies.
+
+    >>> plan = regkit.resolve(nn.GRU(2, 3), {"rules": [{"penalty": "temporal(1)"}]})
+    >>> plan.bindings[0].outputs[0].role
+    'output'
+    """
 
     __reduce_ex__ = _pickled.reduce_value
 
@@ -170,24 +194,31 @@ Site = WeightSite | OutputSite
 """A place that a rule binds to."""
 
 Equations = Callable[[nn.Module, Tensor, Any, int, str], tuple[Mapping[str, Tensor], Any]]
-"""(module, x, h, layer, direction) -> (gates, new h): one step of one layer in one direction, as its paper writes it.
+"""(module, x, h, layer, direction) -> (gates, new h): one step of one layer in one direction, as in the cell's paper.
 
-x: (batch, features); h: the state, a tensor or a tuple of them, of which the first is what is put out. gates: each gate
-by its name, before or after its nonlinearity. Where one enters another, it is the very tensor that is returned.
+x: (batch, features).
+h: the state, a tensor or a tuple of tensors; the (first) tensor is the output.
+gates: each gate by its name, before or after the nonlinearity. Where a gate enters another, the returned tensor itself
+enters.
 """
 
 
 @dataclass(frozen=True)
 class Example:
-    """A module to try an adapter on, and what `regkit.testing` cannot know of it.
+    """A module to try an adapter on, with facts about the module that `regkit.testing` cannot find out.
 
-    make: makes the module, as small as may be. features: of its input.
-    equations: which gate is which, said apart from the adapter; needed where weights have gates.
-    state: (module, batch) -> the state to begin with; needed by equations, and by cells that must be given one.
-    call: (module, x) -> what the module puts out over x, both (time, batch, features); left out: module(x), or a loop
-    over time where each call is a step, in which what a call returns is the state of the next. x may also be unbatched,
+    make: makes the module, as small as may be.
+    features: the number of features of the module's input.
+    equations: the gates, written down apart from the adapter; needed where weights have gates.
+    state: (module, batch) -> the initial state; needed by equations, and by cells that require a state.
+    call: (module, x) -> the outputs over x, both (time, batch, features); left out: module(x), or a loop over time
+    where each call is a step, in which the result of a call is the state of the next. x may also be unbatched,
     (time, features), or packed: to refuse that is no fault.
     ignored: globs over the names of parameters that no rule is to reach.
+
+    >>> example = regkit.Example(lambda: nn.LSTM(2, 3), features=2)
+    >>> type(example.make()).__name__
+    'LSTM'
     """
 
     __reduce_ex__ = _pickled.reduce_value
@@ -201,43 +232,48 @@ class Example:
 
 
 class Adapter(ABC):
-    """What regkit must know of a class of recurrent modules. Holds no state: one adapter serves every model."""
+    """The description of a class of recurrent modules. An adapter holds no state: one serves every model.
+
+    >>> adapter = regkit.Registry(allow=()).adapter(nn.GRU(2, 3))
+    >>> [weight.role for weight in adapter.weights(nn.GRU(2, 3))]
+    ['kernel', 'recurrent', 'bias', 'bias', 'bias']
+    """
 
     modules: ClassVar[tuple[type[nn.Module] | str, ...]]
-    """The classes it knows, subclasses included; of several adapters the one for the nearest ancestor serves.
+    """The classes that the adapter describes, with their subclasses; the adapter of the nearest ancestor serves.
 
-    A class may be named, `"package.module:Class"`, where it is defined: then its package need not be imported, or even
-    be there.
+    A class may be given by name, `"package.module:Class"`, after the module that defines the class: then the package
+    need not be imported, or even be there.
     """
 
     gates: ClassVar[tuple[str, ...]] = ()
-    """Every gate name it may give a weight, for the vocabulary of targets."""
+    """Every gate name that its weights may have, for the vocabulary of targets."""
 
     roles: ClassVar[tuple[str, ...]] = (*WEIGHT_ROLES, *OUTPUT_ROLES)
-    """Every role it may give a weight or an output."""
+    """Every role that its weights and outputs may have."""
 
     steps: ClassVar[bool] = False
     """Whether one call of the module is one step of time, as of a cell."""
 
     encloses: ClassVar[bool] = False
-    """Whether it speaks for all that is in the module: recurrent modules in there are then no places of their own."""
+    """Whether the adapter describes all that is in the module: recurrent submodules then have no sites of their own."""
 
     @abstractmethod
     def weights(self, module: nn.Module) -> Iterable[Weight]:
-        """Every weight of the module; a pair of biases of which the sum acts comes once more as a pair."""
+        """Every weight of the module; two biases of which the sum acts come once more, as a pair."""
 
     @abstractmethod
     def outputs(self, module: nn.Module) -> Sequence[Output]:
-        """What the module puts out."""
+        """The outputs of the module."""
 
     @abstractmethod
     def observe(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> Mapping[str, Any]:
-        """What to keep of one call, by role. Runs inside the forward pass: it picks, it computes nothing."""
+        """The tensors to keep of one call, by role. Runs inside the forward pass, and computes nothing."""
 
     def starts(self, observed: Mapping[str, Any]) -> bool:
-        """Whether an observed call begins a new sequence, as far as it can be told."""
+        """Whether an observed call begins a new sequence, as far as the call shows."""
         return False
 
     @abstractmethod
@@ -249,15 +285,15 @@ class Adapter(ABC):
         valid: Validity | None,
         step: int,
     ) -> Sequence[Segment]:
-        """The segments of one observed call. step: how many calls came before it under the same validity."""
+        """The segments of one observed call. step: the number of calls before, under one and the same validity."""
 
     def form(self, module: nn.Module, site: OutputSite) -> Form | None:
-        """Where the tensor of an output is in what `observe` keeps, if all that `segments` does is to lay that out.
+        """The form of an output, if `segments` only lays out a tensor that `observe` keeps; else None.
 
-        Outputs of a form are reduced many at a time, without `segments`.
+        Outputs with a form are reduced many at a time, without `segments`.
         """
         return None
 
     def examples(self) -> Sequence[Example]:
-        """Modules that `regkit conformance` tries it on."""
+        """The modules on which `regkit conformance` tries the adapter."""
         return ()

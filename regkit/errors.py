@@ -1,4 +1,4 @@
-"""Every error that regkit raises, and the sentences they are made of.
+"""Every error that regkit raises, and the sentences of which errors are made.
 
 An error says what was given, what exists, and the nearest name. Where several things are wrong at once, all of
 them are told: such an error carries one `Problem` for each.
@@ -9,15 +9,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _MOST_PROBLEMS = 100
 _MOST_NAMES = 24  # an error that lists hundreds of names hides the one that matters
 
 
 class RegkitError(Exception):
-    """The root of what regkit raises when it reads, resolves, attaches and steps.
+    """The root of all errors that regkit raises as documents are read, resolved, attached and trained with.
 
     Models of the document that Python code makes by hand, such as `Rule(...)`, raise pydantic's ValidationError.
+
+    >>> try:
+    ...     regkit.load("no document")
+    ... except regkit.RegkitError as error:
+    ...     print(type(error).__name__)
+    SpecError
     """
 
 
@@ -26,6 +33,9 @@ class Problem:
     """One thing that is wrong, and where: a JSON Pointer (RFC 6901) into a document, or the key of a rule.
 
     There are a line and a column where the document came as a text.
+
+    >>> print(regkit.Problem("/rules/0", "names no kind", line=3, column=5))
+    line 3, column 5: /rules/0: names no kind
     """
 
     where: str
@@ -52,39 +62,88 @@ class _ProblemsError(RegkitError):
             told.append(f"and {len(self.problems) - len(told)} more (all are in .problems)")
         super().__init__("\n  ".join([f"{origin} {self.verb}: {count}", *told]))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.origin, self.problems), vars(self)
+
 
 class SpecError(_ProblemsError, ValueError):
-    """A document that does not say anything regkit can do."""
+    """A document that regkit cannot read as a spec: `problems` holds every mistake, and where each one is.
+
+    >>> try:
+    ...     regkit.load({"rules": [{"penalty": "l3(1)"}]})
+    ... except regkit.SpecError as error:
+    ...     print(error.problems[0].where)
+    /rules/0/penalty
+    """
 
     verb = "is not a valid spec"
 
 
 class ResolveError(_ProblemsError, LookupError):
-    """A valid document that does not fit the model: a rule that binds nothing, a gate of another cell."""
+    """A valid document that does not fit the model: a rule that binds nothing, a gate of another cell.
+
+    >>> try:
+    ...     regkit.resolve(nn.GRU(2, 3), {"rules": [{"penalty": "l2(1)", "target": {"gate": "forget"}}]})
+    ... except regkit.ResolveError as error:
+    ...     print(len(error.problems))
+    1
+    """
 
     verb = "does not fit the model"
 
 
 class PluginError(RegkitError):
-    """A plugin that cannot be used: it does not import, offers something that is no kind, or clashes."""
+    """A plugin that cannot be used, as when its import fails, an offered class is no kind, or its names clash.
+
+    >>> try:
+    ...     regkit.register(nn.LSTM)
+    ... except regkit.PluginError as error:
+    ...     print("refused")
+    refused
+    """
 
 
 class PluginWarning(UserWarning):
-    """A plugin that cannot be used, while nothing has asked for it yet."""
+    """A plugin that cannot be used, as long as no document asks for its kinds or adapters.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore", regkit.PluginWarning)
+    ...     registry = regkit.Registry()
+    """
 
 
 class AttachError(RegkitError, ValueError):
-    """A plan that cannot be put on this model."""
+    """A plan that cannot be put on this model.
+
+    >>> lstm = nn.LSTM(2, 3)
+    >>> _ = lstm.weight_hh_l0.data.fill_(float("nan"))
+    >>> try:
+    ...     attachment = regkit.attach(lstm, {"rules": [{"penalty": "l2(0.1)"}]})
+    ... except regkit.AttachError as error:
+    ...     print("refused")
+    refused
+    """
 
 
 class StepError(RegkitError, RuntimeError):
-    """A training step in which something the document demands would not have been optimized."""
+    """A training step in which something the document demands would not have been optimized.
+
+    >>> lstm, x = nn.LSTM(2, 3), torch.ones(4, 1, 2)
+    >>> with regkit.attach(lstm, {"rules": [{"penalty": "activity_l2(0.1)"}]}) as attachment:
+    ...     try:
+    ...         with attachment.lengths([9]):
+    ...             loss = lstm(x)[0].sum() + attachment.penalty()
+    ...     except regkit.StepError as error:
+    ...         print(error)
+    lengths() was given a length of 9 for 4 time steps
+    """
 
 
 def nearest(given: str, known: Iterable[str]) -> str | None:
-    """The known name most like the given one, where one is alike at all.
+    """The known name most like the given one, None where all are too different.
 
-    >>> nearest("l2_norm", ["l1", "max_norm", "unit_norm"])
+    >>> nearest("unitnorm", ["l1", "max_norm", "unit_norm"])
     'unit_norm'
     """
     names = sorted(name for name in known if len(name) > 1 or len(given) == 1)  # a letter is like everything

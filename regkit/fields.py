@@ -1,7 +1,16 @@
-"""Strict scalars for the options of a kind, and how a validator says what is wrong with one.
+"""Strict scalars for the options of a kind, and errors for validators to raise.
 
 pydantic's own strict float still takes numpy scalars, since `numpy.float64` is a `float`; these take a plain `int` or
 `float` and nothing else. All are finite.
+
+>>> from typing import Literal
+>>> class Cubes(regkit.Schedule):
+...     kind: Literal["cubes"] = "cubes"
+...     steps: regkit.fields.Count
+...     def factor(self, step):
+...         return min(1.0, (step / self.steps) ** 3)
+>>> Cubes(steps=10).factor(5)
+0.125
 """
 
 from __future__ import annotations
@@ -14,15 +23,23 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 def mistake(message: str) -> PydanticCustomError:
-    """What a validator raises: a sentence of our own, which pydantic files under the field's place."""
-    # The message is a value of the template: braces that a document holds in its strings must not be read as fields.
-    # A lone surrogate, which JSON can write and UTF-8 cannot, is shown by its escape.
+    """The error for a validator to raise, with a sentence that pydantic files under the field's place.
+
+    >>> print(regkit.fields.mistake("must be even"))
+    must be even
+    """
+    # The message is a value of the template: braces in a document's strings must not be read as fields. A lone
+    # surrogate, which JSON can write and UTF-8 cannot, is shown by its escape.
     shown = message.encode("utf-8", "backslashreplace").decode("utf-8")
     return PydanticCustomError("regkit", "{message}", {"message": shown})
 
 
 def mistakes_at(mistakes: Iterable[tuple[str, Any, str]]) -> ValidationError:
-    """Several of them at keys below the field being validated: each a key, what it was given, and the sentence."""
+    """The error for several mistakes at keys below the validated field: each a key, the value there, the sentence.
+
+    >>> regkit.fields.mistakes_at([("a", 1, "must be even"), ("b", 3, "must be even")]).error_count()
+    2
+    """
     details = [InitErrorDetails(type=mistake(message), loc=(key,), input=given) for key, given, message in mistakes]
     return ValidationError.from_exception_data("regkit", details)
 
@@ -39,7 +56,7 @@ def _plain_integer(value: Any) -> Any:
     return value
 
 
-# The plain-type check comes last in each, so that it runs first and the limits before it reach the JSON Schema.
+# The check of the type is the last annotation, so that it runs first, and the limits before it reach the JSON Schema.
 _LIMIT = 2**53
 
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_plain_number)]

@@ -1,14 +1,15 @@
-"""What a kind is: the contracts of penalties, activity penalties, constraints and schedules.
+"""The contracts of kinds: penalties, activity penalties, constraints and schedules.
 
-A kind is mathematics. It is a final, frozen pydantic class: its fields are its options in the document, its methods are
-functions of tensors. It holds no step counter, registers no hook and writes nothing in place; when and where it acts is
-decided elsewhere. It names itself with a `Literal` field `kind`, and the docstrings under its fields are its manual.
+A kind is mathematics: a final, frozen pydantic class whose fields are its options in the document, and whose methods
+are functions of tensors. A kind holds no step counter, registers no hook and writes nothing in place; rules decide when
+and where it acts. The `Literal` field `kind` names it, and the docstrings under its fields are its manual.
 
-`values`, `add_gradients` and `project_` are list forms: the same mathematics of many weights at once, which a kind may
-have for speed, in operations over lists (`torch._foreach_add_`). Unless a kind has its own they are loops, as written
-here. Its own agree with the loops up to rounding, which is tried when a rule is attached; they write only into what
-they are given to write into, and never wait for a GPU: no `if` and no `float()` of what a tensor holds, unless that is
-on a CPU, and neither fake nor traced. `regkit.buckets` says how much to hold at a time.
+`values`, `add_gradients` and `project_` are list forms: the mathematics of many weights at once, which a kind may have
+for speed, in operations over lists (`torch._foreach_add_`). The defaults here are loops. A kind's own list forms agree
+with the loops up to rounding, which is tried when a rule is attached; they write only into the tensors that are given
+for that, and never wait for a GPU: no `if` and no `float()` of a tensor's numbers, unless the tensor is on a CPU, and
+neither fake nor traced. There is at least one weight; all are on one device and of one dtype; shapes may differ, and
+tensors need not be contiguous. `regkit.buckets` says how much to hold at a time.
 """
 
 from __future__ import annotations
@@ -27,26 +28,29 @@ from regkit.errors import PluginError, StepError
 from regkit.fields import NonNegative
 
 Layout = Literal["matrix", "gate", "cell"]
-"""How a stacked weight is shown to a kind: whole, one gate at a time, or as (gates, hidden, columns)."""
-
+"""The form in which a kind sees a stacked weight: (rows, columns), each gate's (hidden, columns), or (gates, hidden,
+columns). A bias comes without the columns.
+"""
 
 Separable = Literal["elements", "rows"] | None
-"""The parts of a weight on which a kind can act one by one, and so in any order and in several processes."""
+"""The parts of a weight on which a kind can act one by one, in any order and in several processes."""
 
 Via = Literal["gradient", "loss", "proximal", "decoupled", "inject"]
-"""How a weight penalty reaches the weight: added to its gradient at the step; added to the loss; by its proximal
-operator after the step; or as a decoupled decay, as AdamW's. An activity penalty is added to the loss, or injected into
-the gradient of the outputs.
+"""The way of a penalty: added to the gradient at the step, or to the loss; by the proximal operator after the step; as
+a decoupled decay, as in AdamW. An activity penalty is added to the loss, or to the gradient of the outputs (inject).
 """
 
 
 class Kind(BaseModel):
-    """What all kinds share: frozen options, a name, a manual."""
+    """The base of all kinds: frozen options, a name, a manual.
+
+    >>> regkit.load({"rules": [{"penalty": "l2(0.1)"}]}).rules[0].penalty.describe()
+    'l2(strength=0.1)'
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
-
     kind: str
     __reduce_ex__ = _pickled.reduce_kind
 
@@ -55,7 +59,7 @@ class Kind(BaseModel):
 
     @classmethod
     def kind_name(cls) -> str:
-        """The name that the class' `kind: Literal[...]` gives it. Raises PluginError where there is none."""
+        """The name in the class' field `kind: Literal[...]`. Raises PluginError where there is no name."""
         names = get_args(cls.model_fields["kind"].annotation)
         if len(names) != 1 or not isinstance(names[0], str):
             raise PluginError(f"{cls.__module__}.{cls.__qualname__} needs a field `kind: Literal['its_name']`")
@@ -68,16 +72,14 @@ class Kind(BaseModel):
         return {"kind": cls.kind_name(), **options} if isinstance(options, dict) else options
 
     def inert(self) -> str | None:
-        """Why these options have no effect at all, or None where they have one. A rule with none is refused."""
+        """The reason why these options have no effect, or None. A rule without effect is refused."""
         return None
 
     @classmethod
     def examples(cls) -> Sequence[Kind]:
-        """Kinds of this class with options that make sense: `regkit kinds NAME` shows the first, the laws of
-        `regkit.testing` try each.
+        """Kinds of this class with sensible options: `regkit kinds NAME` shows the first, the laws try each.
 
-        Unless a class says otherwise: one, whose options without a default are all 1. Raises PluginError where that
-        is no valid kind.
+        The default is one kind, in which all options without a default are 1. Raises PluginError where that is invalid.
         """
         needed = [name for name, option in cls.model_fields.items() if name != "kind" and option.is_required()]
         try:
@@ -100,13 +102,12 @@ class _Strong(Kind):
     shorthand: ClassVar[tuple[str, ...]] = ("strength",)
 
     signed: ClassVar[bool] = False
-    """Whether its value may be negative, as an entropy is. The laws of `regkit.testing` hold any other to ≥ 0."""
+    """Whether values may be negative, as of an entropy. The laws of `regkit.testing` hold all other kinds to ≥ 0."""
 
     strength: NonNegative
     """What the unit value is multiplied by, times the schedule's factor. Range: ≥ 0; a rule with 0 is refused."""
 
     def inert(self) -> str | None:
-        """A strength of zero optimizes nothing."""
         return "its strength is 0" if self.strength == 0 else None
 
 
@@ -115,28 +116,34 @@ class _OnWeights(Kind):
 
     @property
     def separable(self) -> Separable:
-        """The parts of a weight to which the kind can be applied one by one: its `elements`, its `rows`, or None where
-        the kind has to see the whole (separable functions: Parikh & Boyd 2014, §2.1).
+        """The parts of a weight that can be treated one by one: `elements`, `rows`, or None (Parikh & Boyd 2014, §2.1).
 
-        A penalty is then the sum of its values of the parts, its gradient and proximal operator are those of the parts
-        side by side; a constraint projects each part, and is violated as much as the worst of them. Where several
-        processes hold a weight in shards, no process needs those of another. No kind of `layout` "cell" has "rows".
+        A penalty is then the sum of the parts' values, with the parts' gradients and proximal points side by side; a
+        constraint projects each part, and the worst part is its violation. Where several processes hold a weight in
+        shards, no process needs the shards of another. No kind of `layout` "cell" has "rows".
         """
         return None
 
     ranks: ClassVar[tuple[int, ...]] = (1, 2)
-    """The numbers of dimensions it is defined for: 1 for biases, 2 for matrices."""
+    """The numbers of dimensions that a weight may have: 1 for biases, 2 for matrices."""
 
     @property
     def layout(self) -> Layout:
-        """How it wants a stacked weight: `matrix` (rows, columns), `gate` (hidden, columns) for each gate, or `cell`
-        (gates, hidden, columns). A bias comes without the columns.
-        """
+        """The layout in which the kind sees a stacked weight."""
         return "matrix"
 
 
 class Penalty(_Strong, _OnWeights):
-    """A scalar function Ω of a weight; strength × factor × Ω(w) is what is optimized."""
+    """A scalar function Ω of a weight; strength × factor × Ω(w) is added to the objective.
+
+    >>> from typing import Literal
+    >>> class Cube(regkit.Penalty):
+    ...     kind: Literal["cube"] = "cube"
+    ...     def value(self, w):
+    ...         return w.abs().pow(3).sum()
+    >>> Cube(strength=0.1).gradient(torch.tensor([1.0, 2.0]))
+    tensor([ 3., 12.])
+    """
 
     @abstractmethod
     def value(self, w: Tensor) -> Tensor:
@@ -145,8 +152,7 @@ class Penalty(_Strong, _OnWeights):
     def gradient(self, w: Tensor) -> Tensor:
         """∇Ω(w) at unit strength, of w's shape, in float32 or better; by autograd unless a kind knows a closed form.
 
-        It is multiplied by the strength before it meets a half-precision gradient: what overflows there at unit
-        strength may fit once it is scaled.
+        The strength is multiplied in before the gradient is rounded to half precision, where it might overflow.
         """
         with torch.enable_grad():
             leaf = at_least_float32(w.detach()).requires_grad_()
@@ -154,10 +160,7 @@ class Penalty(_Strong, _OnWeights):
         return gradient
 
     def prox(self, w: Tensor, step: float | Tensor) -> Tensor:
-        """argmin_x ½‖x − w‖² + step·Ω(x), where the kind knows it; `"via": "proximal"` needs it.
-
-        step: the learning rate times strength times the schedule's factor, ≥ 0.
-        """
+        """argmin_x ½‖x − w‖² + step·Ω(x), for `"via": "proximal"`.  step: lr · strength · schedule's factor, ≥ 0."""
         raise PluginError(f"{self.kind} offers no prox")
 
     @property
@@ -166,43 +169,44 @@ class Penalty(_Strong, _OnWeights):
         return type(self).prox is not Penalty.prox
 
     def plus(self, other: Penalty) -> Penalty | None:
-        """A penalty that is the sum of both, where the kind knows one: of l1 and l2 it is l1_l2.
+        """A penalty that is the sum of both, if the kind knows one, as l1_l2 for l1 and l2; else None.
 
-        Its strength times its value is strength · value of this one and of the other added up, for every weight that
-        this one is for, in the same `layout`. Rules on the same weights then act in one pass.
+        Its strength · value is the sum of the two penalties' strength · value, for every weight that this penalty is
+        for, in the same `layout`. Rules on the same weights then act in one pass.
         """
         return None
 
     def values(self, weights: list[Tensor]) -> Tensor:
-        """List form of `value`: Σ_i Ω(weights[i]) at unit strength, in float32 or better. Autograd may follow.  -> ().
-
-        There is at least one weight. All are on one device and of one dtype; their shapes may differ.
-        """
+        """List form of `value`: Σ_i Ω(weights[i]) in float32 or better.  -> ().  Autograd may follow."""
         first, *others = weights
         return sum((self.value(w) for w in others), start=self.value(first))
 
     def add_gradients(self, weights: list[Tensor], gradients: list[Tensor], amount: float) -> None:
-        """List form of `gradient`: gradients[i] += amount · ∇Ω(weights[i]), in place; weights[i] is left as it is.
+        """List form of `gradient`: gradients[i] += amount · ∇Ω(weights[i]), in place; weights[i] is unchanged.
 
-        There is at least one weight. All are on one device and of one dtype; their shapes may differ, and they need not
-        be contiguous. gradients[i] has the shape and dtype of weights[i]; no two overlap. It is called without
-        autograd. What meets a half-precision gradient is computed in float32 and rounded once, when it is added.
+        gradients[i] has the shape and dtype of weights[i]; no two overlap. Called without autograd. For half-precision
+        gradients the sum is computed in float32 and rounded once, when it is added.
         """
         for w, gradient in zip(weights, gradients, strict=True):
             gradient.add_(self.gradient(w), alpha=amount)
 
 
 class ActivityPenalty(_Strong):
-    """A scalar function of what a module put out; strength × factor × value is added to the loss."""
+    """A scalar function of a module's outputs; strength × factor × value is added to the loss.
+
+    >>> penalty = regkit.load({"rules": [{"penalty": "activity_l2(0.1)"}]}).rules[0].penalty
+    >>> penalty.value(regkit.Activity([regkit.activity.Sequenced(torch.full((4, 1, 2), 3.0))]))
+    tensor(9.)
+    """
 
     sequence: ClassVar[bool] = False
-    """Whether it compares neighbours in time, and so needs a role that has them."""
+    """Whether the kind compares neighbours in time, and so needs a role with neighbours."""
 
     separable: ClassVar[bool] = False
     """Whether the kind is a sum, or mean, over single outputs or pairs of neighbours.
 
-    Of n outputs of one shape, side by side in the batch, it is then the sum of theirs, divided by n unless `reduction`
-    is `sum`; and the steps of a loop may come as one sequence.
+    The value of n outputs of one shape, side by side in the batch, is then the sum of the n values, divided by n unless
+    `reduction` is `sum`; and the steps of a loop may come as one sequence.
     """
 
     reduction: Reduction = "mean"
@@ -213,12 +217,11 @@ class ActivityPenalty(_Strong):
         """The penalty at unit strength, in float32 or better.  -> ()."""
 
     def add_gradients(self, activity: Activity, gradients: Activity, amount: Tensor) -> None:
-        """gradients += amount · d value / d activity, in place, where the kind knows a closed form; else autograd does
-        it, and holds what `value` makes on the way until the backward pass.
+        """gradients += amount · d value / d activity, in place, in closed form; without one, autograd follows `value`.
 
         gradients: the segments of the activity, with live gradients in the place of the outputs; a view of one is a
-        live view of the other. amount: () on their device. It is called without autograd, and never waits for a GPU.
-        `activity.add_slopes` and `activity.add_pair_slopes` write most of them.
+        live view of the other. amount: () on their device. Called without autograd, and never waits for a GPU.
+        `activity.add_slopes` and `activity.add_pair_slopes` write most such methods.
         """
         raise PluginError(f"{self.kind} offers no add_gradients")
 
@@ -229,72 +232,69 @@ class ActivityPenalty(_Strong):
 
 
 class Constraint(_OnWeights):
-    """A set of allowed weights, given by the nearest point in it."""
+    """A set of allowed weights, given by the projection onto the set.
+
+    >>> ball = regkit.load({"rules": [{"constraint": "max_norm(1)"}]}).rules[0].constraint
+    >>> ball.project(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
+    """
 
     bounds: ClassVar[tuple[str, ...]] = ()
     """The options that a schedule multiplies; none: the constraint takes no schedule."""
 
     @property
     def convex(self) -> bool:
-        """Whether the set holds the straight line between any two of its points, as a ball does and a sphere does not:
-        the laws of `regkit.testing` then ask more of the projection.
-        """
+        """Whether the set is convex, as a ball is and a sphere is not: the laws of `regkit.testing` then ask more."""
         return True
 
     @abstractmethod
     def project(self, w: Tensor) -> Tensor:
-        """The nearest allowed point, in w's shape and dtype; w itself is left as it is."""
+        """The nearest allowed point, in w's shape and dtype; w itself is unchanged."""
 
     @abstractmethod
     def violation(self, w: Tensor) -> Tensor:
-        """How far outside w is, in the unit of the bound: 0 exactly where it is allowed.  -> ()."""
+        """The distance of w from the set, in the unit of the bound: 0 exactly where w is allowed.  -> ()."""
 
     @property
     def pooled(self) -> tuple[int, ...] | None:
-        """The axes over which `sums` sums: (1,) for the norms of rows, (0,) for those of columns, (0, 1) for that of a
-        matrix. None where sums do not say all that the numbers of a weight have to know of one another.
+        """The axes of `sums`: (1,) for norms of rows, (0,) for norms of columns, (0, 1) for the norm of a matrix.
 
-        Where several processes hold a weight in shards, they add up their sums, and none needs the shards of another.
-        A vector is a matrix of one column.
+        None where a part of a weight cannot be projected from such sums. Where several processes hold a weight in
+        shards, they add up their sums, and no process needs the shards of another. A vector is a matrix of one column.
         """
         return None
 
     def sums(self, w: Tensor) -> Tensor:
-        """The sums over the `pooled` axes, in float32 or better.  w: (rows, columns) -> (rows, columns), with 1 in the
-        place of each axis that is summed over; it may be a part of a weight, and even have no row or no column.
-        """
+        """The sums of w, (rows, columns), over the `pooled` axes, which stay, in float32 or better; w may be empty."""
         raise PluginError(f"{self.kind} offers no sums")
 
     def project_given(self, w: Tensor, sums: Tensor) -> Tensor:
-        """`project` for a part w of a weight.
-
-        sums: as of `sums`, of the whole weight along the pooled axes, and of the part along others.
-        """
+        """`project` for a part w of a weight.  sums: of the whole weight along the pooled axes, of w along others."""
         raise PluginError(f"{self.kind} offers no sums")
 
     def violation_given(self, w: Tensor, sums: Tensor) -> Tensor:
-        """`violation` for a part w of a weight, with a row and a column at least.  sums: as `project_given`'s -> ()."""
+        """`violation` for a part w of at least a row and a column.  sums: as in `project_given`.  -> ()."""
         raise PluginError(f"{self.kind} offers no sums")
 
     def project_(self, weights: list[Tensor]) -> None:
-        """List form of `project`, in place: each weight becomes its nearest allowed point and stays the tensor it is.
-
-        There is at least one weight. All are on one device and of one dtype; their shapes may differ, and they need not
-        be contiguous. No two overlap. It is called without autograd.
-        """
+        """List form of `project`, in place: weights become their nearest allowed points. No two weights overlap."""
         for w in weights:
             w.copy_(self.project(w))
 
     def at(self, factor: float) -> Constraint:
-        """The same constraint with its bounds multiplied by a schedule's factor, which must be > 0."""
+        """This constraint with its bounds multiplied by a schedule's factor, which must be > 0."""
         if factor <= 0:
             raise StepError(f"{self.kind}: a schedule took the bound to 0, which would make every weight 0")
         return self.model_copy(update={bound: getattr(self, bound) * factor for bound in self.bounds})
 
 
 class Schedule(Kind):
-    """A factor as a function of the optimizer-step count."""
+    """A factor as a function of the number of optimizer steps.
+
+    >>> regkit.load({"rules": [{"penalty": "l2(0.1)", "schedule": "linear(0, 1, 10)"}]}).rules[0].schedule.factor(5)
+    0.5
+    """
 
     @abstractmethod
     def factor(self, step: int) -> float:
-        """The factor, ≥ 0, at the step-th optimizer step, counted from 0."""
+        """The factor, ≥ 0, at an optimizer step, counted from 0."""

@@ -1,4 +1,4 @@
-"""What a recurrent module put out: segments in time, with their neighbours and without padding.
+"""The outputs of recurrent modules: segments in time, with their neighbours and without padding.
 
 Segments are padded or packed sequences, or steps of a cell.
 """

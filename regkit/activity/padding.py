@@ -1,4 +1,4 @@
-"""Which positions of a padded batch hold data: from lengths, or from a mask."""
+"""The valid positions of a padded batch, which hold data: from lengths, or from a mask."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ from regkit.errors import StepError
 
 
 class Validity(ABC):
-    """Which positions of a padded batch hold data."""
+    """The valid positions of a padded batch: the base of lengths and masks.
+
+    >>> valid = regkit.activity.padding.Lengths.of([2, 1])
+    >>> valid.of_sequence(torch.zeros(2, 2, 3), batch_first=False).squeeze(-1)
+    tensor([[ True,  True],
+            [ True, False]])
+    """
 
     @abstractmethod
     def of_sequence(self, h: Tensor, batch_first: bool) -> Tensor:
-        """(time, batch, 1) for an output h: (time, batch, features)."""
+        """The valid positions (time, batch, 1) of an output h: (time, batch, features)."""
 
     @abstractmethod
     def of_step(self, h: Tensor, step: int) -> Tensor:
-        """(batch, 1) for the step-th call of a cell, h: (batch, features)."""
+        """The valid positions (batch, 1) of the step-th call of a cell, h: (batch, features)."""
 
     def of_pair(self, h: Tensor, step: int) -> Tensor:
-        """The same for the pair of that call and the one before it."""
+        """The valid pairs (batch, 1) of the step-th call of a cell and the call before."""
         return self.of_step(h, step)  # lengths: what is data now was data before
 
     def following(self, before: Validity | None) -> Validity:
-        """The same for a call that came after one under `before`."""
+        """This validity for a call that follows a call under `before`."""
         return self
 
     def check_calls(self, calls: int, name: str) -> None:
-        """Raise StepError where a cell was not called often enough to mean what was said."""
+        """Raise StepError where a cell was called too few times for the given lengths."""
         return
 
 
@@ -44,7 +50,7 @@ class Lengths(Validity):
 
     @classmethod
     def of(cls, lengths: Tensor | Sequence[int]) -> Lengths:
-        """Lengths as a user gives them. Raises ValueError unless they are whole numbers ≥ 0, one for each sequence."""
+        """The `Lengths` of a user's argument. Raises ValueError unless each sequence has a whole number ≥ 0."""
         values = torch.as_tensor(lengths)
         if values.dim() > 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise ValueError(f"lengths are whole numbers (batch,), got {values.dtype} {tuple(values.shape)}")
@@ -78,8 +84,10 @@ class Lengths(Validity):
 
 @dataclass(frozen=True)
 class Mask(Validity):
-    """True where there is data, laid out as the output without its features.  mask: (time, batch) or as the module's
-    batch_first says; (batch,) around one call of a cell.
+    """A mask that is true where there is data.
+
+    mask: (time, batch), or batch first if the module is; (batch,) around one call of a cell.
+    before: the mask of the cell's call before.
     """
 
     mask: Tensor
@@ -87,7 +95,7 @@ class Mask(Validity):
 
     @classmethod
     def of(cls, mask: Tensor) -> Mask:
-        """A mask as a user gives it. Raises ValueError unless it is boolean."""
+        """The `Mask` of a user's argument. Raises ValueError unless the tensor is boolean."""
         if mask.dtype != torch.bool:
             raise ValueError(f"a mask is a bool tensor, got {mask.dtype}")
         return cls(mask.clone())
@@ -101,9 +109,9 @@ class Mask(Validity):
 
     def of_sequence(self, h: Tensor, batch_first: bool) -> Tensor:
         time, batch = h.shape[:2]
-        wanted = (batch, time) if batch_first else (time, batch)
-        if self.mask.shape not in {wanted, (time,) if batch == 1 else wanted}:
-            raise StepError(f"mask() was given {tuple(self.mask.shape)} for an output of {wanted}")
+        expected = (batch, time) if batch_first else (time, batch)
+        if self.mask.shape not in {expected, (time,) if batch == 1 else expected}:
+            raise StepError(f"mask() was given {tuple(self.mask.shape)} for an output of {expected}")
         mask = self.mask.to(h.device, non_blocking=True)
         if mask.dim() == 1:
             mask = mask[:, None]

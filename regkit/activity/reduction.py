@@ -1,8 +1,8 @@
-"""Sums and means of a function over the valid elements of many tensors, and the gradients of them in closed form.
+"""Sums and means of a function over the valid elements of many tensors, and their gradients in closed form.
 
-With autograd, whole tensors go through the function. Without it, pieces do: as many rows at a time as there is room
-for, a part of one large tensor, or many small ones together. So no temporary is as large as what is reduced, and a
-hundred small tensors take as many operations as one. Half precision is read in float32.
+With autograd, whole tensors go through the function. Without autograd, pieces do: a part of one large tensor, or many
+small ones together, as many rows at a time as there is room for. So no temporary is as large as all tensors together,
+and a hundred small tensors take as many operations as one. Half precision is read in float32.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from torch import Tensor
 from regkit.errors import PluginError
 
 Reduction = Literal["mean", "batch", "sum"]
+"""`mean` over valid elements; `batch`: the sum divided by the batch size; `sum`."""
 
 ROOM: Final = {True: 2**20, False: 2**26}
-"""The bytes of a piece: what a processor's cache holds, or what keeps an accelerator busy."""
+"""The bytes of a piece: on a CPU as many as its cache holds, elsewhere as many as keep an accelerator busy."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32 where it is narrower: sums of half-precision numbers overflow and stall."""
+    """x in float32 or better: sums of half-precision numbers overflow and stall."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -40,10 +41,10 @@ def total(terms: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 class Part(NamedTuple):
-    """Tensors of one shape (..., features), of which rows are valid (..., 1), None meaning all.
+    """Tensors of one shape (..., features), with their valid rows (..., 1); None where all are valid.
 
-    batch: how many sequences they are of, where a sum is divided by that; gradients: live views of the tensors'
-    gradients, to be added to.
+    batch: the number of sequences, where a sum is divided by that number; else 1.
+    gradients: live views of the tensors' gradients, to be added to.
     """
 
     batch: int
@@ -52,7 +53,7 @@ class Part(NamedTuple):
     gradients: tuple[Tensor, ...] = ()
 
     def cut(self, rows: int) -> Iterable[Part]:
-        """It in parts of so many rows."""
+        """The part, cut into parts of at most this many rows."""
         tensors, gradients = (
             zip(*(torch.split(x, rows) for x in xs), strict=True) for xs in (self.tensors, self.gradients)
         )
@@ -60,48 +61,48 @@ class Part(NamedTuple):
         return map(Part, repeat(self.batch), tensors, valid, gradients if self.gradients else repeat(()))
 
     def joins(self, other: Part) -> bool:
-        """Whether the rows of both can be one tensor's."""
-        ours, theirs = self.tensors[0], other.tensors[0]
+        """Whether the rows of both parts can be concatenated."""
+        a, b = self.tensors[0], other.tensors[0]
         return (
-            ours.shape[1:] == theirs.shape[1:]
-            and ours.dtype is theirs.dtype
-            and ours.device == theirs.device
+            a.shape[1:] == b.shape[1:]
+            and a.dtype is b.dtype
+            and a.device == b.device
             and self.batch == other.batch
             and (self.valid is None) == (other.valid is None)
         )
 
 
 Piece = list[Part]
-"""Parts whose rows are read together."""
+"""Parts that are read together, as one tensor."""
 
 
 def _pieces(parts: Sequence[Part]) -> list[Piece]:
     pieces: list[Piece] = []
     left = 0
-    seen: set[tuple[int, int, int]] = set()
+    in_piece: set[tuple[int, int, int]] = set()
     for part in parts:
         h = part.tensors[0]
-        size, limit = h.numel() * max(h.element_size(), 4), ROOM[h.is_cpu]  # in bytes, as it is read
+        size, limit = h.numel() * max(h.element_size(), 4), ROOM[h.is_cpu]  # in bytes, once in float32
         if size > limit:
             pieces += [[one] for one in part.cut(max(h.size(0) * limit // size, 1))]
             left = 0
             continue
-        # The gradients of a piece are added to at once, first ones and then second ones: none may be there twice.
+        # A list operation adds to all gradients of a piece at once: no gradient may be in a piece twice.
         places: list[tuple[int, int, int]] = []
         if len(parts) > 1:
             for which, gradient in enumerate(part.gradients):
                 places.append((which, gradient.untyped_storage()._cdata, int(gradient.storage_offset())))
-        if not pieces or size > left or not seen.isdisjoint(places) or not part.joins(pieces[-1][0]):
+        if not pieces or size > left or not in_piece.isdisjoint(places) or not part.joins(pieces[-1][0]):
             pieces.append([])
-            left, seen = limit, set()
+            left, in_piece = limit, set()
         pieces[-1].append(part)
         left -= size
-        seen.update(places)
+        in_piece.update(places)
     return pieces
 
 
 def _read(piece: Piece) -> tuple[list[Tensor], Tensor | None]:
-    """The tensors of a piece in float32 or better, 0 where they are not valid; which of their rows are."""
+    """The tensors of a piece in float32 or better, with 0 in invalid rows; and the valid rows, None for all."""
     if len(piece) == 1:
         (part,) = piece
         wide, valid = list(map(at_least_float32, part.tensors)), part.valid
@@ -114,12 +115,12 @@ def _read(piece: Piece) -> tuple[list[Tensor], Tensor | None]:
 
 
 def _valid(piece: Piece) -> Tensor | None:
-    known = [part.valid for part in piece if part.valid is not None]
-    return torch.cat(known) if len(known) > 1 else known[0] if known else None
+    masks = [part.valid for part in piece if part.valid is not None]
+    return torch.cat(masks) if len(masks) > 1 else masks[0] if masks else None
 
 
 Total = Callable[..., Tensor]
-"""The sum of f in one go: total(*tensors, scratch), where scratch(x) is memory of x's shape, one for all pieces."""
+"""f and its sum in one go: total(*tensors, scratch), where scratch(x) is memory of x's shape, shared by all pieces."""
 
 
 def reduced(
@@ -127,21 +128,22 @@ def reduced(
 ) -> Tensor:
     """f of the tensors, summed or averaged over the valid elements as `reduction` says. There is at least one part.
 
-    total: used where autograd is off; f then keeps the shape of the tensors, and is 0 where they are. Raises
-    PluginError where f does not keep the rows.
+    total: used where autograd is off; f then keeps the shape of the tensors, and f(0) is 0.
+
+    Raises PluginError where f does not keep the rows.
     """
     pieces = [[part] for part in parts] if torch.is_grad_enabled() else _pieces(parts)
-    at_once = None if total is None or torch.is_grad_enabled() else partial(total, scratch=_Scratch())
+    f_and_sum = None if total is None or torch.is_grad_enabled() else partial(total, scratch=_Scratch())
     sums: list[Tensor] = []
     count: int | Tensor = 0
     for piece in pieces:
         wide, valid = _read(piece)
-        if at_once is not None:
-            width, found = wide[0].size(-1), at_once(*wide)
+        if f_and_sum is not None:
+            width, value = wide[0].size(-1), f_and_sum(*wide)
         else:
-            values = _kept(f(*wide), wide[0])
-            width, found = values.size(-1), (values if valid is None else torch.where(valid, values, 0.0)).sum()
-        sums.append(found / max(piece[0].batch, 1) if reduction == "batch" else found)
+            values = _checked(f(*wide), wide[0])
+            width, value = values.size(-1), (values if valid is None else torch.where(valid, values, 0.0)).sum()
+        sums.append(value / max(piece[0].batch, 1) if reduction == "batch" else value)
         if reduction == "mean":
             count = count + _count(piece, valid, width)
     result = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
@@ -151,25 +153,25 @@ def reduced(
 
 
 class _Scratch:
-    """Memory that pieces share."""
+    """Memory that the pieces of one reduction share."""
 
-    _kept: Tensor | None = None
+    _memory: Tensor | None = None
 
     def __call__(self, like: Tensor) -> Tensor:
-        if self._kept is None or self._kept.shape != like.shape:
-            self._kept = torch.empty_like(like)
-        return self._kept
+        if self._memory is None or self._memory.shape != like.shape:
+            self._memory = torch.empty_like(like)
+        return self._memory
 
 
-def _kept(values: Tensor, h: Tensor) -> Tensor:
-    """The values of f, if it kept h's shape up to the features: else a mask would be broadcast over the wrong axis."""
+def _checked(values: Tensor, h: Tensor) -> Tensor:
+    """The values of f. Raises PluginError where their rows are not h's: a mask would be broadcast over a wrong axis."""
     if values.shape[:-1] != h.shape[:-1] or values.size(-1) not in (1, h.size(-1)):
         raise PluginError(f"reduce() was given a function of {tuple(h.shape)} that returns {tuple(values.shape)}")
     return values
 
 
 def _count(piece: Piece, valid: Tensor | None, width: int) -> int | Tensor:
-    """How many of the numbers that f gives of a piece are valid, where it gives `width` for each row."""
+    """The number of valid values of f in a piece, where f returns `width` values for each row."""
     if valid is not None:
         return valid.sum() * width
     rows = 0
@@ -189,9 +191,11 @@ def add_slopes(
 ) -> None:
     """gradients += amount · times · the gradient of `reduced(parts, f, reduction)`, in place.
 
-    slope: the derivative of f by each tensor, of its shape; one alone of two tensors is that by the first and, turned
-    around, by the second. per_row: whether f returns one number for each row. Raises PluginError where a slope does not
-    have the shape of the tensor.
+    slope: the derivative of f by each tensor, of the tensor's shape; a single one for two tensors is the derivative by
+    the first, and minus the derivative by the second.
+    per_row: whether f returns one number for each row.
+
+    Raises PluginError where a slope does not have the shape of the tensor.
     """
     pieces = _pieces(parts)
     if reduction == "mean":
@@ -206,16 +210,17 @@ def add_slopes(
     for piece in pieces:
         wide, valid = _read(piece)
         share = times / max(piece[0].batch, 1) if reduction == "batch" else times
-        found = slope(*wide)
+        slopes = slope(*wide)
         for which in range(len(wide)):
-            one = found[which] if isinstance(found, tuple) else found
-            factor = -share if which and one is found else share
-            if one.shape != wide[0].shape:
-                raise PluginError(f"a slope at {tuple(wide[0].shape)} has the shape {tuple(one.shape)}")
+            derivative = slopes[which] if isinstance(slopes, tuple) else slopes
+            factor = -share if which and derivative is slopes else share
+            if derivative.shape != wide[0].shape:
+                raise PluginError(f"a slope at {tuple(wide[0].shape)} has the shape {tuple(derivative.shape)}")
             if valid is not None:
-                one = torch.where(valid, one, 0.0)
+                derivative = torch.where(valid, derivative, 0.0)
             if len(piece) == 1:
-                piece[0].gradients[which].addcmul_(one, amount, value=factor)
+                piece[0].gradients[which].addcmul_(derivative, amount, value=factor)
             else:
                 gradients = [part.gradients[which] for part in piece]
-                torch._foreach_add_(gradients, torch.split(one * amount, [g.size(0) for g in gradients]), alpha=factor)
+                added = torch.split(derivative * amount, [g.size(0) for g in gradients])
+                torch._foreach_add_(gradients, added, alpha=factor)

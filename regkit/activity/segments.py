@@ -17,40 +17,51 @@ from regkit.activity.padding import Mask, Validity
 from regkit.errors import StepError
 
 Pairs = tuple[Tensor, Tensor, "Tensor | None"]
+"""h_t and h_{t-1}, of one shape (..., features), and the valid pairs (..., 1); None where all are valid."""
 
 
 class Segment(ABC):
-    """A stretch of activity of one direction of one module."""
+    """A stretch of outputs of one direction of one module.
+
+    >>> segment = regkit.activity.of_step(torch.ones(2, 3), None, None, 0)
+    >>> isinstance(segment, regkit.Segment), segment.batch
+    (True, 2)
+    """
 
     @property
     @abstractmethod
     def batch(self) -> int:
-        """How many sequences it holds."""
+        """The number of sequences."""
 
     @abstractmethod
     def values(self) -> tuple[Tensor, Tensor | None]:
-        """The activity (..., features), and which rows of it are valid (..., 1), None meaning all."""
+        """The outputs (..., features), and their valid rows (..., 1); None where all are valid."""
 
     @abstractmethod
     def pairs(self) -> Pairs | None:
-        """h_t and h_{t-1} (..., features), and which pairs are valid; None where there are no neighbours."""
+        """The pairs of neighbours in time; None where there are no neighbours."""
 
     def neighbours(self) -> Sequence[Pairs]:
-        """The pairs as views of the activity, in as many pieces as that takes."""
+        """The pairs as views of the outputs, in as many pieces as needed."""
         pairs = self.pairs()
         return () if pairs is None else (pairs,)
 
     def at(self, place: Callable[[Tensor], Any]) -> Segment | None:
-        """The same segment with what `place` makes of its tensors in their place; None if its class does not say how.
+        """This segment with `place(tensor)` in the place of each of its tensors; None if the class cannot do that.
 
-        Closed-form gradients need it, with views from `values` and `neighbours`: autograd does without.
+        Closed-form gradients need this, with views from `values` and `neighbours`; autograd does not.
         """
         return None
 
 
 @dataclass(frozen=True)
 class Sequenced(Segment):
-    """A padded sequence.  h: (time, batch, features); valid: (time, batch, 1) or None."""
+    """A padded sequence.  h: (time, batch, features); valid: (time, batch, 1) or None.
+
+    >>> later, earlier, valid = regkit.activity.Sequenced(torch.arange(3.0).view(3, 1, 1)).pairs()
+    >>> later.flatten(), earlier.flatten()
+    (tensor([1., 2.]), tensor([0., 1.]))
+    """
 
     h: Tensor
     valid: Tensor | None = None
@@ -66,7 +77,7 @@ class Sequenced(Segment):
     def pairs(self) -> Pairs | None:
         valid = None if self.valid is None else self.valid[1:] & self.valid[:-1]
         later, earlier = self.h[1:], self.h[:-1]
-        # The backward half runs against time: what it computed before h_t is h_{t+1}.
+        # The backward direction runs against time: before h_t, the module computed h_{t+1}.
         return (earlier, later, valid) if self.backward else (later, earlier, valid)
 
     def at(self, place: Callable[[Tensor], Any]) -> Segment:
@@ -75,7 +86,12 @@ class Sequenced(Segment):
 
 @dataclass(frozen=True)
 class Packed(Segment):
-    """A packed sequence's rows, which hold no padding.  h: (frames, features)."""
+    """The rows of a packed sequence, without padding.  h: (frames, features).
+
+    >>> packed = nn.utils.rnn.pack_sequence([torch.zeros(3, 2), torch.zeros(1, 2)])
+    >>> regkit.activity.Packed(packed.data, packed.batch_sizes).batch
+    2
+    """
 
     h: Tensor
     batch_sizes: Tensor
@@ -99,16 +115,16 @@ class Packed(Segment):
         return (earlier, later, None) if self.backward else (later, earlier, None)
 
     def neighbours(self) -> Sequence[Pairs]:
-        # While as many sequences go on, the rows of the step before lie equally far behind: stretches of rows.
-        found: list[Pairs] = []
+        # While the number of sequences stays, the rows of the step before lie equally far behind: stretches of rows.
+        pieces: list[Pairs] = []
         sizes: list[int] = self.batch_sizes.tolist()
         start = sizes[0]
         for back, steps in groupby(pairwise(sizes), itemgetter(0)):
             rows = sum(now for _, now in steps)
             later, earlier = self.h.narrow(0, start, rows), self.h.narrow(0, start - back, rows)
-            found.append((earlier, later, None) if self.backward else (later, earlier, None))
+            pieces.append((earlier, later, None) if self.backward else (later, earlier, None))
             start += rows
-        return found
+        return pieces
 
     def at(self, place: Callable[[Tensor], Any]) -> Segment:
         return type(self)(place(self.h), self.batch_sizes, self.backward)
@@ -116,7 +132,12 @@ class Packed(Segment):
 
 @dataclass(frozen=True)
 class Stepped(Segment):
-    """One step of a cell, or a final state.  h: (..., batch, features); previous: h_{t-1} or None."""
+    """One step of a cell, or a final state.  h: (..., batch, features); previous: h_{t-1} or None.
+
+    >>> step = regkit.activity.Stepped(torch.ones(1, 2), previous=torch.zeros(1, 2))
+    >>> regkit.Activity([step]).reduce_pairs(lambda now, before: now - before, "sum")
+    tensor(2.)
+    """
 
     h: Tensor
     previous: Tensor | None = None
@@ -146,7 +167,7 @@ def of_output(
     wanted: Sequence[str],
     valid: Validity | None,
 ) -> list[Segment]:
-    """The segments of a sequence module's output, one for each direction, of which the `wanted` are kept.
+    """The segments of a sequence module's output, one for each direction in `wanted`.
 
     h: (time, batch, directions · features), or batch first, or (time, directions · features) unbatched, or packed.
     """
@@ -161,14 +182,14 @@ def of_output(
             h = h.transpose(0, 1)
         data, mask = h, None if valid is None else valid.of_sequence(h, batch_first)
     halves = data.chunk(len(directions), dim=-1) if len(directions) > 1 else (data,)
-    found: list[Segment] = []
+    segments: list[Segment] = []
     for name, half in zip(directions, halves, strict=True):
         if name in wanted:
             back = name == "backward"
-            found.append(
+            segments.append(
                 Packed(half, h.batch_sizes, back) if isinstance(h, PackedSequence) else Sequenced(half, mask, back)
             )
-    return found
+    return segments
 
 
 def of_step(h: Tensor, previous: Tensor | None, valid: Validity | None, step: int) -> Segment:

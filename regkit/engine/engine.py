@@ -18,13 +18,13 @@ from regkit.engine.failed_step import FailedStep
 from regkit.engine.finite import EVERY, FiniteCheck
 from regkit.engine.program import ActiveStep, Jobs, Program
 from regkit.engine.watchdog import Watchdog, owned_by_any
-from regkit.errors import AttachError, StepError, listing
+from regkit.errors import StepError, listing
 from regkit.recording.recorder import all_in_the_loss, settle
 from regkit.rules.penalty_rule import PenaltyRule
 from regkit.rules.rule_set import RuleSet, raise_named
 from regkit.rules.weight_rule import WeightRule
 from regkit.runtime.modes import plain
-from regkit.runtime.sharding import FSDP1, flattened
+from regkit.runtime.sharding import refuse_flattened
 from regkit.weights.links import Parameters
 from regkit.weights.snapshot import Snapshot
 
@@ -64,8 +64,10 @@ class Engine:
         return next((link.name for link in self.snapshots.links if not link.intact()), None)
 
     def now(self) -> Snapshot:
-        """The model of now. Raises AttachError where FSDP1 has flattened a parameter that a rule needs."""
-        self._refuse_flattened()
+        """The model as it is. Raises AttachError where FSDP1 has flattened a parameter that a rule needs."""
+        # No step could be known to train a flattened module. Rules on weights refuse as they look for their weights.
+        if self.recorders:
+            refuse_flattened((one.module, f"a weight of {one.title}") for one in self.recorders)
         return self.snapshots.now()
 
     def expected(self) -> set[int]:
@@ -78,14 +80,8 @@ class Engine:
 
     def check_weights(self) -> None:
         """Raise AttachError where a weight is not finite, or FSDP1 has flattened a parameter that a rule needs."""
-        self._refuse_flattened()
+        self.now()
         self._finite_check.check_finite()
-
-    def _refuse_flattened(self) -> None:
-        # Whether a step trains such a module could not be told any more. Rules on weights refuse by themselves.
-        for recorder in self.recorders:
-            if flattened(recorder.module):
-                raise AttachError(f"a weight of {recorder.title} {FSDP1}")
 
     def _parameter_to_watch(self) -> tuple[str, nn.Module, nn.Parameter] | None:
         """The first trainable parameter under a rule: its name, its module, itself.

@@ -1,4 +1,4 @@
-"""What torch is doing: optimizer hooks, the mode of a pass, shards, which parameters an optimizer step trains.
+"""The state that torch is in: optimizer hooks, the mode of a pass, shards, the parameters that a step trains.
 
 Nothing here knows of rules.
 """

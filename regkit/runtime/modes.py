@@ -1,10 +1,10 @@
-"""In which mode a pass runs: whether what it puts out is to be recorded, and what is kept out of our own functions.
+"""The mode that a forward pass runs in: whether outputs are to be recorded; and guards of regkit's own functions.
 
-Most are passes of training. Some only look like it: what is traced, exported or run on fake tensors computes nothing,
-and what a checkpoint recomputes in the backward pass was recorded in the forward pass. In a few modes a record could
-not be right: there a pass that would be recorded is an error that says what to do.
+Most forward passes are passes of training. Some only look like it: a trace, an export or a run on fake tensors computes
+nothing, and a checkpoint's recomputation in the backward pass was recorded in the forward pass. In a few modes a record
+could not be right: there a pass that would be recorded is an error that says what to do.
 
-torch has no public question for most of these. Each that is asked here takes less than 0.1 µs.
+torch has no public function for most of these questions. Each question takes less than 0.1 µs.
 """
 
 from __future__ import annotations
@@ -21,49 +21,40 @@ from torch._C import _current_graph_task_id, _is_tracing
 from torch._C import _is_any_autocast_enabled as _casts
 from torch._C._dynamo import eval_frame
 from torch._C._functorch import peek_interpreter_stack
-from torch._compile import _disable_dynamo as uncompiled
-from torch.compiler import is_dynamo_compiling
+from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling as is_dynamo_compiling
 from torch.fx import _symbolic_trace
 from torch.utils.checkpoint import CheckpointFunction
 
 from regkit.errors import StepError
-
-__all__ = [
-    "compiler",
-    "eager",
-    "forget_compiled",
-    "is_capturing",
-    "is_dynamo_compiling",
-    "is_rehearsal",
-    "plain",
-    "uncast",
-    "uncompiled",
-    "verify_recordable",
-]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _is_exporting: Final = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
 compiler: Final = getattr(eval_frame, "get_eval_frame_callback", bool)
-"""What compiles the functions that are called now, None where nothing does; a torch that cannot say may be compiling.
+"""Returns the compiler of the functions that are called now, None if there is none; False from a torch that cannot say.
 
-What keeps a function out of it is a dozen functions of torch's, for which nobody need pay where there is none. So at
-each step `is_dynamo_compiling() or compiler() is not None` is asked: the former where this itself is being compiled.
+To keep a function out of a compiler, torch calls a dozen functions of its own, which are not needed where there is no
+compiler. So `is_dynamo_compiling() or compiler() is not None` is asked at each step; the former is true while the
+asking code itself is being compiled.
 """
+uncompiled: Final = _disable_dynamo
+"""Takes a function to one that is never compiled."""
+
 _REENTRANT: Final[CodeType] = CheckpointFunction.backward.__code__
 
 
 def is_rehearsal(name: str, compiling: bool) -> bool:
-    """Whether this pass is none of training: a recomputation, a trace, an export. Nothing of it is to be kept.
+    """Whether this forward pass is no training, and is not to be recorded: a recomputation, a trace, an export.
 
-    Raises StepError where it recomputes a pass of which nothing could be recorded.
+    Raises StepError where the pass recomputes one of which nothing could be recorded.
     """
     if compiling:
         return bool(_is_exporting())
     if _current_graph_task_id() == -1:
         return _is_tracing() or _symbolic_trace._is_fx_tracing_flag
-    # A backward pass runs, and this within it.
+    # This forward pass runs within a backward pass.
     if _is_below(_REENTRANT):
         raise StepError(
             f"{name} runs in a reentrant checkpoint, whose forward pass leaves no graph through which its activity "
@@ -73,13 +64,13 @@ def is_rehearsal(name: str, compiling: bool) -> bool:
 
 
 def verify_recordable(module: nn.Module, name: str, carries_gradient: bool = True) -> None:
-    """Raise StepError where what this pass puts out cannot be recorded rightly, and may be trained on."""
+    """Raise StepError where the outputs of this forward pass may be trained on and cannot be recorded rightly."""
     if carries_gradient and "_is_replica" in module.__dict__:
         raise StepError(
             f"{name} runs as a replica, as torch.nn.DataParallel makes them for each batch: what it puts out in other "
             "threads and on other devices is not gathered; use torch.nn.parallel.DistributedDataParallel"
         )
-    # Within a transform a tensor does not tell whether a gradient reaches it once it is out.
+    # Within a transform a tensor does not tell whether a gradient will reach it outside.
     if peek_interpreter_stack() is not None and torch.is_grad_enabled():
         raise StepError(
             f"{name} runs within a transform of torch.func (grad, vmap, jvp, …), which its outputs must not leave; "
@@ -89,19 +80,19 @@ def verify_recordable(module: nn.Module, name: str, carries_gradient: bool = Tru
 
 
 def is_capturing() -> bool:
-    """Whether this is being captured into a CUDA graph: nothing may wait for the GPU, and a replay runs no Python."""
+    """Whether a CUDA graph is being captured: nothing may wait for the GPU, and a replay runs no Python."""
     begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     return begun and torch.cuda.is_current_stream_capturing()
 
 
 def forget_compiled() -> None:
-    """Have whatever torch.compile has made so far made anew: it runs no hook that has come since."""
+    """Make torch.compile compile anew: its code runs no hook that was registered after compilation."""
     if "torch._dynamo" in sys.modules:  # or nothing was compiled
         torch.compiler.reset()
 
 
 def eager(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function that is never compiled, and in which autocast is off."""
+    """The function, never compiled, and with autocast off."""
     apart = uncompiled(uncast(function))
 
     @wraps(function)
@@ -114,7 +105,7 @@ def eager(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def uncast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function in which autocast is off, on every kind of device: penalties are sums of many small numbers."""
+    """The function with autocast off on every kind of device: penalties are sums of many small numbers."""
 
     @wraps(function)
     def outer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -125,7 +116,7 @@ def uncast(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def plain(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function in which neither autocast nor autograd is on. It is called at each step, so its guards are bare."""
+    """The function with autocast and autograd off; its guards are bare, as each step calls such functions."""
     uncasted = uncast(function)
 
     @wraps(function)
@@ -141,7 +132,7 @@ def plain(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _is_below(code: CodeType) -> bool:
-    """Whether a function is on the stack."""
+    """Whether the function of this code is on the stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is code:

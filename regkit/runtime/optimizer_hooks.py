@@ -1,8 +1,8 @@
 """The one pair of torch's global optimizer hooks that every attachment in the process shares.
 
-torch loops over its hooks while they run; adding or removing one then (from another thread, or from the garbage
-collector, which runs anywhere) would break that loop. So there is one pair, over a tuple of listeners that is replaced
-and never changed. The pair leaves torch when the last attachment is detached.
+torch loops over its hooks while it runs them; a hook that is added or removed then (from another thread, or from the
+garbage collector, which runs anywhere) would break that loop. So there is one pair, over a tuple of listeners that is
+replaced and never changed. The pair leaves torch when the last attachment is detached.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from regkit.runtime.modes import compiler, is_dynamo_compiling, uncompiled
 
 
 class Listener:
-    """An object that sees every optimizer step, and by default does nothing.
+    """An observer of optimizer steps, which by default does nothing.
 
-    frame: of the step, the same before and after the step.
+    frame: the frame of the step, one and the same before and after the step.
     """
 
     gradients_final: Callable[[], None] | None = None
-    """Called once each of several listeners has done all that is done before the step, if not None."""
+    """A function to call when all of several listeners have changed the gradients of the step; None for none."""
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
-        """Begin a step. Returns the arguments to go on with, None for those given."""
+        """See a step begin. Returns the arguments to go on with, None for the given arguments."""
         return None
 
     def after(self, frame: FrameType) -> None:
-        """End a step that has raised no error."""
+        """See a step end without an error."""
 
 
 _listeners: tuple[Listener, ...] = ()
@@ -45,7 +45,7 @@ _lock = threading.RLock()
 
 
 def add_listener(listener: Listener) -> None:
-    """Let it see steps from now on."""
+    """Let the listener see optimizer steps from now on."""
     global _listeners
     with _lock:
         _listeners = (*(one for one in _listeners if one is not listener), listener)
@@ -54,21 +54,21 @@ def add_listener(listener: Listener) -> None:
 
 
 def remove_listener(listener: Listener) -> None:
-    """Let it see no more. Safe at any moment, in the middle of a step too."""
+    """Let the listener see no more optimizer steps. Safe at any moment, in the middle of a step too."""
     global _listeners
     with _lock:
         _listeners = tuple(one for one in _listeners if one is not listener)
 
 
 def remove_hooks() -> None:
-    """Take the pair out of torch if nobody listens. Not to be called within a step."""
+    """Take the pair of hooks out of torch if there are no listeners. Not to be called within a step."""
     with _lock:
         while _handles and not _listeners:
             _handles.pop().remove()
 
 
 def keep_clear(*numbers: int) -> None:
-    """Give no hook to come the number of these, which may have come with a model from another process.
+    """Reserve the numbers of hooks that came with a model from another process: no new hook gets one of these numbers.
 
     torch numbers hooks from 0 in each process, and the later of two with one number takes the place of the other.
     """
@@ -78,10 +78,10 @@ def keep_clear(*numbers: int) -> None:
 def _before(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | None = None) -> tuple[Any, Any] | None:
     if frame is None:
         if is_dynamo_compiling() or compiler() is not None:
-            uncompiled_given: tuple[Any, Any] | None = _uncompiled_before(optimizer, args, kwargs)
+            uncompiled_given: tuple[Any, Any] | None = _uncompiled(_before, optimizer, args, kwargs)
             return uncompiled_given
         frame = sys._getframe(1)
-    if _STATES in sys.modules:  # whose rehearsals are at learning rate 0
+    if _STATES in sys.modules:  # it rehearses steps, at learning rate 0
         lr = optimizer.param_groups[0].get("lr") if optimizer.param_groups else None
         if (isinstance(lr, Tensor) or not lr) and _rehearsed(frame):
             return None
@@ -100,7 +100,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | Non
 def _after(*_: Any, frame: FrameType | None = None) -> None:
     if frame is None:
         if is_dynamo_compiling() or compiler() is not None:
-            _uncompiled_after()
+            _uncompiled(_after)
             return
         frame = sys._getframe(1)
     listeners = _listeners
@@ -113,17 +113,13 @@ def _after(*_: Any, frame: FrameType | None = None) -> None:
 
 
 @uncompiled
-def _uncompiled_before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    return _before(optimizer, args, kwargs, _frame_of_step())
-
-
-@uncompiled
-def _uncompiled_after() -> None:
-    _after(frame=_frame_of_step())
+def _uncompiled(hook: Callable[..., Any], *args: Any) -> Any:
+    """Call the hook with the frame of the step, out of the compiler's reach."""
+    return hook(*args, frame=_frame_of_step())
 
 
 def _frame_of_step() -> FrameType:
-    """The frame that called a hook, past what keeps the compiler out of it."""
+    """The frame that called a hook, past the frames that keep the compiler out."""
     frame = sys._getframe(2)
     while frame.f_globals.get("__name__") in _COMPILER and frame.f_back is not None:
         frame = frame.f_back
@@ -131,7 +127,7 @@ def _frame_of_step() -> FrameType:
 
 
 def _rehearsed(frame: FrameType) -> bool:
-    """Whether torch has the optimizer step only to make its state, at learning rate 0: get_state_dict does so."""
+    """Whether torch makes the optimizer step at learning rate 0 only to create its state, as get_state_dict does."""
     above: FrameType | None = frame
     while above is not None:
         if above.f_code.co_name == "_init_optim_state" and above.f_globals.get("__name__") == _STATES:

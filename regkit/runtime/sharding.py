@@ -1,17 +1,19 @@
-"""Tensors that several processes hold parts of: the whole of one, and each one's share of a whole.
+"""Sharded tensors, of which several processes hold parts: the whole tensor, and each process' share of a whole.
 
-No other room knows DTensor. It is looked up among the modules that are loaded and never imported: where
-`torch.distributed.tensor` was not imported nobody can have made one.
+No other room knows DTensor. The class is looked up among the loaded modules and never imported: where nobody imported
+`torch.distributed.tensor`, nobody can have made a DTensor.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Final, Literal
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
+
+from regkit.errors import AttachError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -19,30 +21,28 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
-FSDP1: Final = (
-    "is a piece of a flat parameter of FSDP1 (FullyShardedDataParallel), in which no row is whole; use "
-    "torch.distributed.fsdp.fully_shard (FSDP2) instead"
-)
-"""Why what FSDP1 has flattened is refused."""
+group: Final[Any] = getattr(torch.distributed, "group", None)
+"""torch's class of the process group of all processes, `group.WORLD`; None in a torch without process groups."""
 
-_AVAILABLE: Final = torch.distributed.is_available()
+FLAT_PARAM: Final = "torch.distributed.fsdp._flat_param"
+"""The room of torch in which FSDP1 (FullyShardedDataParallel) flattens parameters."""
 
 
 def distributed() -> bool:
-    """Whether processes work together at all."""
-    return _AVAILABLE and torch.distributed.group.WORLD is not None
+    """Whether several processes work together, as a process group."""
+    return group is not None and group.WORLD is not None
 
 
 def sharded(tensor: Tensor) -> TypeIs[DTensor]:
-    """Whether the tensor is a DTensor: a part, or a copy, of one that the processes of a mesh hold together."""
+    """Whether the tensor is a DTensor: a part, or a copy, of a tensor that the processes of a mesh hold together."""
     room = sys.modules.get("torch.distributed.tensor")
     return room is not None and isinstance(tensor, room.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a sharded one, any other tensor itself. Autograd goes through it.
+    """The full tensor of a sharded tensor; any other tensor is returned. Autograd goes through.
 
-    For a sharded one every process of its mesh has to call it, and in the same order.
+    Where tensors are sharded, every process of their mesh has to call this, and in the same order.
     """
     return tensor.full_tensor() if sharded(tensor) else tensor
 
@@ -68,9 +68,9 @@ def share(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def held_here(tensor: Tensor) -> tuple[tuple[int, int], ...] | None:
-    """The part of a sharded tensor that this process holds: along each axis, the first index and how many there are.
+    """The part of a sharded tensor that this process holds: along each axis, the first index and the number of indices.
 
-    None where the part is no such box, as where some of its rows lie between those of another process.
+    None where the part is no such box, as where some of its rows lie between rows of another process.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -93,13 +93,13 @@ def divided(tensor: Tensor) -> set[int]:
 
 
 def placement(tensor: Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]]:
-    """The mesh of a sharded tensor, and how it is placed on that."""
+    """The mesh of a sharded tensor, and the tensor's placements on the mesh."""
     assert sharded(tensor)
     return tensor.device_mesh, tensor.placements
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this process holds, any other tensor itself. Autograd goes through it."""
+    """The part of a sharded tensor that this process holds; any other tensor is returned. Autograd goes through."""
     if not sharded(tensor):
         return tensor
     part: Tensor = tensor.to_local() if torch.is_grad_enabled() else tensor._local_tensor
@@ -107,9 +107,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def pooled(parts: Sequence[Tensor], like: Tensor, axes: Collection[int], by: Literal["sum", "max"]) -> list[Tensor]:
-    """Tensors of each process, summed over the processes among which `like` is divided along the axes; or the largest.
+    """The sums, or maxima, of each process' tensors over the processes among which `like` is divided along the axes.
 
-    One all-reduce for all of them, for each dimension of the mesh that divides these axes; none where none does.
+    One all-reduce for all tensors, for each dimension of the mesh that divides these axes; none where none does.
     Every process of the mesh has to call it, with tensors of equal shapes. Autograd goes through sums.
     """
     from torch.distributed.tensor import Shard
@@ -124,14 +124,14 @@ def pooled(parts: Sequence[Tensor], like: Tensor, axes: Collection[int], by: Lit
 
 
 def everywhere(flags: Tensor, like: Tensor) -> Tensor:
-    """Whether each is true in all processes of the mesh of `like`; the flags themselves where that is not sharded."""
+    """Whether each flag is true in all processes of the mesh of `like`; the flags unchanged where `like` is whole."""
     if not sharded(like):
         return flags
     return _reduced(flags.to(torch.uint8), like, ["min"] * like.device_mesh.ndim).bool()
 
 
 def _reduced(tensor: Tensor, like: DTensor, over: Sequence[str | None]) -> Tensor:
-    """A tensor of each process reduced over the dimensions of the mesh for which there is a way to."""
+    """A tensor of each process, reduced over the mesh: `over` names the operation of each dimension, None for none."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     held = [Replicate() if by is None else Partial(by) for by in over]
@@ -141,8 +141,9 @@ def _reduced(tensor: Tensor, like: DTensor, over: Sequence[str | None]) -> Tenso
 def reshard(model: nn.Module) -> None:
     """Have FSDP2 (fully_shard) put the sharded parameters back into their modules.
 
-    After a forward pass without a backward pass there may be whole ones in their place, which no optimizer owns, and
-    what is written to those is lost. Nothing is communicated; the next forward pass gathers what it needs.
+    After a forward pass without a backward pass, modules may have whole parameters in place of the sharded ones: no
+    optimizer owns the whole ones, and changes of them are lost. Nothing is communicated; the next forward pass gathers
+    anew.
     """
     room = sys.modules.get("torch.distributed.fsdp")
     if room is not None:
@@ -151,24 +152,23 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
-def flattening() -> bool:
-    """Whether FSDP1 is there to flatten anything."""
-    loaded = "torch.distributed.fsdp._flat_param" in sys.modules
-    return loaded and _AVAILABLE and torch.distributed.group.WORLD is not None  # `distributed()`, at each step
-
-
-def flattened(module: nn.Module) -> bool:
-    """Whether FSDP1 (FullyShardedDataParallel) keeps parameters of this module itself in a flat one.
-
-    With `use_orig_params=False` the module has none left; with True each is some numbers of it in a row, marked.
-    """
-    if not flattening():
-        return False
-    if vars(module).get("_fsdp_use_orig_params") is False:
-        return True
-    return any(marked(p) for p in module._parameters.values() if p is not None)
-
-
-def marked(parameter: Tensor) -> bool:
+def flattened(parameter: Tensor) -> bool:
     """Whether FSDP1 has made the parameter a piece of a flat one."""
     return hasattr(parameter, "_fsdp_flattened")
+
+
+def refuse_flattened(weights: Iterable[tuple[nn.Module, str]]) -> None:
+    """Raise AttachError where FSDP1 keeps parameters of a module itself in a flat one.
+
+    weights: modules, each with the name of its weight for the error. With `use_orig_params=False` such a module has no
+    parameters left; with True each parameter is a stretch of the flat one, and is marked.
+    """
+    if FLAT_PARAM not in sys.modules or group.WORLD is None:
+        return
+    for module, name in weights:
+        own = (p for p in module._parameters.values() if p is not None)
+        if vars(module).get("_fsdp_use_orig_params") is False or any(map(flattened, own)):
+            raise AttachError(
+                f"{name} is a piece of a flat parameter of FSDP1 (FullyShardedDataParallel), in which no row is whole; "
+                "use torch.distributed.fsdp.fully_shard (FSDP2) instead"
+            )

@@ -1,4 +1,4 @@
-"""One optimizer step, and what of the model its optimizer owns."""
+"""One optimizer step, the model's parameters that its optimizer owns, and the count of steps."""
 
 from __future__ import annotations
 
@@ -12,42 +12,44 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 ParametersById = Mapping[int, nn.Parameter]
-"""The model's parameters that make a step one of the attachment's, by their ids."""
+"""The model's regularized parameters, by their ids: a step of any of these is one of the attachment's."""
 
 Groups = Mapping[int, dict[str, Any]]
 """The parameter group of each parameter, by its id."""
 
 
 class OwnedParameters:
-    """The parameters of an optimizer that are also the model's.
+    """The parameters of an optimizer that are also regularized parameters of the model.
 
-    groups: of all parameters of the optimizer; ours: of the model's, which `leaves` lists and `ids` holds.
+    current: the model's regularized parameters.
+    all_groups: the parameter group of each parameter of the optimizer; groups: of each owned parameter.
+    parameters: the owned parameters; ids: their ids.
     """
 
-    def __init__(self, here: ParametersById, groups: Groups) -> None:
-        self.current = here
-        self.groups: Groups = {key: groups[key] for key in here if key in groups}
-        self.all_groups = self.groups if len(self.groups) == len(groups) else groups  # often all is the model's
-        self.parameters = [here[key] for key in self.groups]
+    def __init__(self, current: ParametersById, groups: Groups) -> None:
+        self.current = current
+        self.groups: Groups = {key: groups[key] for key in current if key in groups}
+        self.all_groups = self.groups if len(self.groups) == len(groups) else groups  # often the optimizer owns no more
+        self.parameters = [current[key] for key in self.groups]
         self.ids = frozenset(self.groups)
 
-    def restrict_to_parameters(self, here: ParametersById) -> OwnedParameters:
-        """This ownership, restricted to the parameters that the model has now."""
-        return self if here is self.current else OwnedParameters(here, self.all_groups)
+    def restrict_to_parameters(self, current: ParametersById) -> OwnedParameters:
+        """This ownership, restricted to `current`, the regularized parameters that the model has now."""
+        return self if current is self.current else OwnedParameters(current, self.all_groups)
 
-    def without(self, taken: Collection[int]) -> OwnedParameters:
+    def without(self, ids: Collection[int]) -> OwnedParameters:
         """This ownership, less the parameters of these ids."""
-        return OwnedParameters({key: leaf for key, leaf in self.current.items() if key not in taken}, self.all_groups)
+        return OwnedParameters({key: one for key, one in self.current.items() if key not in ids}, self.all_groups)
 
 
 @dataclass(eq=False)
 class Step:
-    """One optimizer step that owns parameters of the model.
+    """One optimizer step that trains regularized parameters of the model.
 
-    scale: the loss scale still in the gradients; a fused optimizer divides by it itself.
-    index: how many steps came before it.
+    scale: the loss scale that is still in the gradients; a fused optimizer divides by the scale itself.
+    index: the number of steps before this one.
     trained: the ids of the parameters that have a gradient, once gradients are complete.
-    evaluations: how often gradients have been complete in it.
+    evaluations: how often gradients have been complete in this step.
     """
 
     optimizer: Optimizer | None
@@ -61,30 +63,31 @@ class Step:
 
     @property
     def groups(self) -> Groups:
-        """The parameter group of each of its parameters."""
+        """The parameter group of each owned parameter, by the parameter's id."""
         return self.owned.groups
 
     @property
     def by(self) -> str:
-        """Who makes the step, for a sentence."""
+        """The name of the step's optimizer, for a sentence."""
         return "attachment.step()" if self.optimizer is None else type(self.optimizer).__name__
 
 
 _REMEMBERED: Final = 64
-"""How many steps are remembered, where there are several optimizers."""
+"""The number of steps that are remembered where there are several optimizers."""
 
 
 class StepCount:
-    """Optimizer steps, where several optimizers that share the parameters out among them count once.
+    """A count of optimizer steps in which the steps of optimizers that share out the parameters count as one.
 
-    A step joins the one before if it trains none of the same parameters; one that does begins the next.
+    A step joins the one before if the two train different parameters; else the next count begins.
+    stepped: the ids of all parameters that have been stepped in the present count.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.stepped: AbstractSet[int] = frozenset()
         self.history: list[frozenset[int]] = []
-        """Who stepped, the last one last; empty while that is one alone."""
+        """The ids of the parameters of each remembered step, in order; empty while one optimizer makes all steps."""
 
     def index(self, parameters: AbstractSet[int]) -> int:
         """The number, from 0, of the step that an optimizer of these parameters is about to take part in."""
@@ -92,10 +95,12 @@ class StepCount:
         return self.count - 1 if joins else self.count
 
     def upcoming(self, expected: Callable[[], AbstractSet[int]]) -> int:
-        """The number of the step to come, whoever makes it: a loss is computed before that is known.
+        """The number of the step to come, before any optimizer has begun a step: a loss may be computed so early.
 
-        Who steps next is who did the last time that those before had stepped in this order; where they never had,
-        whoever has not stepped yet. expected: the parameters that any optimizer owns.
+        The optimizer that is likely to step next is the one that did the last time that optimizers had stepped in the
+        same order; where they never had, any that has not stepped yet.
+
+        expected: returns the ids of the parameters that any optimizer owns.
         """
         if not self.stepped:
             return self.count
@@ -105,7 +110,7 @@ class StepCount:
         return self.index(likely)
 
     def _likely(self) -> frozenset[int] | None:
-        """Who followed on the longest stretch of steps that was there before."""
+        """The parameters of the step that followed the longest past stretch like the present one; None without any."""
         past, best, length = self.history, None, 0
         for end in range(len(past) - 1, 0, -1):
             same = 0
@@ -116,8 +121,8 @@ class StepCount:
         return best
 
     def advance(self, parameters: AbstractSet[int]) -> None:
-        """An optimizer of these parameters has stepped."""
-        parameters = frozenset(parameters)  # which it mostly is itself
+        """Count a step of an optimizer of these parameters."""
+        parameters = frozenset(parameters)  # mostly no copy
         if self.stepped and self.stepped != parameters and not self.history:
             self.history.append(frozenset(self.stepped))
         if self.history:
@@ -131,11 +136,11 @@ class StepCount:
             self.stepped = parameters
 
     def keep(self, parameters: Mapping[int, object]) -> None:
-        """These are there now. Where none of those that were stepped is, all were replaced: no step can join theirs."""
+        """Tell which parameters exist. If all stepped ones were replaced, the next step begins the next count."""
         if self.stepped.isdisjoint(parameters):
             self.stepped, self.history = frozenset(), []
 
     def restore(self, count: int, stepped: Iterable[int]) -> None:
-        """Go on from a saved count, of which these parameters have been stepped."""
+        """Go on from a saved count, in which these parameters have been stepped."""
         self.count = count
         self.stepped, self.history = frozenset(stepped), []

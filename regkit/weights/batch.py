@@ -13,29 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from regkit.activity import at_least_float32
-from regkit.buckets import buckets, room
+from regkit.buckets import buckets
 from regkit.kinds import Constraint, Penalty
 from regkit.runtime.sharding import divided, held_here, local, placement, pooled
 from regkit.weights.block import Block
 from regkit.weights.storage import Plain, Sharded, Storage
 
 Kept = tuple[Block, Sequence[Storage]]
-"""A block, and where it is kept."""
+"""A block and its storages."""
 
 Pick = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""Picks the gradients of a batch out of those of a step's parameters."""
+"""Picks a batch's gradients from a list of the gradients of a step's parameters."""
 
 
 @dataclass(eq=False)
 class Batch:
-    """Blocks of plain parameters on one device and of one dtype, which do not overlap."""
+    """Blocks of plain parameters on one device and of one dtype, which do not overlap.
+
+    parameters: the parameter of each block.
+    """
 
     blocks: list[Block] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """What it is, for a sentence."""
+        """The batch's name for a sentence."""
         first, *others = self.blocks
         return f"{first.name} and {len(others)} more" if others else first.name
 
@@ -51,34 +54,34 @@ class Batch:
 
     @cached_property
     def whole(self) -> bool:
-        """Whether each block is a whole parameter as it is kept: then no view is needed."""
+        """Whether each block is a whole parameter, of which no view is needed."""
         return all(block.as_kept for block in self.blocks)
 
     @cached_property
     def _rows(self) -> tuple[list[int], list[int], list[int]] | None:
-        """Where all blocks are rows: their units, where they start, how many they are."""
+        """The units of each weight, and the start and number of each block's rows; None unless all blocks are rows."""
         if not all(block.rows for block in self.blocks):
             return None
         sites = [block.site for block in self.blocks]
         return [one.units for one in sites], [one.start for one in sites], [one.rows for one in sites]
 
     def restrict_to_parameters(self, ids: frozenset[int]) -> Batch:
-        """Those blocks of it whose parameters have these ids."""
+        """Restrict the batch to blocks of parameters with ids in `ids`."""
         return self if self.ids <= ids else self._restricted([id(one) in ids for one in self.parameters])
 
     def restrict_to_blocks(self, blocks: set[Block]) -> Batch:
-        """Those of it that are among these."""
+        """Restrict the batch to blocks in `blocks`."""
         return self if self.members <= blocks else self._restricted([one in blocks for one in self.blocks])
 
-    def _restricted(self, taken: list[bool]) -> Batch:
-        return type(self)(list(compress(self.blocks, taken)), list(compress(self.parameters, taken)))
+    def _restricted(self, selected: list[bool]) -> Batch:
+        return type(self)(list(compress(self.blocks, selected)), list(compress(self.parameters, selected)))
 
     def outlines(self) -> list[Tensor]:
-        """Tensors of the shapes of whole blocks, which every process has, whatever is in them."""
+        """Tensors of the shapes of whole blocks, with any numbers, which every process has."""
         return self.views(self.parameters)
 
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Views of the blocks in their weights, or in the gradients of these. Made anew, for `.data` may be another."""
+        """Views of the blocks in their parameters, or in the gradients; made anew, as `.data` may be replaced."""
         if self.whole:
             return [*tensors]
         rows = self._rows
@@ -87,7 +90,7 @@ class Batch:
         return [block.view(one) for block, one in zip(self.blocks, tensors, strict=True)]
 
     def each(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter, and the live view of its block."""
+        """Each parameter, with the live view of its block."""
         return zip(self.parameters, self.views(self.parameters), strict=True)
 
     def value(self, penalty: Penalty) -> Tensor:
@@ -108,9 +111,9 @@ class Batch:
         """gradients += scale · amount · ∇Ω(w).  scale: () or (1,), not to be waited for."""
         scale = scale.to(self.parameters[0].device).reshape(())
         weights = self.views(self.parameters)
-        together, large = buckets(weights, room(weights[0]))
+        together, large = buckets(weights)
         for bucket in (*together, *([one] for one in large)):
-            # What is small in half precision may be large enough once it is scaled.
+            # A gradient that is too small for half precision may fit once it is scaled.
             wide = [at_least_float32(weights[index]) for index in bucket]
             slopes = [torch.zeros_like(w) for w in wide]
             penalty.add_gradients(wide, list(slopes), amount)
@@ -118,18 +121,18 @@ class Batch:
             torch._foreach_add_([gradients[index] for index in bucket], slopes)
 
     def picked(self, numbers: Mapping[int, int]) -> Pick:
-        """What picks the gradients of its parameters out of a list in which each has this number, by its id."""
-        mine = [numbers[id(one)] for one in self.parameters]
-        if len(mine) == 1:
-            return itemgetter(slice(mine[0], mine[0] + 1))
-        return list if len(mine) == len(numbers) and mine == list(range(len(numbers))) else itemgetter(*mine)
+        """A function that picks the batch's gradients from a list. numbers: each parameter's place there, by id."""
+        places = [numbers[id(one)] for one in self.parameters]
+        if len(places) == 1:
+            return itemgetter(slice(places[0], places[0] + 1))
+        return list if len(places) == len(numbers) and places == list(range(len(numbers))) else itemgetter(*places)
 
 
 @dataclass(eq=False)
 class Shards(Batch):
-    """The parts that this process holds of blocks of sharded parameters, which are placed alike on one mesh.
+    """Parts that this process holds, of blocks of sharded parameters that are placed alike on one mesh.
 
-    The kind needs to see no more than that, or sums over it.
+    The kind needs no more than these parts, or sums over the parts of all processes.
     """
 
     @cached_property
@@ -137,26 +140,26 @@ class Shards(Batch):
         return False
 
     @cached_property
-    def _held(self) -> list[tuple[int, int]]:
-        """The rows of each block in what is held of its parameter: where they start, how many they are."""
-        found = []
+    def _local_rows(self) -> list[tuple[int, int]]:
+        """The start and number of each block's rows in the part of its parameter that this process holds."""
+        rows = []
         for block, parameter in zip(self.blocks, self.parameters, strict=True):
             held = held_here(parameter)
-            assert held is not None  # or it would be in no such batch
+            assert held is not None  # or the block would be in another batch
             offset, count = held[0]
             first = 0 if block.as_kept else block.site.start - offset
             last = count if block.as_kept else first + block.site.rows
             start = min(max(first, 0), count)
-            found.append((start, max(min(last, count) - start, 0)))
-        return found
+            rows.append((start, max(min(last, count) - start, 0)))
+        return rows
 
     def outlines(self) -> list[Tensor]:
         pairs = zip(self.blocks, self.parameters, strict=True)
         return [local(parameter).new_empty(block.site.shape) for block, parameter in pairs]
 
     def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Views of what is held of each block in its weight, or in its gradient: of nothing, too."""
-        return [local(one).narrow(0, start, rows) for one, (start, rows) in zip(tensors, self._held, strict=True)]
+        """Views of the parts that this process holds, of weights or gradients; empty where the process holds none."""
+        return [local(one).narrow(0, start, rows) for one, (start, rows) in zip(tensors, self._local_rows, strict=True)]
 
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [one for one in self.parts(tensors) if one.numel()]
@@ -166,7 +169,7 @@ class Shards(Batch):
         return ((parameter, part) for parameter, part in pairs if part.numel())
 
     def lie_alike(self, gradients: Sequence[Tensor]) -> bool:
-        """Whether gradients are held as the parameters are."""
+        """Whether the gradients are placed as the parameters are."""
         return list(map(_placements, gradients)) == list(map(_placements, self.parameters))
 
     def value(self, penalty: Penalty) -> Tensor:
@@ -174,25 +177,29 @@ class Shards(Batch):
         return self._combined(penalty.values(weights) if weights else None, "sum")
 
     def violation(self, constraint: Constraint) -> Tensor:
-        found = [constraint.violation(w) for w in self.views(self.parameters)]
+        found = self._violations(constraint)
         return self._combined(torch.stack(found).amax() if found else None, "max")
 
+    def _violations(self, constraint: Constraint) -> list[Tensor]:
+        """The violation of each part that this process holds."""
+        return [constraint.violation(w) for w in self.views(self.parameters)]
+
     def _combined(self, part: Tensor | None, by: Literal["sum", "max"]) -> Tensor:
-        """The sum, or the largest, of what processes have of a scalar; None of nothing, which is 0.  -> ()."""
+        """The sum or maximum of a scalar over the processes; None, of a process without parts, counts as 0.  -> ()."""
         like = self.parameters[0]
         dtype = torch.promote_types(like.dtype, torch.float32)
-        # Nothing, too, is a function of the parameter: a value is part of the loss of every process.
-        mine = local(like).narrow(0, 0, 0).sum(dtype=dtype) if part is None else part.to(dtype)
-        (whole,) = pooled([mine], like, range(like.dim()), by)
+        # Empty parts, too, are functions of the parameter: a value is part of the loss of every process.
+        own = local(like).narrow(0, 0, 0).sum(dtype=dtype) if part is None else part.to(dtype)
+        (whole,) = pooled([own], like, range(like.dim()), by)
         return whole
 
 
 @dataclass(eq=False)
 class PooledShards(Shards):
-    """Shards for a constraint to which sums over the whole weight say all that it has to know of other processes'."""
+    """Shards for a constraint that needs, of other processes' parts, only sums."""
 
     def _with_sums(self, constraint: Constraint) -> Iterator[tuple[Tensor, Tensor]]:
-        """What is held of each block, as a matrix, and the sums of the whole block. One all-reduce for all."""
+        """This process' part of each block, as a matrix, with the whole block's sums. One all-reduce for all blocks."""
         parts = [one if one.dim() > 1 else one.unsqueeze(-1) for one in self.parts(self.parameters)]
         sums = pooled([constraint.sums(part) for part in parts], self.parameters[0], constraint.pooled or (), "sum")
         return zip(parts, sums, strict=True)
@@ -201,32 +208,35 @@ class PooledShards(Shards):
         for part, sums in self._with_sums(constraint):
             part.copy_(constraint.project_given(part, sums))
 
-    def violation(self, constraint: Constraint) -> Tensor:
-        found = [constraint.violation_given(part, sums) for part, sums in self._with_sums(constraint) if part.numel()]
-        return self._combined(torch.stack(found).amax() if found else None, "max")
+    def _violations(self, constraint: Constraint) -> list[Tensor]:
+        return [constraint.violation_given(part, sums) for part, sums in self._with_sums(constraint) if part.numel()]
 
 
 _placements = attrgetter("placements")
 
 
 class Placed(NamedTuple):
-    """The blocks of a rule in a snapshot, what is tied once: those that are live views of parameters, and the rest."""
+    """The blocks of a rule in a snapshot, each tied block once."""
 
     batches: list[Batch]
+    """Batches of blocks that are live views of parameters, or of local shards."""
+
     lone: list[Kept]
+    """The other blocks, which are read and written one by one."""
+
     number: int
-    """How many blocks there are."""
+    """The number of blocks."""
 
     @classmethod
     def of(cls, distinct: list[Kept], kind: Penalty | Constraint) -> Placed:
-        """Blocks by how they are kept: many are one batch of a kind with list forms of its own, each its own else."""
+        """Sort blocks by their storage; a batch has many blocks only if the kind has list forms of its own."""
         batches = list(_batched(distinct, kind))
         live = {block for batch in batches for block in batch.blocks}
         return cls(batches, [one for one in distinct if one[0] not in live], len(distinct))
 
 
 LOOPS: Final = {"values": "value", "add_gradients": "gradient", "project_": "project"}
-"""Each list form, and the method of which it is one."""
+"""The method that each list form is the list form of."""
 
 
 def own_forms(kind: Penalty | Constraint) -> set[str]:
@@ -252,7 +262,7 @@ def _batched(distinct: Iterable[Kept], kind: Penalty | Constraint) -> Iterator[B
         make, key = makes[parameter], (parameter.dtype, parameter.device)
         where = () if make is Batch else placement(parameter)
         for block in blocks:
-            # A kind without list forms is called for each block, and so an error of it can name that.
+            # A kind without list forms is called for each block, so that its errors can name the block.
             own = () if together else (block,)
             batch = batches.setdefault((make, *key, *where, *own), make())
             batch.blocks.append(block)
@@ -261,7 +271,7 @@ def _batched(distinct: Iterable[Kept], kind: Penalty | Constraint) -> Iterator[B
 
 
 def _batch_for(kind: Penalty | Constraint, block: Block, storage: Storage) -> type[Batch] | None:
-    """The batch that takes a block; None where a kind has to be given the whole weight, made for it."""
+    """The type of batch for a block; None where the kind must be given the whole weight, made for the purpose."""
     if type(storage) is Plain:
         return Batch
     if type(storage) is not Sharded or not (block.as_kept or block.rows):
@@ -276,7 +286,7 @@ def _batch_for(kind: Penalty | Constraint, block: Block, storage: Storage) -> ty
 
 
 def _overlapping(parameter: nn.Parameter, blocks: Sequence[Block]) -> bool:
-    """Whether any two of its blocks have numbers in common: adapters may differ in how they see a shared one."""
+    """Whether any two blocks of a parameter overlap: adapters may see a shared parameter differently."""
     seen = torch.zeros(parameter.shape, dtype=torch.int8)
     for block in blocks:
         block.view(seen).add_(1)

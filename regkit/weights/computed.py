@@ -1,6 +1,4 @@
-"""Weights that are computed from parameters, by a parametrization or by a module: read as they act, written through an
-inverse.
-"""
+"""Weights that are computed from parameters, by a parametrization or a module, and are written through an inverse."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from regkit.weights.storage import Storage, View, Whole, grad_of, weakly
 
 
 class Computed(Whole):
-    """A weight that is computed from its leaves: once for all that is done with it, until it is forgotten."""
+    """A weight that is computed from parameters, once, and remembered until `forget`."""
 
     remembers = computed = True
 
@@ -31,7 +29,7 @@ class Computed(Whole):
 
     @abstractmethod
     def _compute(self) -> Tensor:
-        """The weight, from its leaves."""
+        """The weight, computed from `parameters`."""
 
     def read(self) -> Tensor:
         if self._weight is None:
@@ -43,20 +41,20 @@ class Computed(Whole):
         with torch.enable_grad():
             weight = self.read()
         placed = self._placed(view, gradient)
-        # It goes backward in the weight's dtype, at unit scale: a loss scale of 2¹⁶ would overflow in float16.
+        # Backward in the weight's dtype, at unit scale: a loss scale of 2¹⁶ would overflow in float16.
         largest = placed.abs().amax()
         unit = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
-        leaves = [leaf for leaf, _ in amounts]
+        parameters = [parameter for parameter, _ in amounts]
         slope = (placed / unit).to(weight.dtype)
-        pulled = torch.autograd.grad(weight, leaves, slope, retain_graph=True, materialize_grads=True)
-        for (leaf, amount), part in zip(amounts, pulled, strict=True):
-            grad_of(leaf).add_(part.to(unit.dtype) * unit, alpha=amount)
+        pulled = torch.autograd.grad(weight, parameters, slope, retain_graph=True, materialize_grads=True)
+        for (parameter, amount), part in zip(amounts, pulled, strict=True):
+            grad_of(parameter).add_(part.to(unit.dtype) * unit, alpha=amount)
 
 
 class Parametrized(Computed):
-    """A weight behind torch.nn.utils.parametrize. It is written through `right_inverse`.
+    """A weight behind torch.nn.utils.parametrize, which is written through `right_inverse`.
 
-    Frozen originals are not written. To write waits for a GPU twice: does anything move, and did it come out right?
+    Frozen originals are not written. Writing waits for a GPU twice: does anything move, and is the result right?
     """
 
     def __init__(self, parametrization: nn.Module, name: str, follows: Iterable[nn.Module] = ()) -> None:
@@ -86,8 +84,8 @@ class Parametrized(Computed):
 
     def write(self, view: View, point: Tensor) -> None:
         changed = self._changed(view, point)
-        # Where nothing moves, nothing is written: right_inverse(weight) is seldom the original again, bit for bit, and
-        # some parametrizations move buffers of their own in it.
+        # Where nothing moves, nothing is written: right_inverse(weight) is seldom the original bit for bit, and some
+        # parametrizations move buffers of their own in right_inverse.
         if torch.allclose(changed, self.read(), rtol=0, atol=0, equal_nan=True):
             return
         kept = {key: value.clone() for key, value in self._parametrization.state_dict().items()}
@@ -116,7 +114,7 @@ class Parametrized(Computed):
         return [value] if isinstance(value, Tensor) else list(value)
 
     def _fits(self, wanted: Tensor) -> bool:
-        """Whether it is as wanted now, up to rounding, and its originals are finite where it is."""
+        """Whether the weight is as wanted now, up to rounding, with finite originals if `wanted` is finite."""
         finite = wanted.isfinite()
         coarsest = max(torch.finfo(one.dtype).eps for one in (wanted, *self._originals))
         largest = float(torch.where(finite, wanted, 0.0).abs().max())
@@ -128,10 +126,10 @@ class Parametrized(Computed):
         return f"{self._name} cannot be set to a point: its parametrization {names} {reason}"
 
     def check_writable(self, view: View, points: Sequence[Tensor]) -> None:
-        # On a copy, for writing may move buffers and draw random numbers, as torch's `orthogonal` does.
+        # On a copy: writing may move buffers and draw random numbers, as torch's `orthogonal` does.
         trial = Parametrized(copy.deepcopy(self._parametrization), self._name)
         if not any(one.requires_grad for one in trial.parameters):
-            trial._parametrization.requires_grad_(True)  # as it will be when it is unfrozen
+            trial._parametrization.requires_grad_(True)  # as when somebody unfreezes the weight
         device = self._originals[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for point in points:
@@ -139,10 +137,10 @@ class Parametrized(Computed):
 
 
 class Through(Computed):
-    """A weight that acts as f(kept), f being a module that works element by element. It is written by f's inverse."""
+    """A weight that acts as f(kept), where f is a module that works element by element, and has an inverse."""
 
-    def __init__(self, under: Storage, function: nn.Module, name: str, way: Iterable[nn.Module]) -> None:
-        self.parameters, self.follows, self.steady = under.parameters, (*under.follows, *weakly(way)), under.steady
+    def __init__(self, under: Storage, function: nn.Module, name: str, path: Iterable[nn.Module]) -> None:
+        self.parameters, self.follows, self.steady = under.parameters, (*under.follows, *weakly(path)), under.steady
         self._under, self._function, self._name = under, function, name
 
     @property
@@ -166,7 +164,7 @@ class Through(Computed):
         self._weight = None
 
     def _kept(self, view: View, point: Tensor) -> Tensor:
-        """What has to be kept for the viewed part to be the point; where nothing moves, what is kept stays."""
+        """The kept tensor for which the viewed part is the point; where nothing moves, the present numbers."""
         now, changed = self.read(), self._changed(view, point)
         kept = torch.where(changed == now, self._under.read(), self._inverse(changed))
         close = torch.isclose(self._function(kept), changed, rtol=1e-3, equal_nan=True)

@@ -1,4 +1,4 @@
-"""What is followed of a living model: links between its modules, and its parameters as they are at each reading."""
+"""Weak views of a living model: links between its modules, and its parameters at each reading."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Link:
-    """That a parent has a module under a name: to see whether it still has."""
+    """A link from a parent to its module of a name, held weakly, to see whether the module is replaced."""
 
     def __init__(self, parent: nn.Module, leaf: str, path: str) -> None:
         self.name = path
@@ -17,7 +17,7 @@ class Link:
         self._module = weakref.ref(parent.get_submodule(leaf))
 
     def intact(self) -> bool:
-        """Whether the module is where it was."""
+        """Whether the module is still where the link was taken."""
         parent, module = self._parent(), self._module()
         return parent is not None and module is not None and parent._modules.get(self._leaf) is module
 
@@ -36,9 +36,9 @@ def links(model: nn.Module, paths: Iterable[str]) -> list[Link]:
 
 
 class Parameters:
-    """The parameters of a module and all in it, as they are at each reading, without a walk by name.
+    """The parameters of a module and its submodules, read anew at each iteration, without a walk by name.
 
-    Which modules there are is taken once; each is held weakly.
+    The modules are listed once, and held weakly.
     """
 
     def __init__(self, module: nn.Module) -> None:

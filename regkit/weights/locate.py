@@ -1,5 +1,7 @@
-"""Where a weight is kept now. It is looked up at each use: parameters are replaced, sharded, parametrized and pruned
-while an attachment lives.
+"""The search for the storage of a weight.
+
+Parameters are replaced, sharded, parametrized and pruned while an attachment lives: the search is repeated whenever the
+model has changed.
 """
 
 from __future__ import annotations
@@ -9,31 +11,32 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from regkit.errors import AttachError
-from regkit.runtime.sharding import FSDP1, flattened, sharded
+from regkit.runtime.sharding import refuse_flattened, sharded
 from regkit.weights.computed import Parametrized, Through
 from regkit.weights.storage import Masked, Plain, Sharded, Storage
 
 
 class MissingError(AttachError):
-    """There is nothing of the name: neither a weight, nor what one could be computed from."""
+    """The error for a name under which a module has neither a weight nor anything to compute a weight from."""
 
 
 def storage_of(
     module: nn.Module, parent: nn.Module | None, name: str, through: str | None = None, mask: str | None = None
 ) -> Storage:
-    """Where the weight of this name is kept now. Raises AttachError where it is in no place that can be followed.
+    """The present storage of the weight of this name. Raises AttachError where no storage can be followed.
 
-    parent: what holds the module; wrappers that drop weights keep the raw one there or in the module itself. name:
-    dotted where a submodule has it. through, mask: what the module does with it, as `regkit.Weight` says.
+    parent: the module's parent; wrappers that drop weights keep the raw weight there or in the module itself.
+    name: dotted where a submodule has the weight.
+    through, mask: how the module uses the weight, as `regkit.Weight` says.
     """
-    kept = _storage(module, parent, name)
+    storage = _storage(module, parent, name)
     if through is not None:
-        kept = Through(kept, function_of(module, through), name, _path(module, through))
+        storage = Through(storage, function_of(module, through), name, _path(module, through))
     if mask is None:
-        return kept
-    found, way = mask_of(module, mask), _path(module, mask)
-    registered = mask.rpartition(".")[-1] in {**way[-1]._buffers, **way[-1]._parameters}
-    return Masked(kept, found, name, way if registered else None, f"masked by {mask}")
+        return storage
+    tensor, path = mask_of(module, mask), _path(module, mask)
+    registered = mask.rpartition(".")[-1] in {**path[-1]._buffers, **path[-1]._parameters}
+    return Masked(storage, tensor, name, path if registered else None, f"masked by {mask}")
 
 
 def function_of(module: nn.Module, name: str) -> nn.Module:
@@ -45,7 +48,7 @@ def function_of(module: nn.Module, name: str) -> nn.Module:
 
 
 def mask_of(module: nn.Module, name: str) -> Tensor:
-    """The mask of this name. Raises AttachError where there is none, or where it is trained."""
+    """The mask of this name. Raises AttachError where there is none, or where the mask is trained."""
     mask = getattr(_path(module, name)[-1], name.rpartition(".")[-1], None)
     if not isinstance(mask, Tensor):
         raise MissingError(f"the mask {name} is missing" if mask is None else f"the mask {name} is {mask!r}, no tensor")
@@ -55,43 +58,41 @@ def mask_of(module: nn.Module, name: str) -> Tensor:
 
 
 def _path(module: nn.Module, name: str) -> list[nn.Module]:
-    """The modules from this one down to the one that has the attribute of a dotted name itself."""
-    found = [module]
+    """The modules from `module` down to the submodule that has the attribute of a dotted name."""
+    path = [module]
     for part in name.split(".")[:-1]:
         child = module._modules.get(part)
         if child is None:
             raise MissingError(f"{name} is missing: {type(module).__name__} has no module {part!r}")
         module = child
-        found.append(module)
-    for one in found:
-        if flattened(one):
-            raise AttachError(f"{name} {FSDP1}")
-    return found
+        path.append(module)
+    refuse_flattened((one, name) for one in path)
+    return path
 
 
 def _storage(module: nn.Module, parent: nn.Module | None, name: str) -> Storage:
-    way, own = _path(module, name), name.rpartition(".")[-1]
-    module = way[-1]
-    parent = way[-2] if len(way) > 1 else parent
+    path, own = _path(module, name), name.rpartition(".")[-1]
+    module = path[-1]
+    parent = path[-2] if len(path) > 1 else parent
     parameter = _parameter(module, parent, own)
     if parameter is not None:
         if is_lazy(parameter):
             raise AttachError(f"{name} has no shape yet (lazy); run a batch through the model before regkit.attach()")
-        follows = [*way] if len(way) > 1 else []
-        if module._parameters.get(own) is not parameter and parent is not None:  # it is a wrapper's raw one
-            follows = [*way, parent]
+        follows = path if len(path) > 1 else []
+        if module._parameters.get(own) is not parameter and parent is not None:  # the raw weight of a wrapper
+            follows = [*path, parent]
         return Sharded(parameter, follows) if sharded(parameter) else Plain(parameter, follows)
     if parametrize.is_parametrized(module, own):
         parametrizations = module.get_submodule("parametrizations")
-        return Parametrized(parametrizations.get_submodule(own), name, (*way, parametrizations))
+        return Parametrized(parametrizations.get_submodule(own), name, (*path, parametrizations))
     original, mask = module._parameters.get(f"{own}_orig"), module._buffers.get(f"{own}_mask")
     if original is not None and mask is not None:
-        return Masked(Sharded(original) if sharded(original) else Plain(original), mask, name, way)
+        return Masked(Sharded(original) if sharded(original) else Plain(original), mask, name, path)
     raise _lost(module, own, name)
 
 
 def _parameter(module: nn.Module, parent: nn.Module | None, name: str) -> nn.Parameter | None:
-    """The parameter of this name, or the raw one that a wrapper makes it of (Merity et al.'s WeightDrop, fastai's)."""
+    """The parameter of this name, or a wrapper's raw parameter (Merity et al.'s WeightDrop, fastai's)."""
     own, raw = module._parameters.get(name), module._parameters.get(f"{name}_raw")
     if raw is None and not isinstance(own, nn.Parameter) and parent is not None:
         raw = parent._parameters.get(f"{name}_raw")
@@ -104,7 +105,7 @@ def _parameter(module: nn.Module, parent: nn.Module | None, name: str) -> nn.Par
 
 
 def _lost(module: nn.Module, own: str, name: str) -> AttachError:
-    """Why it is nowhere."""
+    """The error that says why a weight is in no known place."""
     parameters = module._parameters
     if f"{own}_v" in parameters or f"{own}_orig" in parameters:
         return AttachError(

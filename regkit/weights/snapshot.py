@@ -1,4 +1,4 @@
-"""The model at a moment: which parameters it has, and where every block of a rule is kept in them.
+"""The model at a moment: the parameters, and the storages of every block of a rule.
 
 A snapshot is valid until one comparison of identities fails. Whatever can be known once for a model that does not
 change (batches, programs of optimizers) is a field of the snapshot, and is gone with it: nothing else is to be
@@ -14,11 +14,10 @@ from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
 from regkit.errors import AttachError
-from regkit.runtime.sharding import marked, sharded
+from regkit.runtime.sharding import FLAT_PARAM, flattened, group, sharded
 from regkit.weights.batch import Placed
 from regkit.weights.block import Block
 from regkit.weights.links import Link, Parameters
@@ -27,30 +26,31 @@ from regkit.weights.storage import Storage
 _own, _children, _buffers = map(attrgetter, ("_parameters", "_modules", "_buffers"))
 _dtype, _requires_grad, _placements = map(attrgetter, ("dtype", "requires_grad", "placements"))
 _alive: Final[Callable[[Any], Any]] = weakref.ref.__call__
-_FSDP1: Final = "torch.distributed.fsdp._flat_param"
-_group: Final[Any] = getattr(torch.distributed, "group", None)  # there wherever FSDP1 is
 
 
 def _looked_up(
     bound: Iterable[tuple[str, Sequence[Block]]],
 ) -> tuple[dict[Block, Sequence[Storage]], Collection[Storage]]:
-    """Where each block is kept, and all storages. Raises AttachError, which names a rule, where one is nowhere."""
+    """The storages of each block, and all storages. Raises AttachError, which names a rule, where there are none."""
     known: dict[Hashable, Storage] = {}
-    found: dict[Block, Sequence[Storage]] = {}
+    storages: dict[Block, Sequence[Storage]] = {}
     for label, blocks in bound:
         try:
             for block in blocks:
-                found[block] = block.storages(known)
+                storages[block] = block.storages(known)
         except AttachError as error:
             raise AttachError(f"{label}: {error}") from error
-    return found, known.values()
+    return storages, known.values()
 
 
 class Snapshot:
-    """A model as it was when the snapshot was taken.
+    """The state of a model when the snapshot was taken.
 
-    parameters: those that make a step the attachment's, by id. storages: where each block is kept. placed: what each
-    rule has made of that. programs: of optimizers, by their ids. cached: the storages that may remember a weight.
+    parameters: the model's regularized parameters, by id.
+    storages: the storages of each block.
+    placed: the batches that each rule has made of its blocks.
+    programs: the programs of optimizers, by the optimizers' ids.
+    cached: the storages that may remember a weight.
     """
 
     def __init__(self, source: Snapshots) -> None:
@@ -60,23 +60,25 @@ class Snapshot:
         self._steady = all(one.steady for one in found)
         followed = {id(one()): one for storage in found for one in storage.follows}
         self._remember_modules(source.modules, list(followed.values()), source.links)
-        leaves = {id(p): p for one in found for p in one.parameters}
-        self._ruled = list(leaves.values())
-        self._types, self._dtypes = list(map(type, self._ruled)), list(map(_dtype, self._ruled))
-        self._devices = list(map(Tensor.get_device, self._ruled))
-        self._sharded = list(filter(sharded, self._ruled))
+        parameters = {id(p): p for one in found for p in one.parameters}
+        self._tracked = list(parameters.values())
+        self._types, self._dtypes = list(map(type, self._tracked)), list(map(_dtype, self._tracked))
+        self._devices = list(map(Tensor.get_device, self._tracked))
+        self._sharded = list(filter(sharded, self._tracked))
         self._placements = list(map(_placements, self._sharded))
-        leaves.update((id(p), p) for p in source.everything)
-        self.parameters = leaves
+        parameters.update((id(p), p) for p in source.everything)
+        self.parameters = parameters
         self.placed: dict[Hashable, Placed] = {}
         self.programs: dict[int, Any] = {}  # each a Program, of a room above
 
     def _remember_modules(
         self, bound: Sequence[weakref.ref[nn.Module]], followed: Sequence[weakref.ref[nn.Module]], links: Iterable[Link]
     ) -> None:
-        """Take down what is to be compared.
+        """Remember the state of modules, which `holds` compares.
 
-        bound: of these, the parameters; followed: of these, the buffers and children, too. links: between others.
+        bound: modules of which the parameters are compared.
+        followed: modules of which the buffers and children are compared, too.
+        links: further links.
         """
         self._modules = list({id(module): one for one in (*bound, *followed) if (module := one()) is not None}.values())
         self._followed = followed
@@ -97,7 +99,7 @@ class Snapshot:
         self._leaves = [link._leaf for link in links]
 
     def holds(self) -> bool:
-        """Whether the model is what it was. Everything is compared in C: 4,000 parameters take some 150 µs.
+        """Whether the model is unchanged. Everything is compared in C: 4,000 parameters take some 150 µs.
 
         Not a comparison of lists: `==` of two tensors with one number is true where they are equal.
         """
@@ -114,38 +116,40 @@ class Snapshot:
                 and all(map(is_, map(dict.get, map(_children, map(_alive, self._parents)), self._leaves), children))
                 and not any(map(is_, children, repeat(None)))
                 and list(map(len, map(_children, map(_alive, self._followed)))) == self._child_counts
-                and list(map(type, self._ruled)) == self._types
-                and list(map(_dtype, self._ruled)) == self._dtypes
-                and list(map(Tensor.get_device, self._ruled)) == self._devices
+                and list(map(type, self._tracked)) == self._types
+                and list(map(_dtype, self._tracked)) == self._dtypes
+                and list(map(Tensor.get_device, self._tracked)) == self._devices
                 and list(map(_placements, self._sharded)) == self._placements
                 and not any(map(_requires_grad, self._constants))
-                and not (_FSDP1 in sys.modules and _group.WORLD is not None and any(map(marked, self._ruled)))
+                and not (FLAT_PARAM in sys.modules and group.WORLD is not None and any(map(flattened, self._tracked)))
             )
         except AttributeError:  # a module is gone
             return False
 
     def forget(self) -> None:
-        """Have weights that are computed, or gathered, made anew at the next reading."""
+        """Forget computed and gathered weights, so that the next reading is a fresh one."""
         for one in self.cached:
             one.forget()
 
-    def written(self, leaves: Collection[int], by: Collection[Storage]) -> None:
-        """Have weights made anew of which the parameters of these ids have a part, as they were written.
+    def written(self, ids: Collection[int], by: Collection[Storage]) -> None:
+        """Forget remembered weights that depend on parameters which have been written.
 
-        by: the storages that have written; what these have gathered is as it is now. What is computed may go by more
-        than its leaves, and two may go by the same.
+        ids: the ids of the written parameters.
+        by: the storages that have written; their gathered weights are up to date. All computed weights are forgotten:
+        such a weight may depend on more than its `parameters`, and several may depend on one parameter.
         """
         for one in self.cached:
-            if one.computed or (one not in by and any(id(leaf) in leaves for leaf in one.parameters)):
+            if one.computed or (one not in by and any(id(parameter) in ids for parameter in one.parameters)):
                 one.forget()
 
 
 class Snapshots:
-    """Takes snapshots of a model, of which the last one is kept.
+    """The taker of a model's snapshots, of which the last one is kept.
 
-    bound: the label and the blocks of each rule on weights; modules: those whose parameters make a step the
-    attachment's; links: down to all modules that rules are bound to; everything: all of the model's parameters, where
-    activity rules need them.
+    bound: the label and the blocks of each rule on weights.
+    modules: the modules that have regularized parameters.
+    links: the links down to all modules that rules are bound to.
+    everything: all parameters of the model, where activity rules need them.
     """
 
     def __init__(
@@ -160,18 +164,18 @@ class Snapshots:
         self.last: Snapshot | None = None
 
     def now(self) -> Snapshot:
-        """The model as it is. Raises AttachError where a weight is in no place that can be followed."""
+        """The present snapshot. Raises AttachError where a weight has no storage that can be followed."""
         last = self.last
         if last is None or not last.holds():
             last = self.last = Snapshot(self)
         return last
 
     def fresh(self) -> Snapshot:
-        """The model as it is, with nothing remembered of weights that are computed or gathered."""
+        """The present snapshot, in which no computed or gathered weight is remembered."""
         snapshot = self.now()
         snapshot.forget()
         return snapshot
 
     def release(self) -> None:
-        """Hold no parameter any more."""
+        """Drop the last snapshot with its references to parameters."""
         self.last = None

@@ -1,7 +1,7 @@
-"""How a weight's numbers are kept: in a parameter, in shards of one, under a mask; behind a parametrization elsewhere.
+"""Storages of a weight's numbers: a parameter, shards of one, a weight under a mask. Parametrizations: `computed`.
 
-What a module calls `weight_hh_l0` need not be a parameter. A `Storage` reads the weight that acts, and brings
-gradients and new values to the parameters behind it, its leaves, which are what an optimizer owns.
+An attribute such as `weight_hh_l0` need not be a parameter. A `Storage` reads the weight that acts, and brings
+gradients and new values to the parameters behind the weight, which an optimizer owns.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from regkit.runtime.sharding import share, whole
 Followed = Sequence["weakref.ref[nn.Module]"]
 
 View = Callable[[Tensor], Tensor]
-"""From a whole weight to a view of the part that a rule is about."""
+"""Takes a whole weight to a view of the part that a rule is about."""
 
 
 class Storage(ABC):
-    """Where one weight is kept."""
+    """The place where one weight is kept."""
 
     __slots__ = ()
 
@@ -32,53 +32,53 @@ class Storage(ABC):
     """The parameters behind the weight."""
 
     limited: ClassVar[bool] = True
-    """Whether there may be points that it cannot be brought to."""
+    """Whether there may be points to which the weight cannot be brought."""
 
     constants: Sequence[Tensor] = ()
-    """The tensors that it takes for untrained."""
+    """The tensors that must stay untrained, such as masks."""
 
-    remembers: ClassVar[bool] = False
-    """Whether it may remember what it read."""
+    remembers: bool = False
+    """Whether the storage may remember the weight that was read."""
 
-    computed: ClassVar[bool] = False
-    """Whether other parameters than its leaves may have a part in what it reads."""
+    computed: bool = False
+    """Whether the weight may depend on more parameters than `parameters`."""
 
     follows: Followed = ()
-    """The modules, beside the one that has the weight, whose parameters, buffers and children make it this storage."""
+    """The modules, beside the weight's own, of which the parameters, buffers and children matter to the storage."""
 
     steady: bool = True
-    """Whether it is this storage for as long as these modules and its own have what they had."""
+    """Whether the storage stays the weight's as long as parameters, buffers and children of these modules stay."""
 
     @property
     def identity(self) -> tuple[int, ...]:
-        """The ids of all that it is made of: equal for one weight under several names, and only there."""
+        """The ids of the storage's tensors and functions: equal for one weight under several names, and only there."""
         return tuple(map(id, self.parameters))
 
     def forget(self) -> None:  # noqa: B027  # most remember nothing
-        """Read anew the next time."""
+        """Make the next reading a fresh one."""
 
     @abstractmethod
     def read(self) -> Tensor:
-        """The weight that acts, whole, as it is in evaluation: no dropout, no power iteration. Autograd may follow."""
+        """The whole weight that acts in evaluation: no dropout, no power iteration. Autograd may follow."""
 
     def outline(self) -> Tensor:
-        """A tensor of the whole weight's shape and dtype, for which no processes need to communicate."""
+        """A tensor of the whole weight's shape and dtype, made without communication among processes."""
         return self.read()
 
     def probe(self) -> Tensor:
-        """A tensor with a number that is not finite where the weight has one: a sharded one if that can be."""
+        """A tensor with a number that is not finite if the weight has one; sharded where possible."""
         return self.read()
 
     @abstractmethod
     def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
-        """Add amount · ∂(weight)ᵀ gradient to the gradient of each given leaf. gradient: of the viewed part."""
+        """Add amount · ∂(weight)ᵀ gradient to the gradient of each given parameter. gradient: of the viewed part."""
 
     @abstractmethod
     def write(self, view: View, point: Tensor) -> None:
         """Make the viewed part equal to a point. Raises AttachError, and changes nothing, where that cannot be."""
 
     def free(self, view: View) -> Tensor | None:
-        """Which numbers of the viewed part can be changed; None if all can."""
+        """The numbers of the viewed part that can be changed, as booleans; None if all can."""
         return None
 
     def check_writable(self, view: View, points: Sequence[Tensor]) -> None:
@@ -108,10 +108,10 @@ class Plain(Storage):
 
 
 class Whole(Storage):
-    """A storage in which a view of the whole weight would be a view of a temporary."""
+    """A storage that makes the whole weight at each reading, so that a view of the weight writes nothing."""
 
     def _placed(self, view: View, part: Tensor) -> Tensor:
-        """The part where it belongs in a weight of zeros."""
+        """A weight of zeros, but for the part."""
         placed = torch.zeros(self.outline().shape, dtype=part.dtype, device=part.device)
         view(placed).copy_(part)
         return placed
@@ -124,14 +124,14 @@ class Whole(Storage):
 
 
 class Sharded(Whole):
-    """A parameter of which each process holds a part (a DTensor). It is read whole: every norm is of whole rows."""
+    """A parameter of which each process holds a part (a DTensor). The whole is read: every norm is of whole rows."""
 
-    remembers: ClassVar[bool] = True
+    remembers = True
+    _gathered: Tensor | None = None
 
     def __init__(self, parameter: nn.Parameter, follows: Iterable[nn.Module] = ()) -> None:
         self.parameters, self.follows = (parameter,), weakly(follows)
         self._parameter = parameter
-        self._gathered: Tensor | None = None
 
     def read(self) -> Tensor:
         if torch.is_grad_enabled():
@@ -163,15 +163,19 @@ class Sharded(Whole):
 class Masked(Storage):
     """A weight that acts as under · mask, a mask of 0 and 1: pruned (torch.nn.utils.prune), or wired by its module.
 
-    Where the mask is 0, what is under it is never changed. way: the modules down to the one that the mask is registered
-    with; None where it is an attribute like any other, which cannot be followed.
+    Where the mask is 0, the number under the mask is never changed.
+
+    under: the storage of the unmasked weight.
+    path: the modules down to the one with which the mask is registered; None where the mask is a plain attribute, which
+    cannot be followed.
     """
 
     def __init__(
-        self, under: Storage, mask: Tensor, name: str, way: Iterable[nn.Module] | None, how: str = "pruned"
+        self, under: Storage, mask: Tensor, name: str, path: Iterable[nn.Module] | None, how: str = "pruned"
     ) -> None:
-        self.parameters, self.follows = under.parameters, (*under.follows, *weakly(way or ()))
-        self.steady, self.constants = under.steady and way is not None, (mask,)
+        self.parameters, self.follows = under.parameters, (*under.follows, *weakly(path or ()))
+        self.steady, self.constants = under.steady and path is not None, (mask,)
+        self.remembers, self.computed = under.remembers, under.computed
         self._under, self._mask, self._name, self._how = under, mask, name, how
 
     @property
@@ -182,14 +186,6 @@ class Masked(Storage):
         weight = self._under.read()
         return weight * whole(self._mask).to(weight.dtype)
 
-    @property
-    def remembers(self) -> bool:  # type: ignore[override]  # as what is under it
-        return self._under.remembers
-
-    @property
-    def computed(self) -> bool:  # type: ignore[override]  # and this
-        return self._under.computed
-
     def forget(self) -> None:
         self._under.forget()
 
@@ -197,7 +193,7 @@ class Masked(Storage):
         return self._under.outline()
 
     def probe(self) -> Tensor:
-        return self._under.probe()  # of NaN · 0, too, NaN comes
+        return self._under.probe()  # NaN · 0 is NaN, too
 
     def _acts(self, view: View) -> Tensor:
         return view(whole(self._mask).bool())
@@ -209,7 +205,7 @@ class Masked(Storage):
         return self._acts(view)
 
     def _filled(self, view: View, point: Tensor) -> Tensor:
-        """The point, and where the mask is 0 what is under it."""
+        """The point; where the mask is 0, the number under the mask."""
         return torch.where(self._acts(view), point, view(self._under.read()))
 
     def write(self, view: View, point: Tensor) -> None:
@@ -228,6 +224,6 @@ def weakly(modules: Iterable[nn.Module]) -> Followed:
 
 
 def grad_of(parameter: nn.Parameter) -> Tensor:
-    """The gradient of a leaf that a step trains."""
+    """The gradient of a parameter that the step trains."""
     assert parameter.grad is not None  # or it would not be trained
     return parameter.grad

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from regkit.runtime.sharding import flattened, sharded, share, whole
+from regkit.runtime.sharding import refuse_flattened, sharded, share, whole
 from tests.support.distributed.cases import world
 from tests.support.distributed.tasks import SHAPES
 
@@ -39,7 +39,7 @@ def test_autograd_goes_through_the_whole_to_the_shards():
 
 
 def test_a_module_that_fsdp1_never_saw_is_not_flattened():
-    assert not flattened(torch.nn.LSTM(2, 3))
+    refuse_flattened([(torch.nn.LSTM(2, 3), "a weight")])
 
 
 def test_regkit_does_not_import_what_sharding_takes():
