@@ -12,13 +12,12 @@ from torch.optim import Optimizer
 from regkit.attachment.attachment import Attachment, _attached
 from regkit.attachment.copies import companions, compiled_from
 from regkit.document.spec import Spec
-from regkit.engine import watchdog
 from regkit.errors import AttachError, listing
 from regkit.plan.plan import Plan, resolve
 from regkit.recording.injector import Scale
-from regkit.recording.recorder import drop_copied_hooks
 from regkit.registry.registry import Registry
 from regkit.rules.rule_set import RuleSet
+from regkit.runtime.inert_hook import drop_inert_hooks
 from regkit.runtime.optimizer_hooks import Listener, keep_clear
 from regkit.runtime.sharding import reshard
 
@@ -88,8 +87,7 @@ def attach_copy(model: nn.Module, plan: Plan, count: int) -> Listener:
 
 def _put_in_force(model: nn.Module, plan: Plan, only: list[Optimizer] | None, loss_scale: Scale | None) -> Attachment:
     keep_clear(*_hook_numbers(model))
-    drop_copied_hooks(model)
-    watchdog.drop_copied_hooks(model)
+    drop_inert_hooks(model)
     reshard(model)
     attachment = Attachment(model, plan, only, loss_scale)
     _refuse_twice(attachment)

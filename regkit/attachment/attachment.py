@@ -202,7 +202,7 @@ class Attachment:
         ticket = Ticket()
         if result.requires_grad:
             result.register_hook(ticket)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        for recorder in rules.spoken:
+        for recorder in rules.loss_recorders:
             calls = recorder.calls
             if calls.records or calls.last is not None:
                 if calls.validity is not None:

@@ -19,7 +19,8 @@ from regkit.engine.finite import EVERY, FiniteCheck
 from regkit.engine.program import ActiveStep, Jobs, Program
 from regkit.engine.watchdog import Watchdog, owned_by_any
 from regkit.errors import StepError, listing
-from regkit.recording.recorder import all_in_the_loss, settle
+from regkit.recording.recorder import all_in_the_loss
+from regkit.recording.tickets import settle
 from regkit.rules.penalty_rule import PenaltyRule
 from regkit.rules.rule_set import RuleSet, raise_named
 from regkit.rules.weight_rule import WeightRule
@@ -230,11 +231,10 @@ class Engine:
         # First of all: whatever fails below, the step is taken.
         if jobs.recorders:
             settle(jobs.recorders)
-        for recorder in jobs.untrained_recorders:
-            if jobs.trained and recorder.frozen:
-                recorder.ledger.settle(jobs.trained)
-        for rule, trained in jobs.by_loss:
-            rule.ledger.settle(trained)
+        if jobs.untrained_recorders and jobs.trained:
+            settle((recorder, jobs.trained) for recorder in jobs.untrained_recorders if recorder.frozen)
+        if jobs.by_loss:
+            settle(jobs.by_loss)
         if jobs.proximal or jobs.projections:
             self._project(step, jobs)
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from regkit import _pickled
 from regkit.engine.failed_step import FailedStep
 from regkit.errors import StepError
+from regkit.runtime.inert_hook import ModelHook
 from regkit.runtime.modes import compiler, is_capturing, is_dynamo_compiling, uncompiled
 from regkit.runtime.sharding import sharded
 
@@ -55,7 +55,7 @@ class Watchdog:
         self.parameter: Tensor | None = None
         self._name = ""
         self._gradient_handles: list[RemovableHandle] = []
-        self._loading: tuple[weakref.ref[nn.Module], _Hook, RemovableHandle] | None = None
+        self._loading: tuple[weakref.ref[nn.Module], _Hook] | None = None
         """The parameter's module, and the hook that is called when the module has loaded a state."""
         self._off = False
         self._version: int | None = None
@@ -88,9 +88,8 @@ class Watchdog:
         if self._loading is None or self._loading[0]() is not module:
             self.disarm()
             hook = _Hook(self)
-            handle = module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]  # and this
-            hook.number = handle.id
-            self._loading = weakref.ref(module), hook, handle
+            hook.handle = module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]  # and this
+            self._loading = weakref.ref(module), hook
         return self._loading[1]
 
     def disarm(self) -> None:
@@ -98,7 +97,7 @@ class Watchdog:
         for handle in self._gradient_handles:
             handle.remove()
         if self._loading is not None:
-            self._loading[2].remove()
+            self._loading[1].remove()
         self._gradient_handles, self._loading, self.parameter, self._numbers = [], None, None, None
         self.accepted = True
 
@@ -146,16 +145,14 @@ class Watchdog:
         return not torch.equal(before, self._numbers)
 
 
-class _Hook:
+class _Hook(ModelHook):
     """The hooks on the watched parameter and its module. The watchdog is held weakly; a copy holds none."""
 
-    def __init__(self, watchdog: Watchdog | None = None) -> None:
-        self._watchdog = (lambda: None) if watchdog is None else weakref.ref(watchdog)
-        self.inert = watchdog is None
-        self.number = -1
+    word = "watch"
 
-    def __reduce__(self) -> _pickled.Call:
-        return _pickled.call("hook", "watch", self.number)
+    def __init__(self, watchdog: Watchdog | None = None) -> None:
+        super().__init__(inert=watchdog is None)
+        self._watchdog = (lambda: None) if watchdog is None else weakref.ref(watchdog)
 
     # Or torch warns that the hook is left out of a parameter which is sent to another process.
     @unserializable_hook  # type: ignore[untyped-decorator]  # torch leaves it unannotated
@@ -179,14 +176,6 @@ class _Hook:
         watchdog = self._watchdog()
         if watchdog is not None:
             watchdog.weights_changed()
-
-
-def drop_copied_hooks(model: nn.Module) -> None:
-    """Take the hooks of the original's watchdog off a copied model."""
-    for module in model.modules():
-        hooks = module._load_state_dict_post_hooks
-        for number in [number for number, hook in hooks.items() if isinstance(hook, _Hook) and hook.inert]:
-            del hooks[number]
 
 
 def owned_by_any() -> set[int]:

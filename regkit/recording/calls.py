@@ -1,8 +1,8 @@
-"""The calls of one module: what each put out, and its place in time, which is told from their order afterwards.
+"""The recorded calls of one module: the outputs of each, and its place in time, which follows from their order.
 
-A forward hook adds to them, also within compiled code. That would be compiled anew whenever something changes that it
-has read: a count, a length, the lengths of a batch. So the calls are a chain, of which adding replaces the last link
-and reads nothing.
+A forward hook adds calls, also within compiled code. That code would be compiled anew whenever something changes that
+it has read: a count, a length, the lengths of a batch. So the calls are a chain, and to add one is to replace the last
+link and to read nothing.
 """
 
 from __future__ import annotations
@@ -20,31 +20,26 @@ from regkit.runtime.modes import uncompiled
 
 
 class Call(NamedTuple):
-    """One call. observed: what it put out; None if no gradient reaches that, and the call counts in time alone.
+    """One call of a module.
 
-    starts: whether it begins a new sequence; versions: by role, tensors and the versions they had, to see changes in
-    place. validity: none, until it is placed.
+    observed: the module's outputs, by role; empty if no gradient reaches them, and the call counts in time alone.
+    versions: by role, an output and the version it had, to notice changes in place.
+    training: whether the module was in training mode.
+    starts: whether the call begins a new sequence.
+    validity: which of the outputs are data and no padding; None: all, or the call has no place in time yet.
+    number: how many calls came before under the same validity.
     """
-
-    observed: Mapping[str, Any] | None
-    versions: Mapping[str, tuple[Tensor, int]]
-    training: bool
-    starts: bool
-    validity: None = None
-
-
-class Record(NamedTuple):
-    """What one call put out, and which of it is data.  call: how many calls came before it under the same validity."""
 
     observed: Mapping[str, Any]
     versions: Mapping[str, tuple[Tensor, int]]
     training: bool
-    validity: Validity | None
-    call: int
+    starts: bool
+    validity: Validity | None = None
+    number: int = 0
 
 
 Chain = tuple[Call, "Chain"] | None
-"""The last call, and those before it."""
+"""The last call, and the chain of the calls before."""
 
 
 @uncompiled
@@ -53,27 +48,30 @@ def _this_thread() -> int:
 
 
 class Calls:
-    """The calls of one module since they were last cleared.
+    """The calls of one module since `clear`.
 
-    timed: whether calls count in time now. before: the validity of the call before, in the same sequence.
+    last: the chain of the calls that have no place in time yet.
+    records: the calls that have one, and outputs that a gradient reaches.
+    validity: the validity in force, under which calls count in time; None where none is in force.
+    timed: whether a validity is in force. Compiled code reads this and not the validity, which changes.
+    before: the validity of the call before in the same sequence.
     """
 
     def __init__(self) -> None:
         self.timed = False
         self.last: Chain = None
         self.lock = threading.Lock()
-        self.records: list[Record] = []
+        self.records: list[Call] = []
         self.validity: Validity | None = None
         self.before: Validity | None = None
         self._count = self._longest = self._thread = 0
 
     def add(self, call: Call, compiling: bool) -> None:
-        """A call was made, in whatever thread."""
-        if compiling:  # and a lock cannot be
+        """Add a call that was made, in whatever thread."""
+        if compiling:  # a lock cannot be compiled
             self.last = (call, self.last)
             return
-        if self.timed:
-            self._refuse_other_threads()
+        self._refuse_other_threads()
         with self.lock:
             self.last = (call, self.last)
 
@@ -84,13 +82,8 @@ class Calls:
                 "be told. Pack the sequences, which then know their lengths, or give each thread a model of its own"
             )
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing has been called."""
-        return self.last is None and not self.records
-
-    def placed(self) -> list[Record]:
-        """The calls that gradients reach, each in its place."""
+    def placed(self) -> list[Call]:
+        """The calls that gradients reach, each in its place in time."""
         if self.last is None:
             return self.records
         with self.lock:
@@ -101,22 +94,19 @@ class Calls:
             call, link = link
             new.append(call)
         for call in reversed(new):
-            validity, index = (None, 0) if self.validity is None else self._in_time(call, self.validity)
-            if call.observed is not None:
-                self.records.append(Record(call.observed, call.versions, call.training, validity, index))
+            placed = call if self.validity is None else self._in_time(call, self.validity)
+            if call.observed:
+                self.records.append(placed)
         return self.records
 
-    def clear(self) -> bool:
-        """Drop them. Time goes on. Returns whether there were any."""
-        records = self.records if self.last is None else self.placed()
-        any_were = bool(records)
-        records.clear()
+    def clear(self) -> None:
+        """Drop all recorded calls, but keep counting in time."""
+        self.placed().clear()
         self.before = None
-        return any_were
 
     @contextmanager
     def under(self, validity: Validity) -> Iterator[None]:
-        """Inside, calls have this validity, and are counted from 0."""
+        """A context in which calls have this validity and are counted from 0."""
         self._refuse_other_threads()
         self.placed()
         outer = (self.timed, self.validity, self._count, self._longest)
@@ -134,11 +124,11 @@ class Calls:
         self.placed()
         return self._longest
 
-    def _in_time(self, call: Call, validity: Validity) -> tuple[Validity, int]:
-        """The validity of a call, and which call under it this is: for a cell, its place in time."""
+    def _in_time(self, call: Call, validity: Validity) -> Call:
+        """A call with its validity and its number: for a cell, the place in time."""
         if call.starts:
             self._count, self.before = 0, None
-        before, index = self.before, self._count
-        self.before, self._count = validity, index + 1
+        before, number = self.before, self._count
+        self.before, self._count = validity, number + 1
         self._longest = max(self._longest, self._count)
-        return validity.following(before), index
+        return call._replace(validity=validity.following(before), number=number)

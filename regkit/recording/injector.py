@@ -1,8 +1,9 @@
-"""Activity penalties for loops that nobody can edit: their gradient joins that of the outputs as it flows back.
+"""Activity penalties for loops that nobody can edit: their gradient joins the outputs' own as that flows back.
 
-What a module puts out passes through an identity that adds the penalty's gradient in the backward pass. The gradient of
-all passes is computed when the first of them is reached, so that a mean is over all of them, as in `penalty()`; each
-then takes its own part along. What no backward pass reaches cannot carry anything: that is an error at the step.
+A module's outputs pass through an identity that adds the penalty's gradient in the backward pass. The gradient of all
+forward passes is computed when the backward pass reaches the first of them, so that a mean is over all, as in
+`penalty()`; each then takes its own part along. An output that no backward pass reaches cannot carry anything: that is
+an error at the step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
+from regkit.adapters import Adapter
 from regkit.errors import StepError
 from regkit.recording.calls import Call
 from regkit.recording.recorder import Recorder, data_of
@@ -22,10 +24,10 @@ from regkit.recording.tickets import Ticket
 from regkit.runtime import modes
 
 Scale = float | Callable[[], float | Tensor]
-"""What the loop multiplies its loss by before the backward pass: a number, or a function that is asked each time."""
+"""The number by which the loop multiplies the loss before the backward pass, or a function that gives the number."""
 
-Take = Callable[[int], Sequence[Tensor]]
-"""Consumes the recorded outputs of an injector: penalties at a step, () each, of which the sum joins the loss."""
+Consume = Callable[[int], Sequence[Tensor]]
+"""A function that consumes an injector's records: the penalties at a step, () each, of which the sum joins the loss."""
 
 _UNREACHED: Final = (
     "put out what no backward pass reached, so that the penalty of it was carried nowhere; run forward passes that are "
@@ -34,22 +36,25 @@ _UNREACHED: Final = (
 
 
 class Injector(Recorder):
-    """The forward hook of one module that has rules via inject."""
+    """The forward hook of one module that has rules via inject.
 
-    def __init__(self, *of: Any) -> None:
-        super().__init__(*of)
-        self._take: Take = lambda _: ()
+    waiting: the forward passes that no backward pass has reached.
+    """
+
+    def __init__(self, module: nn.Module, adapter: Adapter | None, name: str) -> None:
+        super().__init__(module, adapter, name)
+        self._consume: Consume = lambda _: ()
         self._index: Callable[[], int] = int
         self._scale: Scale = 1.0
         self.waiting: list[_Pass] = []
         self._run: Callable[..., Any] = self._carry
 
-    def configure(self, take: Take, index: Callable[[], int], scale: Scale) -> None:
-        """Set where penalties come from, the step to come that they are asked for, and the scale of the loss."""
-        self._take, self._index, self._scale = take, index, scale
+    def configure(self, consume: Consume, index: Callable[[], int], scale: Scale) -> None:
+        """Set the function that gives the penalties, the one that gives the step to come, and the loss scale."""
+        self._consume, self._index, self._scale = consume, index, scale
 
     def install(self) -> None:
-        # What becomes of a gradient as it flows back is no part of a compiled forward pass: the compiler leaves a gap.
+        # A compiled forward pass cannot contain what is done to gradients as they flow back: the compiler leaves a gap.
         self._run = torch.compiler.disable(self._carry)  # type: ignore[no-untyped-call]  # torch leaves it so
         super().install()
 
@@ -57,7 +62,7 @@ class Injector(Recorder):
         return self._run(module, args, kwargs, result)
 
     def _carry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """What the module returned, with every output that a gradient reaches in the care of one pass."""
+        """The module's result, in which one `_Pass` takes care of every output that a gradient reaches."""
         if self.inert or modes.is_rehearsal(self.title, False):
             return None
         observed = self.observe(module, args, kwargs, result)
@@ -65,45 +70,43 @@ class Injector(Recorder):
         starts = self.starts(observed)
         if not sources:
             if self.calls.timed:
-                self.calls.add(Call(None, {}, module.training, starts), False)
+                self.calls.add(Call({}, {}, module.training, starts), False)
             return None
         modes.verify_recordable(module, self.title)
         outputs = {id(data): data for data in _tensors(result) if _carries(data)}
         everything = [*outputs.values(), *(data for key, data in sources.items() if key not in outputs)]
         carrier = _Pass(self, everything)
-        # Views of the leaves have a past, as the originals have: what has none is no neighbour in time.
+        # Views of the leaves have a grad_fn, as the originals have: a tensor without one is no neighbour in time.
         leaves = {id(data): leaf.view_as(leaf) for data, leaf in zip(everything, carrier.leaves, strict=True)}
         self.calls.add(
-            Call({role: _with(one, leaves) for role, one in observed.items()}, {}, module.training, starts), False
+            Call({role: _replaced(one, leaves) for role, one in observed.items()}, {}, module.training, starts), False
         )
         self.waiting.append(carrier)
         carried = _Carry.apply(carrier, len(outputs), *everything)  # type: ignore[no-untyped-call]  # torch leaves it so
-        return _with(result, dict(zip(outputs, carried, strict=True)))
+        return _replaced(result, dict(zip(outputs, carried, strict=True)))
 
     @modes.uncast
     def compute(self) -> None:
-        """The gradient of all passes so far, to be taken along by each."""
+        """Compute the gradient of all forward passes so far, of which each takes its part along."""
         with torch.enable_grad():
             scale = self._scale() if callable(self._scale) else self._scale
-            total = torch.stack([*self._take(self._index())]).sum() * scale
+            total = torch.stack([*self._consume(self._index())]).sum() * scale
             new = [one for one in self.waiting if one.gradients is None]
             leaves = [leaf for one in new for leaf in one.leaves]
             gradients = iter(torch.autograd.grad(total, leaves, materialize_grads=True))
         for one in new:
             one.gradients = [next(gradients) for _ in one.leaves]
+            self.ledger.tickets.append(one.ticket)
         super().clear()
-        ticket = Ticket()
-        ticket.backpropagated = True
-        self.ledger.tickets.append(ticket)
 
     def trains(self) -> bool:
-        """Whether the backward pass that runs is one of training: it gives parameters of the module their gradients.
+        """Whether the running backward pass is one of training, which gives parameters of the module their gradients.
 
-        Raises StepError where that cannot be told: gradients of parameters are asked for, and the graph is kept.
+        Raises StepError where that is unknown: gradients of parameters are asked for, and the graph is kept.
         """
         trained = [p for p in self.parameters if p.requires_grad]
         if not trained:
-            return True  # its parameters have no part in any; what is before it in the model has
+            return True  # the gradients are of modules before this one
         try:
             return any(torch._C._will_engine_execute_node(get_gradient_edge(p).node) for p in trained)
         except RuntimeError:  # of torch.autograd.grad(loss, parameters), which an update by hand may be made of
@@ -115,27 +118,35 @@ class Injector(Recorder):
         )
 
     def delivered(self, carrier: _Pass) -> None:
-        """A pass has taken its part along."""
+        """Take note that a forward pass has taken its part of the gradient along."""
+        carrier.ticket.backpropagated = True
         self.waiting = [one for one in self.waiting if one is not carrier]
 
     def clear(self) -> None:
         super().clear()
         self.waiting.clear()
+        self.ledger.discard()  # the tickets of passes that waited
 
     def missing(self, trained: frozenset[int], optional: bool) -> str | None:
         return _UNREACHED if self.waiting else super().missing(trained, optional)
 
 
 class _Pass:
-    """One call of the module: leaves in the place of what it put out and was given, and their part of the gradient."""
+    """One forward pass of the module.
+
+    leaves: tensors in the place of the module's inputs and outputs, of which the penalties are a function.
+    gradients: the penalties' gradients at the leaves, once computed.
+    ticket: stamped when the pass has taken its part of the gradient along.
+    """
 
     def __init__(self, injector: Injector, tensors: Sequence[Tensor]) -> None:
+        self.ticket = Ticket()
         self.leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         self.gradients: list[Tensor] | None = None
         self._injector = injector
 
     def consume(self) -> list[Tensor] | None:
-        """Its part of the gradient, the first time that it is asked for."""
+        """The part of the gradient that belongs to this pass; None if there is none to be carried now."""
         if not any(one is self for one in self._injector.waiting):
             return None  # discarded, or taken before
         if not self._injector.trains():
@@ -148,7 +159,7 @@ class _Pass:
 
 
 class _Carry(torch.autograd.Function):
-    """The identity of the first `count` tensors; in the backward pass, each of all gets its part of the gradient."""
+    """The identity of the first `count` tensors. Its backward pass adds the penalty's part to each gradient."""
 
     @staticmethod
     def forward(ctx: Any, carrier: _Pass, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -159,9 +170,9 @@ class _Carry(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         own: tuple[Tensor | None, ...] = (*gradients, *[None] * ctx.rest)
         added = ctx.carrier.consume()
-        if added is None:
-            return None, None, *own
-        return None, None, *(new if old is None else old + new for old, new in zip(own, added, strict=True))
+        if added is not None:
+            own = tuple(new if old is None else old + new for old, new in zip(own, added, strict=True))
+        return None, None, *own
 
 
 def _carries(data: Any) -> bool:
@@ -169,18 +180,18 @@ def _carries(data: Any) -> bool:
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    """The tensors in what a module returns."""
+    """The tensors in a module's result."""
     if isinstance(result, tuple | list) and not isinstance(result, PackedSequence):
         return [tensor for one in result for tensor in _tensors(one)]
     data = data_of(result)
     return [data] if isinstance(data, Tensor) else []
 
 
-def _with(result: Any, new: dict[int, Tensor]) -> Any:
-    """The same structure with new tensors in the place of those of these ids."""
+def _replaced(result: Any, new: dict[int, Tensor]) -> Any:
+    """A copy of a module's result in which tensors are replaced.  new: the new ones, by the ids of the old."""
     if isinstance(result, PackedSequence):
         return result._replace(data=new.get(id(result.data), result.data))
     if isinstance(result, tuple | list):
-        parts = [_with(one, new) for one in result]
+        parts = [_replaced(one, new) for one in result]
         return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
     return new.get(id(result), result)

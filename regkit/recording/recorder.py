@@ -1,7 +1,7 @@
-"""The forward hooks, what they keep until `penalty()` consumes it, and the check that nothing fell through.
+"""Forward hooks that record outputs until `penalty()` consumes the records, and the check that none is left out.
 
-A hook stores what a module put out and computes nothing. It belongs to the model, and so travels with copies of it: a
-copy of a hook is an inert one, which records nothing and writes into no one's store.
+A recorder stores a module's outputs and computes nothing. It is a hook of the model and so is copied with the model: a
+copy is inert, records nothing and shares no store with the original.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor
 from torch.fx import _symbolic_trace
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.hooks import RemovableHandle
 
-from regkit import _pickled
 from regkit.activity import Segment
 from regkit.activity.padding import Validity
 from regkit.adapters import Adapter, Form, OutputSite
 from regkit.errors import RegkitError, StepError
-from regkit.recording.calls import Call, Calls, Record
+from regkit.recording.calls import Call, Calls
 from regkit.recording.tickets import Tickets
 from regkit.runtime import modes
+from regkit.runtime.inert_hook import ModelHook
 from regkit.weights.links import Parameters
 
 _UNCONSUMED: Final = (
@@ -43,52 +42,48 @@ _UNRECORDED: Final = (
 )
 
 
-class Recorder:
-    """The forward hook of one module, and its store."""
+class Recorder(ModelHook):
+    """The forward hook of one module, with the recorded calls.
+
+    alive: gives the recorded module, or None where that is gone.
+    parameters: the parameters of the module and all in it.
+    name: the module's, without the prefixes of wrappers; title: the same, for the sentence of an error.
+    ledger: the tickets of the penalties on the recorded outputs.
+    calls: the recorded calls.
+    left: how many records there were at a step of other parameters, which has left them to a later one.
+    """
+
+    word = "recorder"
 
     def __init__(self, module: nn.Module | None = None, adapter: Adapter | None = None, name: str = "") -> None:
-        self.reference = (lambda: None) if module is None else weakref.ref(module)
+        super().__init__(inert=adapter is None)
+        self.alive = (lambda: None) if module is None else weakref.ref(module)
         self.parameters = () if module is None else Parameters(module)
         self._adapter = adapter
-        self._handle: RemovableHandle | None = None
+        self._steps = adapter is not None and adapter.steps  # each call is one in time: one not recorded counts, too
         self.name = name
         self.title = name or "the model"
         self.ledger = Tickets()
         self.calls = Calls()
         self.left = 0
-        self.waiting: list[Any] = []  # what no backward pass has reached, of an injector
-        self._thread: int | None = None
-
-    def __reduce__(self) -> _pickled.Call:
-        # What deepcopy and pickle make of a hook that travels with its model.
-        return _pickled.call("hook", "recorder", -1 if self._handle is None else self._handle.id)
-
-    @property
-    def inert(self) -> bool:
-        """Whether it is a copy of a recorder, and records nothing."""
-        return self._adapter is None
-
-    def alive(self) -> nn.Module | None:
-        """The module that it records, None where that is gone."""
-        return self.reference()
+        self._thread: int | None = None  # in which the module ran last
 
     @property
     def module(self) -> nn.Module:
-        """The module that it records."""
-        module = self.reference()
+        """The recorded module. Raises RegkitError where that is gone."""
+        module = self.alive()
         if module is None:
             raise RegkitError("the model that this attachment was on is gone")
         return module
 
     def install(self) -> None:
-        """Begin to record."""
-        self._handle = self.module.register_forward_hook(self, with_kwargs=True)
+        """Put the hook on the module, and begin to record."""
+        self.handle = self.module.register_forward_hook(self, with_kwargs=True)
         modes.forget_compiled()
 
     def remove(self) -> None:
-        """Record no more, and drop what is stored. May be called again."""
-        if self._handle is not None:
-            self._handle.remove()
+        """Take the hook off the module, and drop all records. May be called again."""
+        super().remove()
         self.clear()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
@@ -123,41 +118,30 @@ class Recorder:
                 with calls.lock:
                     calls.last = (Call(observed, versions, module.training, False), calls.last)
         else:
-            self._add(module, observed if carries else None, versions, self.starts(observed))
+            starts = self.starts(observed)
+            self._add(module, Call(observed if carries else {}, versions, module.training, starts), compiling)
 
-    def _add(
-        self,
-        module: nn.Module,
-        observed: Mapping[str, Any] | None,
-        versions: Mapping[str, tuple[Tensor, int]],
-        starts: bool,
-    ) -> None:
-        """Store a call where anything is out of the ordinary; None: no gradient reaches what it put out."""
-        compiling = torch.compiler.is_compiling()
+    def _add(self, module: nn.Module, call: Call, compiling: bool) -> None:
+        """Store a call where anything is out of the ordinary."""
         if not compiling:
-            modes.verify_recordable(module, self.title, observed is not None)
+            modes.verify_recordable(module, self.title, bool(call.observed))
             self._thread = get_ident()
-        # What no gradient can reach (evaluation under no_grad) is no training data.
-        if observed is not None or (self.calls.timed and self._steps):
-            self.calls.add(Call(observed, versions, module.training, starts), compiling)
+        # Outputs that no gradient can reach (evaluation under no_grad) are no training data.
+        if call.observed or (self.calls.timed and self._steps):
+            self.calls.add(call, compiling)
 
     def observe(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> Mapping[str, Any]:
-        """What its adapter keeps of a call. Raises StepError where that cannot read what the module returned."""
+        """The outputs of a call, by role. Raises StepError where the adapter cannot read the result."""
         assert self._adapter is not None
         try:
             return self._adapter.observe(module, args, kwargs, result)
         except Exception as error:  # a subclass may return what it likes; its user must learn what does not fit
             raise self._unreadable(error) from error
 
-    @property
-    def _steps(self) -> bool:
-        """Whether each call is one step of time, so that one which is not recorded counts too."""
-        return self._adapter is not None and self._adapter.steps
-
     def starts(self, observed: Mapping[str, Any]) -> bool:
-        """Whether an observed call begins a new sequence. Raises StepError where its adapter cannot tell."""
+        """Whether an observed call begins a new sequence. Raises StepError where the adapter cannot tell."""
         assert self._adapter is not None
         try:
             return self._adapter.starts(observed)
@@ -171,43 +155,43 @@ class Recorder:
         )
 
     @property
-    def records(self) -> list[Record]:
-        """What is in store."""
+    def records(self) -> list[Call]:
+        """The recorded calls, each in its place in time."""
         return self.calls.placed()
 
     @contextmanager
     def under(self, validity: Validity) -> Iterator[None]:
-        """Inside, calls have this validity, counted from 0."""
+        """A context in which calls have this validity and are counted from 0."""
         with self.calls.under(validity):
             yield
             if self._steps and self.calls.longest:
                 validity.check_calls(self.calls.longest, self.title)
 
     def clear(self) -> None:
-        """Drop what is in store."""
+        """Drop all records."""
         self.calls.clear()
         self.left = 0
 
     def form(self, site: OutputSite) -> Form | None:
-        """Where the tensor of an output is in what is observed, if that is simple."""
+        """Where the tensor of an output is in observed calls; None where only the adapter's `segments` can tell."""
         return None if self._adapter is None else self._adapter.form(self.module, site)
 
     def segments(self, site: OutputSite) -> list[Segment]:
-        """The segments of everything in store, for one site."""
+        """The segments of all recorded calls, for one site. Raises StepError where the calls do not belong together."""
         records, adapter = self.calls.placed(), self._adapter
         if not records or adapter is None:
             return []
         if len(records) > 1:
-            self.refuse(records)
-        module = self.reference() or self.module
+            self.verify_together(records)
+        module = self.alive() or self.module
         found: list[Segment] = []
         for record in records:
-            self.refuse_changes(record)
-            found.extend(adapter.segments(module, site, record.observed, record.validity, record.call))
+            self.verify_unchanged(record)
+            found.extend(adapter.segments(module, site, record.observed, record.validity, record.number))
         return found
 
-    def refuse_changes(self, record: Call | Record) -> None:
-        """Raise StepError where what was recorded was changed in place."""
+    def verify_unchanged(self, record: Call) -> None:
+        """Raise StepError where a recorded output was changed in place."""
         for role, (data, version) in record.versions.items():
             if data._version != version:
                 raise StepError(
@@ -215,9 +199,9 @@ class Recorder:
                     "penalty would be that of other values; change a copy"
                 )
 
-    def refuse(self, records: Sequence[Call | Record]) -> None:
+    def verify_together(self, records: Sequence[Call]) -> None:
         """Raise StepError where several records are not to be counted together."""
-        evaluated = 0
+        evaluated = 0  # without a call for each, of which there may be hundreds
         for record in records:
             evaluated += not record.training
         if 0 < evaluated < len(records):
@@ -230,11 +214,14 @@ class Recorder:
 
     @property
     def frozen(self) -> bool:
-        """Whether no step trains it: what is before it in the model may be trained, without it."""
+        """Whether no parameter of the module is trained; modules before this one in the model may be."""
         return not any(p.requires_grad for p in self.parameters)
 
     def missing(self, trained: frozenset[int], optional: bool) -> str | None:
-        """Why what it recorded is not in the loss of a step that trains these of its parameters; None where it is."""
+        """The reason why the recorded outputs are not in the loss of a step; None where all are.
+
+        trained: the ids of the module's parameters that the step trains. optional: whether nothing need be recorded.
+        """
         if self.records:
             return _UNCONSUMED
         if self.ledger.of_step(trained):
@@ -242,9 +229,13 @@ class Recorder:
         return None if optional or self.frozen else _UNRECORDED
 
     def skip_step(self, stepped: Mapping[int, Any]) -> None:
-        """A step of other parameters leaves the records to a later one, which must not find newer ones beside them."""
-        elsewhere = self._thread not in (None, get_ident())  # another model's training has nothing to do with it
-        if self.calls.empty or elsewhere or any(id(p) in stepped for p in self.parameters):
+        """Leave the records, of which there are some, to a later step, if this one is of other parameters.
+
+        stepped: the parameter groups of the step, by the ids of parameters. Raises StepError where newer records lie
+        beside others that an earlier step has left.
+        """
+        elsewhere = self._thread not in (None, get_ident())  # another model is trained in this thread
+        if elsewhere or any(id(p) in stepped for p in self.parameters):
             return
         count = len(self.records)
         self._refuse_leftovers(count)
@@ -260,10 +251,10 @@ class Recorder:
 
 
 def all_in_the_loss(recorders: Iterable[tuple[Recorder, object]]) -> bool:
-    """Whether each has recorded something, all of which went through a loss that was backpropagated."""
+    """Whether every recorder has recorded outputs, and all went through a loss that was backpropagated."""
     for recorder, _ in recorders:
         calls, tickets = recorder.calls, recorder.ledger.tickets
-        if calls.last is not None or calls.records or recorder.waiting or not tickets:
+        if calls.last is not None or calls.records or not tickets:
             return False
         for ticket in tickets:
             if not ticket.backpropagated:
@@ -271,24 +262,6 @@ def all_in_the_loss(recorders: Iterable[tuple[Recorder, object]]) -> bool:
     return True
 
 
-def settle(recorders: Iterable[tuple[Recorder, frozenset[int]]]) -> None:
-    """Settle the tickets of each: these parameters of it have been stepped."""
-    for recorder, trained in recorders:
-        ledger = recorder.ledger
-        if ledger.tickets:  # as it mostly is: without a call for each
-            ledger.settled, ledger.tickets, ledger.stepped = ledger.tickets, [], trained
-        else:
-            ledger.settle(trained)
-
-
 def data_of(observed: Any) -> Any:
     """The tensor of an output, which may be packed."""
     return observed.data if isinstance(observed, PackedSequence) else observed
-
-
-def drop_copied_hooks(model: nn.Module) -> None:
-    """Take the inert hooks off a copied model that its original's recorders left on it."""
-    for module in model.modules():
-        for number in [n for n, hook in module._forward_hooks.items() if isinstance(hook, Recorder) and hook.inert]:
-            del module._forward_hooks[number]
-            module._forward_hooks_with_kwargs.pop(number, None)

@@ -1,14 +1,18 @@
-"""Whether what must go through the loss did: tickets that `penalty()` hands out, and that backpropagation stamps."""
+"""Tickets tell whether penalties went through the loss: handed out by `penalty()`, stamped by backpropagation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
+from regkit.runtime.step import joins
+
 
 class Ticket:
-    """Handed out with each `penalty()`: learns whether its gradient was ever asked for."""
+    """A hook on a penalty, which learns whether the penalty's gradient was ever asked for."""
 
     backpropagated = False
 
@@ -18,40 +22,54 @@ class Ticket:
 
 @dataclass
 class Tickets:
-    """The tickets of one thing that must go through the loss.
+    """The tickets of a recorder or a rule that must go through the loss.
 
-    Several optimizers may train it, each a part of its parameters: the first of them settles the tickets, and a step
-    that trains none of the same parameters answers to the same ones.
+    Several optimizers may share its parameters out among them: the first to step settles the tickets, and a step that
+    joins that one answers to the same tickets.
+
+    tickets: those handed out since the last step.
+    settled: the tickets that the last step answered to.
+    stepped: the ids of the parameters that the last step trained, with those of the steps that joined it.
     """
 
     tickets: list[Ticket] = field(default_factory=list)
     settled: list[Ticket] = field(default_factory=list)
     stepped: frozenset[int] = frozenset()
 
-    def _joins(self, trained: frozenset[int]) -> bool:
-        return not self.tickets and bool(self.stepped) and self.stepped.isdisjoint(trained)
+    def joined_by(self, trained: frozenset[int]) -> bool:
+        """Whether a step that trains `trained` joins the last one: none does where there are new tickets."""
+        return not self.tickets and joins(trained, self.stepped)
 
     def of_step(self, trained: frozenset[int]) -> list[Ticket]:
-        """The tickets that a step that trains these parameters answers to."""
-        return self.settled if self._joins(trained) else self.tickets
+        """The tickets that a step that trains `trained` answers to."""
+        return self.settled if self.joined_by(trained) else self.tickets
 
     def missing(self, trained: frozenset[int]) -> str | None:
-        """Why it did not go through a loss that was backpropagated; None where it did."""
+        """The reason why no loss that was backpropagated had the penalty as a term; None where one had."""
         tickets = self.of_step(trained)
         if not tickets:
             return "was not part of the loss in this step; add attachment.penalty() to the loss"
         return None if all(ticket.backpropagated for ticket in tickets) else _UNSTAMPED
 
-    def settle(self, trained: frozenset[int]) -> None:
-        """These parameters have been stepped."""
-        if self._joins(trained):
-            self.stepped |= trained
-        else:
-            self.settled, self.tickets, self.stepped = self.tickets, [], frozenset(trained)
-
     def discard(self) -> None:
-        """Forget what was not backpropagated. What was is in the gradients that others of a step have accumulated."""
+        """Forget every ticket that was not backpropagated. The gradients of the others have been accumulated."""
         self.tickets = [ticket for ticket in self.tickets if ticket.backpropagated]
+
+
+class _HasTickets(Protocol):
+    """A recorder, or a rule via the loss."""
+
+    ledger: Tickets
+
+
+def settle(stepped: Iterable[tuple[_HasTickets, frozenset[int]]]) -> None:
+    """Settle the tickets of recorders or rules after a step, each given with the ids of its trained parameters."""
+    for owner, trained in stepped:
+        ledger = owner.ledger
+        if not ledger.tickets and ledger.joined_by(trained):  # there mostly are some: then no call for each owner
+            ledger.stepped |= trained
+        else:
+            ledger.settled, ledger.tickets, ledger.stepped = ledger.tickets, [], trained
 
 
 _UNSTAMPED = (

@@ -1,10 +1,9 @@
-"""A constraint on the blocks of weights that it is bound to."""
+"""Constraints on blocks of weights: projections at every N-th step, and violations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,36 +15,37 @@ from regkit.weights.block import Block
 
 @dataclass(eq=False)
 class ConstraintRule(WeightRule):
-    """A constraint on weights. due: the blocks that wait for a step that trains them to be projected."""
+    """A constraint on weights.
 
+    due: the blocks to be projected at the next step that trains them.
+    """
+
+    kind: Constraint
     due: set[Block] = field(default_factory=set)
-    _called: int = -1
-
-    @cached_property
-    def constraint(self) -> Constraint:
-        """Its kind."""
-        kind = self.binding.kind
-        assert isinstance(kind, Constraint)
-        return kind
+    _last_due: int = -1
+    """The last step at which all blocks were due."""
 
     def at_step(self, index: int) -> Constraint:
-        """The constraint, its bound scaled as the schedule says."""
-        return self.constraint if self.binding.schedule is None else self.constraint.at(self.binding.factor(index))
+        """The constraint, with its bound scaled by the schedule."""
+        return self.kind if self.binding.schedule is None else self.kind.at(self.binding.factor(index))
 
     def project(self, work: Work, index: int, now: bool = False) -> None:
-        """Project what is to be acted on, if the step is the N-th or if the N-th did not train it.
+        """Project blocks at every N-th step, and later the blocks that the N-th step did not train.
 
-        Where the N-th is a round of several optimizers, each of them moves what it trains, and that is projected.
-        now: whatever is due.
+        Where several optimizers share out the N-th step, each moves the parameters that it trains, and these are
+        projected.
+
+        work: the blocks that may be projected.
+        now: whether all of these are projected, due or not.
         """
         due: set[Block] | None = None
         if not now and (index + 1) % self.binding.every:
             due = self.due
             if not due:
                 return
-        elif not now and index != self._called:
-            self._called, self.due = index, set(self.blocks)  # until they are projected: that may fail
-        constraint = self.constraint if self.binding.schedule is None else self.at_step(index)
+        elif not now and index != self._last_due:
+            self._last_due, self.due = index, set(self.blocks)  # until they are projected: that may fail
+        constraint = self.kind if self.binding.schedule is None else self.at_step(index)
         for batch, _, _ in work.batches:
             ready = batch if due is None else batch.restrict_to_blocks(due)
             if ready.blocks:
@@ -53,19 +53,19 @@ class ConstraintRule(WeightRule):
                 ready.project(constraint)
                 if due is not None or not work.all:
                     self.due -= ready.members
-        for block, storages, mine in work.lone:
+        for block, storages, acted_on in work.lone:
             if due is None or block in due:
                 self.at = block
-                block.move(storages, mine, constraint.project(block.weight(storages)))
+                block.move(storages, acted_on, constraint.project(block.weight(storages)))
                 self.due.discard(block)
         if work.all and due is None:
             self.due = set()
         self.at = None
 
     def restore(self, count: int, due: Iterable[str]) -> None:
-        """Go on after `count` steps, with the blocks of these names waiting."""
+        """Go on after `count` steps, with the blocks of these names due."""
         names = set(due)
-        self._called, self.due = count - 1, {block for block in self.blocks if block.name in names}
+        self._last_due, self.due = count - 1, {block for block in self.blocks if block.name in names}
 
     def project_all(self, index: int) -> None:
         """Project every block that is not frozen."""
@@ -74,7 +74,7 @@ class ConstraintRule(WeightRule):
         self.due = due
 
     def violation(self, index: int) -> Tensor:
-        """The largest violation over its blocks.  -> ()."""
+        """The largest violation over the rule's blocks.  -> ()."""
         constraint, placed = self.at_step(index), self.placed(self.snapshots.now())
         found = [batch.violation(constraint) for batch in self.at_work(placed.batches)]
         found += [constraint.violation(block.weight(storages)) for block, storages in self.at_work(placed.lone)]

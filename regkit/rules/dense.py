@@ -1,14 +1,14 @@
-"""Outputs of a known form, many at a time: those of one shape side by side, whichever modules and steps they are of.
+"""Outputs of a known form, many at a time: outputs of one shape side by side, of whichever modules and steps.
 
-A sum of means over tensors of one shape is the mean over all of them, times how many they are. So 64 modules, or 32
-calls of a cell, take as many operations as one does, and as much of Python.
+A sum of means over tensors of one shape is the mean over all of them, times their number. So 64 modules, or 32 calls of
+a cell, take as many operations as one does, and as much of Python.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from regkit.activity.reduction import ROOM, Reduction, Total
 from regkit.adapters import Form, OutputSite
 from regkit.errors import PluginError
 from regkit.kinds import ActivityPenalty
-from regkit.recording.calls import Call, Record
+from regkit.recording.calls import Call
 from regkit.recording.recorder import Recorder
 from regkit.rules.closed_form import Source, Term
 
@@ -26,7 +26,7 @@ from regkit.rules.closed_form import Source, Term
 class Entry(NamedTuple):
     """An output of one module under rules.
 
-    kinds, numbers, where: of each rule, its kind, its number among all, and what an error of it is told of.
+    kinds, numbers, where: of each rule the kind, its number among all, and the place, for an error.
     """
 
     recorder: Recorder
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
     where: tuple[Any, ...]
 
     def terms(self, amounts: Sequence[float], count: int = 1) -> list[Term]:
-        """The terms of its rules, for `count` outputs side by side. amounts: of all rules, by their numbers."""
+        """The terms of the entry's rules, for `count` outputs side by side. amounts: of all rules, by their numbers."""
         found = []
         for number, kind, where in zip(self.numbers, self.kinds, self.where, strict=True):
             amount = amounts[number] if kind.reduction == "sum" else amounts[number] * count
@@ -48,7 +48,8 @@ class Entry(NamedTuple):
 class Group(Source):
     """Outputs of one shape, each of `steps` tensors, one after the other in time.
 
-    left: the bytes that may yet be added.
+    entry, form: of the first output; the others have the same rules and the same form.
+    left: the bytes of outputs that may yet be added.
     """
 
     entry: Entry
@@ -86,34 +87,32 @@ class Group(Source):
         return (Dense if small else Activity)((Sequenced(h),))
 
 
-_NOTHING: Final[tuple[Tensor, ...]] = ()
-
-
 def gather(entries: Sequence[tuple[Entry, Form]]) -> tuple[list[Group], list[Entry]]:
-    """What is in store of entries with forms, outputs of one shape together; and the entries where it is otherwise."""
+    """The recorded outputs of entries with forms, in groups of one shape; and entries that have left their form."""
     groups: list[Group] = []
     others: list[Entry] = []
     opened: dict[Any, Group] = {}
     for entry, form in entries:  # of which there may be hundreds: a loop without a call for each
-        calls = entry.recorder.calls
-        last, tensors = calls.last, _NOTHING
+        calls, last = entry.recorder.calls, entry.recorder.calls.last
+        tensors: tuple[Tensor, ...] = ()
         alone = last is not None and last[1] is None and not calls.records and calls.validity is None
-        records: Sequence[Call | Record] = (last[0],) if alone else calls.placed()  # type: ignore[index]  # it is a call
+        records: Sequence[Call] = (last[0],) if alone else calls.placed()  # type: ignore[index]  # `alone` says that there is a call
         if form.before is not None:
             tensors = _chain(entry.recorder, form, records)
-        elif len(records) == 1 and records[0].validity is None and records[0].observed is not None:
+        elif len(records) == 1 and records[0].validity is None and records[0].observed:
             h = records[0].observed[form.role]
-            still = getattr(entry.recorder.reference(), "batch_first", False) is form.batch_first
+            still = getattr(entry.recorder.alive(), "batch_first", False) is form.batch_first
             if still and type(h) is Tensor and h.dim() == 3 and h.requires_grad:
                 tensors = (h,)
-            for data, version in records[0].versions.values():
-                if data._version != version:
-                    entry.recorder.refuse_changes(records[0])
-        if not tensors:
+        size = len(tensors) * tensors[0].numel() * max(tensors[0].element_size(), 4) if tensors else 0
+        if not tensors or (form.before is not None and size > ROOM[tensors[0].is_cpu]):
             others += (entry,) if records else ()
             continue
+        for record in records:
+            for data, version in record.versions.values():
+                if data._version != version:
+                    entry.recorder.verify_unchanged(record)
         first, steps = tensors[0], len(tensors)
-        size = steps * first.numel() * max(first.element_size(), 4)
         key = steps, first.shape, first.dtype, first.device, form, entry.site.directions, entry.numbers
         group = opened.get(key)
         if group is None or size > group.left:
@@ -125,13 +124,12 @@ def gather(entries: Sequence[tuple[Entry, Form]]) -> tuple[list[Group], list[Ent
     return groups, others
 
 
-def _chain(recorder: Recorder, form: Form, records: Sequence[Call | Record]) -> tuple[Tensor, ...]:
-    """The steps of a cell, each of which went on from the one before; none where they are something else, or large."""
+def _chain(recorder: Recorder, form: Form, records: Sequence[Call]) -> tuple[Tensor, ...]:
+    """The steps of a cell, if each went on from the one before; else an empty tuple."""
     if len(records) > 1:
-        recorder.refuse(records)
+        recorder.verify_together(records)
     found: list[Tensor] = []
     for record in records:
-        assert record.observed is not None
         h, before = record.observed[form.role], record.observed[form.before or ""]
         if type(h) is not Tensor or record.validity is not None or not h.requires_grad or h.dim() != 2:
             return ()
@@ -139,12 +137,8 @@ def _chain(recorder: Recorder, form: Form, records: Sequence[Call | Record]) -> 
             return ()
         if not found and before is not None and before.grad_fn is not None:
             return ()
-        for data, version in record.versions.values():
-            if data._version != version:
-                recorder.refuse_changes(record)
         found.append(h)
-    too_large = found and len(found) * found[0].numel() * max(found[0].element_size(), 4) > ROOM[found[0].is_cpu]
-    return () if too_large else tuple(found)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -188,7 +182,7 @@ class Dense(Activity):
             raise PluginError(f"a slope at {tuple(h.shape)} has the shape {tuple(found.shape)}")
         numbers = h.numel() // max(h.size(-1), 1) if per_row else h.numel()
         by = numbers if reduction == "mean" else h.size(1) if reduction == "batch" else 1
-        gradients.segments[0].h.addcmul_(found, amount, value=times / max(by, 1))  # type: ignore[attr-defined]  # it is a Dense, too
+        gradients.segments[0].h.addcmul_(found, amount, value=times / max(by, 1))  # type: ignore[attr-defined]  # a Dense, too
 
     def add_pair_slopes(
         self,
@@ -201,7 +195,7 @@ class Dense(Activity):
         per_row: bool = False,
     ) -> None:
         h = self.segments[0].h
-        g: Tensor = gradients.segments[0].h  # type: ignore[attr-defined]  # it is a Dense, too
+        g: Tensor = gradients.segments[0].h  # type: ignore[attr-defined]  # a Dense, too
         later = h[1:]
         found = slope(later, h[:-1])
         first, second = (found, None) if isinstance(found, Tensor) else found

@@ -1,13 +1,12 @@
-"""What one step does to weights: gradients, decay, proximal operators, projections, on live blocks of parameters.
+"""Penalties on weights at a step: gradients, decay and proximal operators, on live blocks of parameters.
 
-Nothing here is decided: a rule's kind, its sites and its factor come from the plan and the step.
+Nothing is decided here: a rule's kind, its sites and its factor come from the plan and the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from torch import Tensor, nn
 from torch.optim import LBFGS
@@ -23,6 +22,7 @@ from regkit.weights.storage import Sharded, Storage
 
 
 def _lr(step: Step, parameter: Tensor) -> float | Tensor:
+    """The learning rate at which a step moves a parameter. Raises StepError where the optimizer has none."""
     group = step.groups[id(parameter)]
     if "lr" not in group:
         raise StepError(f"{step.by} has no `lr`, which a proximal or decoupled rule multiplies")
@@ -32,21 +32,19 @@ def _lr(step: Step, parameter: Tensor) -> float | Tensor:
 
 @dataclass(eq=False)
 class PenaltyRule(WeightRule):
-    """A penalty on weights. The ledger is of one via the loss. addends: what it is the sum of, if it is one."""
+    """A penalty on weights.
 
+    addends: the penalties of which the kind is the sum, if it is one.
+    ledger: the tickets of a rule via the loss.
+    """
+
+    kind: Penalty
     addends: tuple[Penalty, ...] = ()
     ledger: Tickets = field(default_factory=Tickets)
 
-    @cached_property
-    def penalty(self) -> Penalty:
-        """Its kind."""
-        kind = self.binding.kind
-        assert isinstance(kind, Penalty)
-        return kind
-
     def amount(self, index: int) -> float:
         """strength · factor at a step."""
-        strength = self.penalty.strength
+        strength = self.kind.strength
         return strength if self.binding.schedule is None else strength * self.binding.factor(index)
 
     def value(self, index: int) -> Tensor | None:
@@ -54,20 +52,19 @@ class PenaltyRule(WeightRule):
         return self._sum(self.unfrozen(), self.amount(index))
 
     def trained_value(self, step: Step) -> Tensor | None:
-        """The same over the blocks that this step trains."""
+        """strength · factor · Σ Ω over the blocks that a step trains, None where there are none.  -> ()."""
         return self._sum(step.trained, self.amount(step.index))
 
     def _sum(self, ids: frozenset[int], amount: float) -> Tensor | None:
-        total: Tensor | None = None
-        for value in self._values(self.work(self.snapshots.now(), ids)):
-            total = value if total is None else total + value.to(total.device)
-        return None if total is None else total * amount
-
-    def _values(self, work: Work) -> Iterator[Tensor]:
-        for batch in self.at_work(batch for batch, _, _ in work.batches):
-            yield batch.value(self.penalty)
-        for block, storages, _ in self.at_work(work.lone):
-            yield self.penalty.value(block.weight(storages))
+        work = self.work(self.snapshots.now(), ids)
+        values = [batch.value(self.kind) for batch in self.at_work(batch for batch, _, _ in work.batches)]
+        values += [self.kind.value(block.weight(storages)) for block, storages, _ in self.at_work(work.lone)]
+        if not values:
+            return None
+        total = values[0]
+        for value in values[1:]:
+            total = total + value.to(total.device)
+        return total * amount
 
     def verify_applicable(self, work: Work, step: Step) -> None:
         """Raise StepError where a proximal or decoupled rule cannot act in this step, before anything is changed."""
@@ -79,16 +76,16 @@ class PenaltyRule(WeightRule):
         for batch, _, _ in work.batches:
             for parameter in batch.parameters:
                 _lr(step, parameter)
-        for block, storages, mine in work.lone:
-            whole = self.binding.via == "proximal" and len(storages) > 1 and self.penalty.separable != "elements"
-            if whole and isinstance(block.shares(mine), Tensor):
+        for block, storages, acted_on in work.lone:
+            whole = self.binding.via == "proximal" and len(storages) > 1 and self.kind.separable != "elements"
+            if whole and isinstance(block.shares(acted_on), Tensor):
                 raise StepError(
                     f"rule {self.binding.key!r} is proximal, on a sum of which a part is pruned, and "
-                    f"{self.penalty.kind} does not act on each number alone. Use via gradient"
+                    f"{self.kind.kind} does not act on each number alone. Use via gradient"
                 )
             # A decoupled rule decays each of two biases at its own rate; behind one weight there can be but one.
-            for together in [mine] if self.binding.via == "proximal" else [[storage] for storage in mine]:
-                first, *others = [_lr(step, leaf) for leaf in _leaves(step, together)]
+            for together in [acted_on] if self.binding.via == "proximal" else [[storage] for storage in acted_on]:
+                first, *others = [_lr(step, parameter) for parameter in _trained(step, together)]
                 if any(other is not first and bool(other != first) for other in others):
                     raise StepError(
                         f"rule {self.binding.key!r} is {self.binding.via}, but what makes up one weight has different "
@@ -96,8 +93,8 @@ class PenaltyRule(WeightRule):
                     )
 
     def add_gradient(self, work: Work, step: Step, found: Sequence[Tensor]) -> None:
-        """grad += strength · factor · ∇Ω(w), times the scale that the gradients have.  found: the gradients."""
-        amount = self.penalty.strength if self.binding.schedule is None else self.amount(step.index)
+        """grad += strength · factor · ∇Ω(w), times the loss scale that is in the gradients.  found: the gradients."""
+        amount = self.kind.strength if self.binding.schedule is None else self.amount(step.index)
         if not amount:
             return
         for batch, pick, sign in work.batches:
@@ -106,27 +103,28 @@ class PenaltyRule(WeightRule):
             if isinstance(batch, Shards) and not batch.lie_alike(gradients):
                 self._add_whole(batch, step, amount)
                 continue
-            # A list of one's own: what is a stranger's might change it.
+            # A new list, which a stranger's kind may change.
             own = [*gradients] if batch.whole else batch.views(gradients)
             if step.scale is not None and own:
-                batch.add_scaled(self.penalty, own, sign * amount, step.scale)
+                batch.add_scaled(self.kind, own, sign * amount, step.scale)
             elif own:
                 weights: list[Tensor] = [*batch.parameters] if batch.whole else batch.views(batch.parameters)
-                self.penalty.add_gradients(weights, own, sign * amount)
-        for block, storages, mine in work.lone:
+                self.kind.add_gradients(weights, own, sign * amount)
+        for block, storages, acted_on in work.lone:
             self.at = block
-            self._add(step, amount, block, storages, mine)
+            self._add(step, amount, block, storages, acted_on)
         self.at = None
 
-    def _add(self, step: Step, amount: float, block: Block, storages: Sequence[Storage], mine: list[Storage]) -> None:
-        gradient = self.penalty.gradient(block.weight(storages))
+    def _add(self, step: Step, amount: float, block: Block, storages: Sequence[Storage], to: list[Storage]) -> None:
+        """Add the gradient of one block to the gradients of the parameters in the storages `to`."""
+        gradient = self.kind.gradient(block.weight(storages))
         if step.scale is not None:
             gradient = gradient * step.scale.to(gradient.device)
-        for storage in mine:
-            storage.add(block.view, gradient, list(_signed(step, storage, amount)))
+        for storage in to:
+            storage.add(block.view, gradient, _signed(step, storage, amount))
 
     def _add_whole(self, batch: Batch, step: Step, amount: float) -> None:
-        """The same for gradients that are not sharded as their parameters are."""
+        """Add the gradients of a batch where gradients are not sharded as their parameters are."""
         for block, parameter in zip(batch.blocks, batch.parameters, strict=True):
             storage: Storage = Sharded(parameter)
             self._add(step, amount, block, [storage], [storage])
@@ -138,39 +136,38 @@ class PenaltyRule(WeightRule):
             return
         for batch in self.at_work(batch for batch, _, _ in work.batches):
             for parameter, w in batch.each():
-                w.copy_(w - self.penalty.gradient(w) * (_lr(step, parameter) * amount))
-        for block, storages, mine in self.at_work(work.lone):
-            gradient = self.penalty.gradient(block.weight(storages))
-            for storage in mine:
-                lr = _lr(step, _leaves(step, [storage])[0])
+                w.copy_(w - self.kind.gradient(w) * (_lr(step, parameter) * amount))
+        for block, storages, acted_on in self.at_work(work.lone):
+            gradient = self.kind.gradient(block.weight(storages))
+            for storage in acted_on:
+                lr = _lr(step, _trained(step, [storage])[0])
                 block.write(storage, block.view(storage.read()) - gradient * (lr * amount))
 
     def shrink(self, work: Work, step: Step) -> None:
         """w = prox(w, lr · strength · factor), after the update.
 
-        For a sum of n trained parameters the step counts n times: moving each by δ/n costs ½‖δ‖²/n. What is pruned in
-        one of them does not count there.
+        For a sum of n trained parameters the step counts n times: moving each by δ/n costs ½‖δ‖²/n. Where a number is
+        pruned in one of them, that one does not count.
         """
         amount = self.amount(step.index)
         if not amount:
             return
         for batch in self.at_work(batch for batch, _, _ in work.batches):
             for parameter, w in batch.each():
-                w.copy_(self.penalty.prox(w, _lr(step, parameter) * amount))
-        for block, storages, mine in self.at_work(work.lone):
-            shares = block.shares(mine) if len(storages) > 1 else 1
-            size = _lr(step, _leaves(step, mine)[0]) * amount * shares
-            block.move(storages, mine, self.penalty.prox(block.weight(storages), size))
+                w.copy_(self.kind.prox(w, _lr(step, parameter) * amount))
+        for block, storages, acted_on in self.at_work(work.lone):
+            shares = block.shares(acted_on) if len(storages) > 1 else 1
+            size = _lr(step, _trained(step, acted_on)[0]) * amount * shares
+            block.move(storages, acted_on, self.kind.prox(block.weight(storages), size))
 
 
-def _leaves(step: Step, mine: Sequence[Storage]) -> list[nn.Parameter]:
-    """The leaves that this step trains."""
-    return [leaf for storage in mine for leaf in storage.parameters if id(leaf) in step.trained]
+def _trained(step: Step, storages: Sequence[Storage]) -> list[nn.Parameter]:
+    """The parameters in the storages that a step trains."""
+    return [parameter for storage in storages for parameter in storage.parameters if id(parameter) in step.trained]
 
 
-def _signed(step: Step, storage: Storage, amount: float) -> Iterator[tuple[nn.Parameter, float]]:
-    """The leaves that this step trains, with the amount to add for each."""
-    for leaf in storage.parameters:
-        if id(leaf) in step.trained:
-            # An optimizer that maximizes turns the gradient around; the penalty is made small all the same.
-            yield leaf, -amount if step.groups[id(leaf)].get("maximize") else amount
+def _signed(step: Step, storage: Storage, amount: float) -> list[tuple[nn.Parameter, float]]:
+    """The parameters in a storage that a step trains, each with the amount to add to its gradient."""
+    # An optimizer that maximizes turns the gradient around; the penalty is made small all the same.
+    trained = _trained(step, [storage])
+    return [(one, -amount if step.groups[id(one)].get("maximize") else amount) for one in trained]

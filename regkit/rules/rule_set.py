@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def named(rule: WeightRule | ActivityRule, run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What `run` returns. What a plugin's mathematics raises becomes a StepError that says whose it was, and where."""
+    """The result of `run`. Raises StepError, with the rule and the place named, where a plugin's mathematics fails."""
     try:
         return run(*args, **kwargs)
     except Exception as error:  # a kind is a stranger's code: anything can come out
@@ -37,7 +37,7 @@ def named(rule: WeightRule | ActivityRule, run: Callable[P, T], *args: P.args, *
 
 
 def raise_named(rule: WeightRule | ActivityRule | At, error: Exception) -> NoReturn:
-    """Raise what the rule's mathematics raised, as an error that says whose it was, and where."""
+    """Raise an error of the rule's mathematics as one that names the rule and the place."""
     binding = rule.binding
     if isinstance(error, AttachError):
         raise AttachError(f"{binding.label}: {error}") from error
@@ -53,8 +53,12 @@ def raise_named(rule: WeightRule | ActivityRule | At, error: Exception) -> NoRet
 class RuleSet:
     """Every rule of a plan, in the document's order.
 
-    recorders: what the activity rules need; spoken: of these, the ones of rules via loss. snapshots: of the modules
-    whose parameters make a step the attachment's.
+    recorders: of the activity rules.
+    snapshots: of the modules whose parameters make a step one of the attachment's.
+    by_gradient, by_loss, by_prox, by_decay: the penalties on weights, by the way in which each acts.
+    scheduled: whether a rule that goes through the loss has a schedule.
+    loss_recorders: the recorders of rules via loss.
+    injectors: the recorders of rules via inject.
     """
 
     penalties: list[PenaltyRule]
@@ -71,31 +75,27 @@ class RuleSet:
         self.by_gradient = merged(self.by_gradient)
         through = [*(rule.binding for rule in self.activities), *(rule.binding for rule in self.by_loss)]
         self.scheduled = any(binding.schedule is not None for binding in through)
-        self.spoken = [one for one in self.recorders if not isinstance(one, Injector)]
+        self.injectors = [one for one in self.recorders if isinstance(one, Injector)]
+        self.loss_recorders = [one for one in self.recorders if not isinstance(one, Injector)]
 
     @cached_property
     def intake(self) -> Intake:
-        """What goes through the loss of rules on activity."""
-        return Intake(self.activities, self.spoken, raise_named)
+        """The intake of the activity that goes through the loss."""
+        return Intake(self.activities, self.loss_recorders, raise_named)
 
     @property
     def on_weights(self) -> list[PenaltyRule | ConstraintRule]:
         """The rules on weights."""
         return [*self.penalties, *self.constraints]
 
-    @property
-    def injectors(self) -> list[Injector]:
-        """The recorders of rules via inject."""
-        return [one for one in self.recorders if isinstance(one, Injector)]
-
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that rules are bound to and that are there still, and their names."""
+        """The living modules that rules are bound to, by name."""
         found = {block.site.name: block.alive() for rule in self.on_weights for block in rule.blocks}
         found |= {recorder.name: recorder.alive() for recorder in self.recorders}
         return ((name, module) for name, module in found.items() if module is not None)
 
     def acts(self) -> Iterator[tuple[Hashable, str, str]]:
-        """Every place that a kind acts on, by what it is and not by its name; the name; the rule."""
+        """Every place that a kind acts on: a key that is equal for the same place, the place's name, the rule's key."""
         for rule in self.on_weights:
             for block in rule.blocks:
                 site, ids = block.site, tuple(map(id, block.parameters()))
@@ -106,9 +106,10 @@ class RuleSet:
                 yield place, f"the {output.role} of {output.name or 'the model'}", activity.binding.key
 
     def inject(self, scale: Scale | None, index: Callable[[], int]) -> None:
-        """Tell the injectors what they inject. Raises AttachError where there is a scale without them, or the reverse.
+        """Configure the injectors. Raises AttachError where there are injectors and no scale, or the reverse.
 
-        scale: what the loop multiplies its loss by; index: asks for the step to come.
+        scale: the loss scale.
+        index: gives the number of the step to come.
         """
         if (scale is None) == bool(self.injectors):
             raise AttachError(
@@ -129,7 +130,7 @@ class RuleSet:
 
 
 def rules_of(plan: Plan, model: nn.Module) -> RuleSet:
-    """The plan's rules on this model. Nothing is hooked yet."""
+    """The plan's rules on a model. Nothing is hooked yet."""
     modules = dict(model.named_modules(remove_duplicate=False))
     recorders = _recorders(plan, modules)
     paths = dict.fromkeys(site.path for binding in plan.bindings for site in binding.sites)
@@ -144,19 +145,22 @@ def rules_of(plan: Plan, model: nn.Module) -> RuleSet:
         kind = binding.kind
         if isinstance(kind, ActivityPenalty):
             places = [(site, recorders[id(modules[site.path]), binding.via]) for site in binding.outputs]
-            activities.append(ActivityRule(binding, places))
+            activities.append(ActivityRule(binding, kind, places))
             continue
         own = [_block(site, modules, kind.layout) for site in binding.weights]
         bound.append((binding.label, own))
         if isinstance(kind, Penalty):
-            penalties.append(PenaltyRule(binding, own, snapshots))
+            penalties.append(PenaltyRule(binding, kind, own, snapshots))
         else:
-            constraints.append(ConstraintRule(binding, own, snapshots))
+            constraints.append(ConstraintRule(binding, kind, own, snapshots))
     return RuleSet(penalties, constraints, activities, list(recorders.values()), snapshots)
 
 
 def _trained(plan: Plan, model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterable[nn.Module]:
-    """The modules whose parameters make a step ours: with an activity rule all, for its gradient may flow anywhere."""
+    """The modules of which a trained parameter makes a step one of the attachment's.
+
+    With an activity rule: all, for the gradient of the rule may flow anywhere.
+    """
     bound = [modules[site.path] for binding in plan.bindings for site in binding.weights]
     if any(binding.outputs for binding in plan.bindings):
         bound += [module for module in model.modules() if module._parameters]
@@ -169,9 +173,9 @@ def _block(site: WeightSite, modules: Mapping[str, nn.Module], layout: Layout) -
 
 
 def _recorders(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[tuple[int, Via], Recorder]:
-    """One recorder for each module that an activity rule binds and each way it goes, by the module's id and the way.
+    """One recorder for each module under activity rules and each way that these act, by the module's id and the way.
 
-    Injectors come first: what they put in place of the outputs is what the others record.
+    Injectors come first: other recorders record the outputs that an injector has put in place of the module's.
     """
     found: dict[tuple[int, Via], Recorder] = {}
     for binding in sorted(plan.bindings, key=lambda one: one.via != "inject"):

@@ -1,8 +1,9 @@
-"""The trial of every kind before its rules are in force: what it returns, and its list forms against their loops."""
+"""The trial of every kind before rules are in force: results are checked, and list forms are compared with loops."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ from regkit.weights.batch import LOOPS, Batch, own_forms
 
 
 def try_kinds(rules: RuleSet) -> None:
-    """Try every kind, once for all rules of equal ones on weights that look alike.
+    """Try every kind, once for all rules of equal kinds on weights that look alike.
 
-    These are the rules on weights, the sums that were made of them, and one activity rule of each kind, whose outputs
-    are not there yet. Raises PluginError where a kind does not do what its contract says, AttachError where it could
-    not act on a weight.
+    Tried are the rules on weights, the sums that were made of penalties, and one activity rule of each kind, on made-up
+    outputs. Raises PluginError where a kind does not keep its contract, AttachError where a kind could not act on a
+    weight.
     """
     activities = {(type(rule.binding.kind), rule.binding.kind.describe()): rule for rule in rules.activities}
     tried: set[Hashable] = set()
@@ -36,6 +37,7 @@ def try_kinds(rules: RuleSet) -> None:
 
 
 def _try_once(rule: WeightRule | ActivityRule, tried: set[Hashable]) -> None:
+    """Try a rule's kind, unless its key is among the keys of rules that were tried."""
     key = _key(rule)
     if key is None or key not in tried:
         if isinstance(rule, PenaltyRule):
@@ -48,7 +50,7 @@ def _try_once(rule: WeightRule | ActivityRule, tried: set[Hashable]) -> None:
 
 
 def _key(rule: WeightRule | ActivityRule) -> Hashable:
-    """A key: of rules with equal keys one need be tried. None: this rule must be tried itself."""
+    """A key: of rules with equal keys only one need be tried. None: the rule must be tried itself."""
     if isinstance(rule, ActivityRule) or (isinstance(rule, PenaltyRule) and rule.addends):
         return None
     if rule.placed(rule.snapshots.now()).lone:
@@ -65,7 +67,7 @@ def _key(rule: WeightRule | ActivityRule) -> Hashable:
 
 def _try_penalty(rule: PenaltyRule) -> None:
     """Try a penalty on a block of each shape. Raises PluginError; AttachError where a weight cannot be written."""
-    penalty, via = rule.penalty, rule.binding.via
+    penalty, via = rule.kind, rule.binding.via
     for w in _samples(rule):
         _check_result(rule, "value", penalty.value(w), ())
         _check_result(rule, "gradient", penalty.gradient(w), tuple(w.shape))
@@ -75,7 +77,7 @@ def _try_penalty(rule: PenaltyRule) -> None:
             _check_sum(rule, w)
             _check_sum(rule, w * torch.linspace(-3, 3, w.numel()).view(w.shape).to(w))
     for batch in rule.at_work(rule.placed(rule.snapshots.now()).batches):
-        _check_forms(rule, _forms_of_penalty(penalty, small_weights(batch), via == "loss"))
+        _check_forms(rule, _forms_of_penalty(penalty, _small_weights(batch), via == "loss"))
     if via in ("proximal", "decoupled"):
         _check_writable(rule, lambda w: [w * 0.5])
 
@@ -87,7 +89,7 @@ def _try_constraint(rule: ConstraintRule) -> None:
         _check_result(rule, "project", constraint.project(w), tuple(w.shape))
         _check_result(rule, "violation", constraint.violation(w), ())
     for batch in rule.at_work(rule.placed(rule.snapshots.now()).batches):
-        _check_forms(rule, _forms_of_constraint(constraint, small_weights(batch)))
+        _check_forms(rule, _forms_of_constraint(constraint, _small_weights(batch)))
     # One of the points is far outside, so that the projection is sure to move it.
     _check_writable(rule, lambda w: [constraint.project(w), constraint.project(w * 1e3)])
 
@@ -95,7 +97,7 @@ def _try_constraint(rule: ConstraintRule) -> None:
 @torch.enable_grad()
 def _try_activity_penalty(rule: ActivityRule) -> None:
     """Raise PluginError where the gradient that the kind adds is not that of its value, for a few small outputs."""
-    kind = rule.penalty
+    kind = rule.kind
     if not kind.offers_gradients:
         return
     leaf = torch.linspace(-1, 9, 36, dtype=torch.float64).cos().view(3, 2, 6).detach().requires_grad_()
@@ -106,21 +108,18 @@ def _try_activity_penalty(rule: ActivityRule) -> None:
     (closed,) = torch.autograd.grad(evaluate([source], _raise, []), leaf)
     (wanted,) = torch.autograd.grad(kind.value(activity) * 0.3, leaf)
     if not torch.allclose(closed, wanted, 1e-6, 1e-6, equal_nan=True):
-        raise PluginError(
-            f"rule {rule.binding.key!r}: add_gradients of {type(kind).__module__}.{type(kind).__qualname__} does "
-            "not add the gradient of its value"
-        )
+        raise PluginError(f"{_method(rule, 'add_gradients')} does not add the gradient of its value")
 
 
-def _raise(_: object, error: Exception) -> None:
+def _raise(_: object, error: Exception) -> NoReturn:
     raise error
 
 
-# --- what is checked -------------------------------------------------------------------------------------------------
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _samples(rule: WeightRule) -> Iterator[Tensor]:
-    """Ones, then zeros, in the place of a block, for each shape and dtype; on the CPU where there is no memory."""
+    """Ones, then zeros, for blocks of each shape, dtype and device; on the CPU for blocks on the meta device."""
     seen = set()
     for block, storages in rule.each():
         w = block.weight(storages)
@@ -131,23 +130,28 @@ def _samples(rule: WeightRule) -> Iterator[Tensor]:
             yield torch.zeros_like(w, device=device)
 
 
+def _method(rule: WeightRule | ActivityRule, name: str) -> str:
+    """A method of the rule's kind, for the sentence of an error."""
+    kind = type(rule.kind)
+    return f"rule {rule.binding.key!r}: {name} of {kind.__module__}.{kind.__qualname__}"
+
+
 def _check_result(rule: WeightRule, method: str, result: object, shape: tuple[int, ...]) -> None:
-    kind = type(rule.binding.kind)
-    whose = f"rule {rule.binding.key!r}: {method} of {kind.__module__}.{kind.__qualname__} returns"
+    """Raise PluginError where a result is no finite tensor of its shape."""
     # A wrong shape would be broadcast, and change every weight without a word.
     if not isinstance(result, Tensor) or tuple(result.shape) != shape or not result.is_floating_point():
         got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-        raise PluginError(f"{whose} {got}, not a floating-point tensor of shape {shape}")
+        raise PluginError(f"{_method(rule, method)} returns {got}, not a floating-point tensor of shape {shape}")
     if not bool(result.isfinite().all()):
-        raise PluginError(f"{whose} NaN or infinity for a weight of ones or zeros")
+        raise PluginError(f"{_method(rule, method)} returns NaN or infinity for a weight of ones or zeros")
 
 
 def _check_sum(rule: PenaltyRule, w: Tensor) -> None:
-    """Raise PluginError where the sum of several penalties has another gradient at w than they have together."""
-    penalty = rule.penalty
+    """Raise PluginError where a sum of penalties has another gradient at w than the sum of the addends' gradients."""
+    penalty = rule.kind
     wanted = sum((one.strength * one.gradient(w) for one in rule.addends), start=torch.zeros(()))
-    ours, near = penalty.strength * penalty.gradient(w), 1e-4 * float(wanted.abs().amax())
-    if not torch.allclose(ours, wanted.to(ours), 0, near):
+    summed, near = penalty.strength * penalty.gradient(w), 1e-4 * float(wanted.abs().amax())
+    if not torch.allclose(summed, wanted.to(summed), 0, near):
         raise PluginError(
             f"rule {rule.binding.key!r}: {penalty.describe()}, which `plus` gives for the sum of "
             f"{listing(one.describe() for one in rule.addends)}, has another gradient"
@@ -155,11 +159,11 @@ def _check_sum(rule: PenaltyRule, w: Tensor) -> None:
 
 
 def _check_writable(rule: WeightRule, points: Callable[[Tensor], Sequence[Tensor]]) -> None:
-    """Raise AttachError where a weight cannot be brought to points like these. points: from the weight as it is."""
+    """Raise AttachError where a weight cannot be brought to certain points. points: makes points of the weight."""
     for block, storages in rule.at_work(rule.placed(rule.snapshots.now()).lone):
         for storage in storages:
             if storage.limited:
-                # Of a sum each half takes a share, which depends on the other: there, any other point will do.
+                # Each half of a sum takes a share that depends on the other half: any other point will do there.
                 w = block.weight(storages) if len(storages) == 1 else block.view(storage.read())
                 if not w.is_meta:
                     block.check_writable(storage, points(w) if len(storages) == 1 else [w * 0.5])
@@ -168,11 +172,11 @@ def _check_writable(rule: WeightRule, points: Callable[[Tensor], Sequence[Tensor
 # --- list forms against loops ----------------------------------------------------------------------------------------
 
 Compared = Iterator[tuple[str, Sequence[Tensor], Sequence[Tensor]]]
-"""Each list form that a kind has of its own, what comes of it, and what comes of the loop."""
+"""The name of each list form that a kind has of its own, with the results of the form and of the loop."""
 
 
-def small_weights(batch: Batch) -> list[Tensor]:
-    """Ones, zeros and ramps up to 1 and 100, of each shape among its weights but for sizes above 8, which are cut."""
+def _small_weights(batch: Batch) -> list[Tensor]:
+    """Ones, zeros and ramps up to 1 and 100, of each shape among a batch's weights; sizes above 8 are cut to 8."""
     found: list[Tensor] = []
     small = (w[(slice(8),) * w.dim()] for w in batch.outlines())
     for w in {w.shape: w for w in small}.values():
@@ -183,7 +187,7 @@ def small_weights(batch: Batch) -> list[Tensor]:
 
 
 def _forms_of_penalty(penalty: Penalty, weights: list[Tensor], by_loss: bool) -> Compared:
-    """The list forms of a penalty at these weights; by_loss: with the gradient that autograd makes of `values`."""
+    """The list forms of a penalty at weights. by_loss: with the gradient that autograd makes of `values`."""
     own, kept = own_forms(penalty), [w.clone() for w in weights]
     if "values" in own:
         yield "values", [penalty.values(list(weights))], [Penalty.values(penalty, kept)]
@@ -194,29 +198,29 @@ def _forms_of_penalty(penalty: Penalty, weights: list[Tensor], by_loss: bool) ->
                 yield "values", slopes, torch.autograd.grad(Penalty.values(penalty, leaves), leaves)
         yield "values", weights, kept
     if "add_gradients" in own:
-        ours, wanted = ([torch.ones_like(w) for w in weights] for _ in range(2))
-        penalty.add_gradients(list(weights), list(ours), 0.3)
+        added, wanted = ([torch.ones_like(w) for w in weights] for _ in range(2))
+        penalty.add_gradients(list(weights), list(added), 0.3)
         Penalty.add_gradients(penalty, kept, wanted, 0.3)
-        yield "add_gradients", ours, wanted
+        yield "add_gradients", added, wanted
         yield "add_gradients", weights, kept
 
 
 def _forms_of_constraint(constraint: Constraint, weights: list[Tensor]) -> Compared:
-    """The list form of a constraint at these weights."""
+    """The list form of a constraint at weights."""
     if "project_" in own_forms(constraint):
-        ours = [w.clone() for w in weights]
-        constraint.project_(list(ours))
-        yield "project_", ours, [constraint.project(w) for w in weights]
+        projected = [w.clone() for w in weights]
+        constraint.project_(list(projected))
+        yield "project_", projected, [constraint.project(w) for w in weights]
 
 
 def _check_forms(rule: WeightRule, compared: Compared) -> None:
-    kind = type(rule.binding.kind)
-    for form, ours, wanted in compared:
-        for one, other in zip(ours, wanted, strict=True):
+    """Raise PluginError where a list form and the loop have different results."""
+    for form, found, wanted in compared:
+        for one, other in zip(found, wanted, strict=True):
             if one.shape != other.shape or not _close(one, other):
                 raise PluginError(
-                    f"rule {rule.binding.key!r}: {form} of {kind.__module__}.{kind.__qualname__} does not do what "
-                    f"the loop over its {LOOPS[form]} does, for weights of shape {tuple(other.shape)}"
+                    f"{_method(rule, form)} does not do what the loop over its {LOOPS[form]} does, for weights of "
+                    f"shape {tuple(other.shape)}"
                 )
 
 

@@ -1,4 +1,4 @@
-"""A rule on weights: where its blocks are kept now, which of them are taken together, and the trial of its kind."""
+"""Rules on weights: where a rule's blocks are kept now, which are taken together, and which a step acts on."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from regkit.weights.snapshot import Snapshot, Snapshots
 from regkit.weights.storage import Storage
 
 Live = tuple[Block, Sequence[Storage], list[Storage]]
-"""A block, where it is kept, and those storages that have a parameter to act on."""
+"""A block, the storages of its weight, and the storages that have a parameter to act on."""
 
 Part = TypeVar("Part", Batch, Kept, Live)
 
 
 class Work(NamedTuple):
-    """What a rule acts on where some parameters are trained: batches, with their gradients and signs, and the rest.
+    """The blocks that a rule acts on where certain parameters are trained.
 
-    A sign is -1 where the optimizer goes up the gradient. all: whether that is every block of the rule.
+    batches: with each, the function that picks its gradients, and a sign: -1 where the optimizer goes up the gradient.
+    lone: the blocks that are in no batch.
+    all: whether these are all blocks of the rule.
     """
 
     batches: list[tuple[Batch, Pick, int]]
@@ -33,53 +35,54 @@ class Work(NamedTuple):
     all: bool
 
     def parameter_ids(self) -> set[int]:
-        """The ids of the parameters behind it."""
+        """The ids of the parameters behind the blocks."""
         return {key for batch, _, _ in self.batches for key in batch.ids}.union(
-            id(leaf) for _, _, mine in self.lone for storage in mine for leaf in storage.parameters
+            id(parameter) for _, _, acted_on in self.lone for storage in acted_on for parameter in storage.parameters
         )
 
     def storages(self) -> set[Storage]:
-        """The storages through which it reads and writes."""
-        return {storage for _, _, mine in self.lone for storage in mine}
+        """The storages through which the lone blocks are read and written."""
+        return {storage for _, _, acted_on in self.lone for storage in acted_on}
 
 
 @dataclass(eq=False)
 class WeightRule(ABC):
-    """A rule on weights, with its live blocks. at: what of them it works on, for the sentence of an error.
+    """A rule on weights, with its live blocks.
 
-    whose: where it is several rules in one, whose each block is: what is tied counts once for each of them.
+    kind: the binding's.
+    rule_keys: of several rules made one, the key of the rule that each block is of: a tied weight counts once for each.
+    at: the blocks being worked on, for the sentence of an error.
     """
 
     binding: Binding
+    kind: Penalty | Constraint
     blocks: list[Block]
     snapshots: Snapshots
-    whose: Mapping[Block, str] = field(default_factory=dict)
+    rule_keys: Mapping[Block, str] = field(default_factory=dict)
     at: Block | Batch | None = field(default=None, init=False)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter that it acts on."""
+        """Every parameter that the rule acts on."""
         snapshot = self.snapshots.now()
         for block in self.blocks:
             for storage in snapshot.storages[block]:
                 yield from storage.parameters
 
     def unfrozen(self) -> frozenset[int]:
-        """The ids of its parameters that are not frozen."""
+        """The ids of the rule's trainable parameters."""
         return frozenset(id(parameter) for parameter in self.parameters() if parameter.requires_grad)
 
-    # --- where its blocks are ----------------------------------------------------------------------------------------
+    # --- where the blocks are ----------------------------------------------------------------------------------------
 
     def placed(self, snapshot: Snapshot) -> Placed:
-        """Its blocks in a snapshot. What has been tied since attach() counts once, too."""
+        """The rule's blocks in a snapshot. Weights that have been tied since attach() count once, too."""
         found = snapshot.placed.get(self)
         if found is None:
             first: dict[tuple[Hashable, ...], Kept] = {}
             for block in self.blocks:
                 storages = snapshot.storages[block]
-                first.setdefault((self.whose.get(block), *block.place(storages)), (block, storages))
-            kind = self.binding.kind
-            assert isinstance(kind, (Penalty, Constraint))
-            found = snapshot.placed[self] = Placed.of(list(first.values()), kind)
+                first.setdefault((self.rule_keys.get(block), *block.place(storages)), (block, storages))
+            found = snapshot.placed[self] = Placed.of(list(first.values()), self.kind)
         return found
 
     def work(
@@ -89,35 +92,36 @@ class WeightRule(ABC):
         numbers: Mapping[int, int] | None = None,
         up: frozenset[int] = frozenset(),
     ) -> Work:
-        """What these parameters make up.
+        """The blocks to act on where the parameters of these ids are trained.
 
-        numbers: of the parameters of a step, by their ids, where gradients are to be picked. up: of those that their
-        optimizer moves up the gradient.
+        numbers: of the parameters of a step, by their ids, where gradients are to be picked.
+        up: the ids of the parameters that their optimizer moves up the gradient.
         """
         placed = self.placed(snapshot)
         signed = ((1, ids - up), (-1, ids & up)) if up else ((1, ids),)
         batches = [
             (batch, batch.picked(numbers) if numbers else list, sign)
-            for sign, some in signed
+            for sign, of_sign in signed
             for one in placed.batches
-            if (batch := one.restrict_to_parameters(some)).blocks
+            if (batch := one.restrict_to_parameters(of_sign)).blocks
         ]
         lone = [
-            (block, storages, mine)
+            (block, storages, acted_on)
             for block, storages in placed.lone
-            if (mine := [storage for storage in storages if any(id(leaf) in ids for leaf in storage.parameters)])
+            if (acted_on := [one for one in storages if any(id(parameter) in ids for parameter in one.parameters)])
         ]
         complete = sum(len(batch.blocks) for batch, _, _ in batches) + len(lone) == placed.number
         return Work(batches, lone, complete)
 
     def each(self) -> Iterator[Kept]:
-        """Each block with where it is kept now."""
+        """Each block, with the storages of its weight at present."""
         snapshot = self.snapshots.now()
         placed = self.placed(snapshot)
         live = ((block, snapshot.storages[block]) for batch in placed.batches for block in batch.blocks)
         return self.at_work((*live, *placed.lone))
 
     def at_work(self, parts: Iterable[Part]) -> Iterator[Part]:
+        """The batches or blocks, each noted in `at` while the caller works on that one."""
         for part in parts:
             self.at = part if isinstance(part, Batch) else part[0]
             yield part

@@ -76,6 +76,14 @@ _REMEMBERED: Final = 64
 """The number of steps that are remembered where there are several optimizers."""
 
 
+def joins(trained: AbstractSet[int], stepped: AbstractSet[int]) -> bool:
+    """Whether a step of the parameters `trained` joins the step before, of the parameters `stepped`: none in common.
+
+    Both then count as one step, in which several optimizers share the parameters out among them. All are ids.
+    """
+    return bool(stepped) and stepped.isdisjoint(trained)
+
+
 class StepCount:
     """A count of optimizer steps in which the steps of optimizers that share out the parameters count as one.
 
@@ -91,8 +99,7 @@ class StepCount:
 
     def index(self, parameters: AbstractSet[int]) -> int:
         """The number, from 0, of the step that an optimizer of these parameters is about to take part in."""
-        joins = self.stepped and self.stepped is not parameters and self.stepped.isdisjoint(parameters)
-        return self.count - 1 if joins else self.count
+        return self.count - 1 if joins(parameters, self.stepped) else self.count
 
     def upcoming(self, expected: Callable[[], AbstractSet[int]]) -> int:
         """The number of the step to come, before any optimizer has begun a step: a loss may be computed so early.
@@ -127,7 +134,7 @@ class StepCount:
             self.history.append(frozenset(self.stepped))
         if self.history:
             self.history = [*self.history[-_REMEMBERED:], parameters]
-        if self.stepped and self.stepped is not parameters and self.stepped.isdisjoint(parameters):
+        if joins(parameters, self.stepped):
             if not isinstance(self.stepped, set):
                 self.stepped = set(self.stepped)
             self.stepped.update(parameters)
