@@ -96,6 +96,8 @@ def test_every_public_class_has_an_example():
     assert not without, ", ".join(without)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")  # Lightning's advice
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")  # Lightning's use of torch
 @pytest.mark.parametrize("docstring", WITH_EXAMPLES)
 def test_examples_are_true(docstring: Docstring):
     if docstring.module in NEEDED:

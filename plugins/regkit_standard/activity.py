@@ -1,4 +1,4 @@
-"""Activity penalties: on the size of the outputs, and on how they change in time."""
+"""Activity penalties: on the size of the outputs, and on their change in time."""
 
 from __future__ import annotations
 

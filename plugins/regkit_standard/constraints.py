@@ -21,7 +21,7 @@ _POOLED: Final[dict[Per, tuple[int, ...]]] = {"unit": (1,), "input": (0,), "matr
 
 
 class _NormConstraint(Constraint):
-    """Groups of weights, each scaled to the 2-norm that is wanted of it: w · wanted(‖w‖) / ‖w‖."""
+    """A constraint that scales each group of weights to an allowed 2-norm: w · wanted(‖w‖) / ‖w‖."""
 
     per: Per = "unit"
     """Whose norm: `unit`, the incoming weights of each gate unit (a torch row; Keras axis=0); `input`, a column (Keras

@@ -1,4 +1,4 @@
-"""List forms: many weights at once, in operations over lists of tensors. It knows no kind.
+"""List forms: many weights at once, in operations over lists of tensors, whatever the kind.
 
 Elementwise kinds work in `portions`, kinds of whole matrices in `stacks`, kinds of norms with `scale_groups_`. Whatever
 is made on the way holds no more numbers than `regkit.buckets` says, however many weights there are and however large.
@@ -93,7 +93,7 @@ def divided(stack: Tensor, gradients: list[Tensor], axis: int) -> Iterator[tuple
 
 
 def _alike(weights: list[Tensor], sizes: slice = slice(None)) -> tuple[list[list[int]], list[int]]:
-    """The indices of small weights, in buckets whose shapes agree in these sizes; and those of large weights."""
+    """The indices of small weights, in buckets of shapes that agree in `sizes`; and the indices of large weights."""
     together, large = buckets(weights)
     alike: list[list[int]] = []
     for some in together:
@@ -132,7 +132,7 @@ def _of_rows(w: Tensor, per: Per) -> Tensor:
 
 
 def _sum(w: Tensor, axis: int) -> Tensor:
-    """The sum along an axis, in the place of w: half of it onto the other half, again and again.
+    """The sum along an axis, in the place of w: one half is added to the other half, again and again.
 
     As exact as a sum can be; and on a CPU ten times as fast as `vector_norm` along columns, or more.
     """
@@ -151,7 +151,7 @@ def ratio(wanted: Tensor, norms: Tensor) -> Tensor:
 
 
 def scale_groups_(weights: list[Tensor], per: Per, wanted: Callable[[Tensor], Tensor]) -> None:
-    """Multiply each group of each weight in place by the `ratio` of the norm that is wanted to the norm it has.
+    """Multiply each group of each weight in place by the `ratio` of its wanted norm to its norm.
 
     wanted: from the norms of groups, the norms that they are given.
     """
@@ -187,7 +187,7 @@ def scale_groups_(weights: list[Tensor], per: Per, wanted: Callable[[Tensor], Te
 
 
 def _side_by_side(weights: list[Tensor], axis: int, by_rows: bool) -> list[tuple[list[Tensor], bool]]:
-    """The weights in portions: many small ones, and whether to join them along the axis; large ones, in pieces unless
+    """The weights in portions, and whether to join each along the axis: many small ones; large ones, in pieces unless
     their norms are read by rows, of which no copy is made."""
     alike, large = _alike(weights, slice(1, None) if axis == 0 else slice(0, None, 2))
     found: list[tuple[list[Tensor], bool]] = []

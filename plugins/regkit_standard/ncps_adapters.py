@@ -109,7 +109,7 @@ def _start(module: Any, batch: int) -> Tensor:
 
 
 def _loop(module: Any, x: Tensor) -> Tensor:
-    """What a cell puts out over x."""
+    """The outputs of a cell over the steps of x."""
     state, outs = _start(module, x.size(1)).to(x), []
     for step in x:
         out, state = module(step, state, _STEP)
@@ -118,7 +118,7 @@ def _loop(module: Any, x: Tensor) -> Tensor:
 
 
 def _over_time(module: Any, x: Tensor) -> Tensor:
-    """What a layer puts out over x, which may be unbatched."""
+    """The outputs of a layer over the steps of x, which may be unbatched."""
     turned = module.batch_first and x.dim() == 3
     spans = torch.full((len(x), 1)[: x.dim() - 1], _STEP, dtype=x.dtype)
     out: Tensor = module(x.transpose(0, 1), None, spans.T)[0].transpose(0, 1) if turned else module(x, None, spans)[0]
@@ -126,7 +126,7 @@ def _over_time(module: Any, x: Tensor) -> Tensor:
 
 
 def _equations(module: Any, x: Tensor, h: Tensor, layer: int, _: str) -> tuple[Mapping[str, Tensor], Tensor]:
-    """One step of a layer, as the closed form of Hasani et al. 2022 has it."""
+    """One step of a layer, in the closed form of Hasani et al. 2022."""
     inner = getattr(module, "rnn_cell", module)
     cell = getattr(inner, f"layer_{layer}", inner)
     z = torch.cat([x, h[:, : cell.hidden_size]], 1)  # of zeros for all layers, at first
@@ -145,7 +145,7 @@ def _equations(module: Any, x: Tensor, h: Tensor, layer: int, _: str) -> tuple[M
 
 
 def _sizes(module: Any) -> tuple[int, ...]:
-    """How wide each layer's part of the state is; they lie side by side."""
+    """The width of each layer's part of the state; the parts lie side by side."""
     cell = getattr(module, "rnn_cell", module)
     if hasattr(cell, "layer_sizes"):
         return tuple(cell.layer_sizes)
@@ -153,7 +153,7 @@ def _sizes(module: Any) -> tuple[int, ...]:
 
 
 def _part(module: Any, site: OutputSite, state: Tensor) -> Tensor:
-    """What of a state the site wants."""
+    """The part of a state that a site asks for."""
     parts = torch.split(state, list(_sizes(module)), dim=-1)
     return state if len(parts) == len(site.layers) else torch.cat([parts[layer] for layer in site.layers], dim=-1)
 
@@ -216,7 +216,7 @@ class LayerAdapter(Adapter):
 
 
 class CellAdapter(Adapter):
-    """CfCCell, WiredCfCCell and LTCCell, called in a loop with a state: they return (output, state).
+    """CfCCell, WiredCfCCell and LTCCell, called in a loop with a state; the result is (output, state).
 
     >>> from ncps.torch import CfCCell
     >>> [output.role for output in CellAdapter().outputs(CfCCell(3, 4))]

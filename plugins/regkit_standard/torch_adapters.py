@@ -1,4 +1,4 @@
-"""Adapters for torch's own recurrent modules, and subclasses of them."""
+"""Adapters for torch's own recurrent modules, and their subclasses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GRU_SEPARATE: Final = ("new",)
 
 
 def _gates(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The module's gates, and those in which its two biases act apart."""
+    """The module's gates, and the gates in which its two biases act apart."""
     if isinstance(module, (nn.LSTM, nn.LSTMCell)):
         return _LSTM_GATES, ()
     if isinstance(module, (nn.GRU, nn.GRUCell)):
@@ -44,7 +44,7 @@ def _block(module: nn.Module, suffix: str, layer: int, direction: str, bias: boo
 def _equations(
     module: nn.Module, x: Tensor, h: Any, layer: int, direction: str
 ) -> tuple[Mapping[str, Tensor], tuple[Tensor, ...]]:
-    """One step, as torch's own documentation of nn.LSTM, nn.GRU and nn.RNN writes it."""
+    """One step, in the equations of torch's own documentation of nn.LSTM, nn.GRU and nn.RNN."""
     suffix = f"_l{layer}{'_reverse' if direction == 'backward' else ''}" if isinstance(module, nn.RNNBase) else ""
     own = dict(module.named_parameters())
     a, b = x @ own[f"weight_ih{suffix}"].T, h[0] @ own[f"weight_hh{suffix}"].T

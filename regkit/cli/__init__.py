@@ -1,4 +1,4 @@
-"""The command line: one room for each noun. What a command needs is imported once it has been asked for."""
+"""The command line: one room for each noun, imported when a command of that noun is asked for."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 import regkit
 from regkit.cli.plugin_warnings import plugin_warnings
 from regkit.cli.scaffold import TEMPLATES
 from regkit.errors import RegkitError
 from regkit.registry.names import FAMILIES
+
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""The subparsers of the command line."""
 
 _EXAMPLES: Final = """examples:
   regkit kinds max_norm
@@ -84,24 +87,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"regkit {regkit.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_documents(commands)
+    _add_installation(commands)
+    _add_plugin_authors(commands)
+    return parser
 
-    def command(name: str, room: str, summary: str, description: str) -> argparse.ArgumentParser:
-        """A command: the function of this name in a room of this package."""
-        one = commands.add_parser(name, help=summary, description=description)
-        one.set_defaults(room=room, command=name)
-        return one
 
-    kinds = command("kinds", "kinds", "list every kind that is installed, or explain one", _KINDS)
+def _add_documents(commands: _Commands) -> None:
+    """Add the commands about documents and the kinds that documents may name."""
+    kinds = _command(commands, "kinds", "kinds", "list every kind that is installed, or explain one", _KINDS)
     kinds.add_argument("kind", nargs="?", metavar="KIND", help="the whole manual of this kind")
     kinds.add_argument("--family", choices=FAMILIES, help="only this family")
 
-    check = command("check", "documents", "tell what is wrong with documents", _CHECK)
+    check = _command(commands, "check", "documents", "tell what is wrong with documents", _CHECK)
     check.add_argument("spec", nargs="+", metavar="SPEC", help="a JSON document")
     check.add_argument(
         "--strict", action="store_true", help="kinds must have the version that the document was saved with"
     )
 
-    plan = command("plan", "documents", "show what a document does to a model", _PLAN)
+    plan = _command(commands, "plan", "documents", "show what a document does to a model", _PLAN)
     plan.add_argument("spec", metavar="SPEC", help="a JSON document")
     plan.add_argument(
         "--model",
@@ -110,17 +114,24 @@ def _parser() -> argparse.ArgumentParser:
         help="an nn.Module, or a function without arguments that returns one; found from the current folder",
     )
 
-    schema = command("schema", "documents", "print the JSON Schema of documents", _SCHEMA)
+    schema = _command(commands, "schema", "documents", "print the JSON Schema of documents", _SCHEMA)
     schema.add_argument("-o", "--output", metavar="FILE", help="write it to a file")
 
-    plugins = command("plugins", "plugins", "list what is installed", _PLUGINS).add_mutually_exclusive_group()
-    plugins.add_argument("--json", action="store_true", help="everything that is known of them, as JSON")
-    plugins.add_argument("--requirements", action="store_true", help="the distributions in use, pinned for pip")
-    plugins.add_argument("--broken", action="store_true", help="only those that cannot be used, with their tracebacks")
 
-    command("doctor", "doctor", "tell what is wrong with an installation", _DOCTOR)
+def _add_installation(commands: _Commands) -> None:
+    """Add the commands about an installation and its plugins."""
+    plugins = _command(commands, "plugins", "plugins", "list what is installed", _PLUGINS)
+    choices = plugins.add_mutually_exclusive_group()
+    choices.add_argument("--json", action="store_true", help="everything that is known of them, as JSON")
+    choices.add_argument("--requirements", action="store_true", help="the distributions in use, pinned for pip")
+    choices.add_argument("--broken", action="store_true", help="only those that cannot be used, with their tracebacks")
 
-    new = command("new", "scaffold", "write the distribution of a plugin", _NEW)
+    _command(commands, "doctor", "doctor", "tell what is wrong with an installation", _DOCTOR)
+
+
+def _add_plugin_authors(commands: _Commands) -> None:
+    """Add the commands for authors of plugins."""
+    new = _command(commands, "new", "scaffold", "write the distribution of a plugin", _NEW)
     new.add_argument("name", metavar="NAME", help="of the distribution, such as regkit-nuclear")
     new.add_argument("--folder", metavar="DIR", help="where to write it; left out: a new folder of that name")
     new.set_defaults(template="penalty")
@@ -131,8 +142,15 @@ def _parser() -> argparse.ArgumentParser:
             f"--{template}", dest="template", action="store_const", const=template, help=meaning + default
         )
 
-    conformance = command("conformance", "conformance", "try the laws on what a distribution offers", _CONFORMANCE)
+    summary = "try the laws on what a distribution offers"
+    conformance = _command(commands, "conformance", "conformance", summary, _CONFORMANCE)
     conformance.add_argument("distribution", metavar="DISTRIBUTION", help="or an entry point of it")
     conformance.add_argument("--law", metavar="LAW", help="only this law")
     conformance.add_argument("--json", action="store_true", help="every result, as JSON")
+
+
+def _command(commands: _Commands, name: str, room: str, summary: str, description: str) -> argparse.ArgumentParser:
+    """Add a command: the function of this name in a room of this package."""
+    parser = commands.add_parser(name, help=summary, description=description)
+    parser.set_defaults(room=room, command=name)
     return parser

@@ -1,4 +1,4 @@
-"""`regkit conformance`: whether what a distribution offers keeps every law."""
+"""`regkit conformance`: the laws, tried on the kinds and adapters of a distribution."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _WHY: Final = (
 
 
 def conformance(options: argparse.Namespace) -> int:
-    """Try the laws on what a distribution offers."""
-    plugins = _named(options.distribution)
+    """Try the laws on the kinds and adapters that a distribution offers."""
+    plugins = _plugins_named(options.distribution)
     trials = _Trials(options.law)
     results: list[Result] = []
-    for subject, tried in groupby(trials.of(plugins), key=lambda result: result.subject):
-        results += (mine := list(tried))
+    for subject, tried in groupby(trials.results(plugins), key=lambda result: result.subject):
+        results += (of_subject := list(tried))
         if not options.json:
-            print(_told(subject, mine), flush=True)
+            print(_summary_of_subject(subject, of_subject), flush=True)
     if options.law and not results:
         raise PluginError(unknown("law", options.law, sorted(trials.laws)))
     if options.json:
@@ -49,8 +49,8 @@ def conformance(options: argparse.Namespace) -> int:
     return 0 if results and not broken and all(result.passed for result in results) else 1
 
 
-def _named(name: str) -> list[Plugin]:
-    """The plugins that a distribution or an entry point of this name is. Raises PluginError where there is none."""
+def _plugins_named(name: str) -> list[Plugin]:
+    """The plugins of the distribution or entry point of this name. Raises PluginError where there is none."""
     plugins = Registry().plugins
     wanted = ":".join(map(canonical, name.split(":")))
     if found := [plugin for plugin in plugins if wanted in plugin.origin.names]:
@@ -60,9 +60,12 @@ def _named(name: str) -> list[Plugin]:
 
 
 class _Trials:
-    """The laws, tried on plugins one by one; of those that were asked for.
+    """Trials of the laws, or of one law, on plugins one by one.
 
-    laws: the names of all that could have been tried; skipped: what was not, and why; hints: how kinds could be faster.
+    law: the name of the only law to try; None: every law.
+    laws: the names of all laws that could have been tried.
+    skipped: the adapters that were not tried, each with the reason.
+    hints: how kinds could be faster.
     """
 
     def __init__(self, law: str | None) -> None:
@@ -71,7 +74,7 @@ class _Trials:
         self.skipped: list[str] = []
         self.hints: list[str] = []
 
-    def of(self, plugins: Sequence[Plugin]) -> Iterator[Result]:
+    def results(self, plugins: Sequence[Plugin]) -> Iterator[Result]:
         """The results, subject by subject."""
         origins = {plugin.origin for plugin in plugins if plugin.state == "loaded"}
         for point, origin in installed():
@@ -96,7 +99,7 @@ class _Trials:
 
     def _of_adapter(self, adapter: Adapter) -> Iterator[Result]:
         name = type(adapter).__name__
-        if absent := _absent(adapter):
+        if absent := _missing_packages(adapter):
             self.skipped.append(f"{name}, since {' and '.join(absent)} cannot be found")
             return
         try:
@@ -117,14 +120,14 @@ def _without_examples(subject: str, error: Exception) -> Result:
     return Result(subject, _EXAMPLES, False, f"{type(error).__name__}: {error}", _WHY)
 
 
-def _absent(adapter: Adapter) -> list[str]:
-    """The packages that an adapter's modules are in, where none of them is installed."""
+def _missing_packages(adapter: Adapter) -> list[str]:
+    """The packages of an adapter's modules, if none of these packages is installed."""
     known = [one.partition(":")[0].partition(".")[0] if isinstance(one, str) else None for one in adapter.modules]
     absent = sorted({package for package in known if package is not None and find_spec(package) is None})
     return absent if set(known) == set(absent) else []
 
 
-def _told(subject: str, results: Sequence[Result]) -> str:
+def _summary_of_subject(subject: str, results: Sequence[Result]) -> str:
     failures = [result for result in results if not result.passed]
     count = len(results)
     laws = "law holds" if count == 1 else "laws hold"

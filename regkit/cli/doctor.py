@@ -1,4 +1,4 @@
-"""`regkit doctor`: what an installation is made of, and what is wrong with it."""
+"""`regkit doctor`: the parts of an installation, and its problems."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _ENVIRONMENT: Final = {
     "REGKIT_DISABLE_PLUGINS": ("none is left out", "these are not imported"),
     "REGKIT_STRICT_PLUGINS": ("a broken plugin is a warning", "1 makes a broken plugin an error"),
 }
-"""What each variable does where it is not set, and where it is."""
+"""The effect of each environment variable, where unset and where set."""
 
 
 def doctor(_: argparse.Namespace) -> int:
-    """Tell what is installed and what is wrong."""
+    """Print the parts of an installation and its problems."""
     problems = list(_outdated())
     plugins: Sequence[Plugin] = ()
     with plugin_warnings(problems.append):
@@ -43,9 +43,9 @@ def doctor(_: argparse.Namespace) -> int:
             plugins = Registry().plugins
         except PluginError as error:  # clashes, say; after an empty line there may be a traceback
             problems += str(error).partition("\n\n")[0].splitlines()
-            plugins = list(_one_by_one())
+            plugins = list(_plugins_one_by_one())
     broken = [plugin for plugin in plugins if plugin.state == "broken"]
-    problems += [plugin.reason for plugin in broken if not any(plugin.reason in told for told in problems)]
+    problems += [plugin.reason for plugin in broken if not any(plugin.reason in problem for problem in problems)]
     if not any(plugin.origin.distribution == OWN for plugin in plugins):
         problems.append(f"regkit's own kinds are not there: {OWN} is not installed, or was not installed anew")
     states = Counter(plugin.state for plugin in plugins)
@@ -59,8 +59,8 @@ def doctor(_: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _one_by_one() -> Iterator[Plugin]:
-    """What becomes of each plugin on its own, where together they make no registry."""
+def _plugins_one_by_one() -> Iterator[Plugin]:
+    """The state of each plugin on its own, where no registry can be made of all plugins together."""
     try:
         policy = Policy.from_environment(None, ())
     except PluginError as error:  # and so nothing may be imported
@@ -88,7 +88,7 @@ def _environment() -> Iterator[tuple[str, str]]:
 
 
 def _outdated() -> Iterator[str]:
-    """What is installed in another version than regkit needs."""
+    """A sentence for each distribution that is installed in another version than regkit needs."""
     if (recorded := _version(OWN)) not in (None, regkit.__version__):
         yield f"{OWN} {regkit.__version__} runs, where {recorded} was installed: install it anew"
     needed, wanted = minimums()
@@ -100,7 +100,7 @@ def _outdated() -> Iterator[str]:
 
 
 def minimums() -> tuple[dict[str, str], dict[str, str]]:
-    """The least versions that regkit's own metadata demands: always, and with one of its extras."""
+    """The least versions that regkit's own metadata demands: always, and with one of the extras."""
     needed: dict[str, str] = {}
     wanted: dict[str, str] = {}
     for requirement in metadata.requires(OWN) or ():
@@ -111,7 +111,7 @@ def minimums() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _version(distribution: str) -> str | None:
-    """Its version from its metadata; nothing is imported."""
+    """The version in the metadata of a distribution; nothing is imported."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

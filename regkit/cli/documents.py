@@ -1,4 +1,4 @@
-"""`regkit check`, `regkit plan`, `regkit schema`: what a document says."""
+"""`regkit check`, `regkit plan`, `regkit schema`: the commands about documents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regkit.cli.layout import as_json, counted
 
 
 def check(options: argparse.Namespace) -> int:
-    """Tell what is wrong with each document."""
+    """Print every mistake in each document."""
     registry = Registry()
     return max([_checked(path, registry, options.strict) for path in options.spec])
 
@@ -33,15 +33,15 @@ def _checked(path: str, registry: Registry, strict: bool) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Show what a document does to a model."""
-    made = _found(options.model)  # first, for its module may register kinds
+    """Print the plan of a document for a model."""
+    made = _object_at(options.model)  # first, for its module may register kinds
     spec = regkit.load(Path(options.spec))
     print(regkit.resolve(_model(options.model, made), spec))
     return 0
 
 
-def _found(place: str) -> Any:
-    """What is at `package.module:name`."""
+def _object_at(place: str) -> Any:
+    """The object at `package.module:name`."""
     module_name, colon, name = place.partition(":")
     if not colon or not module_name or not name:
         raise PluginError(f"--model takes package.module:name, got {place!r}")
@@ -56,7 +56,7 @@ def _found(place: str) -> Any:
 
 
 def _model(place: str, found: Any) -> nn.Module:
-    """The model that was found, or that the function that was found makes."""
+    """The model at a place: the object found there, or the result of the function found there."""
     try:
         model = found if isinstance(found, nn.Module) else found()
     except (Exception, SystemExit) as error:  # as above
@@ -67,7 +67,7 @@ def _model(place: str, found: Any) -> nn.Module:
 
 
 def schema(options: argparse.Namespace) -> int:
-    """Print the JSON Schema, or write it."""
+    """Print the JSON Schema, or write the schema to a file."""
     made = regkit.schema(Registry())
     if options.output is None:
         print(as_json(made))

@@ -1,4 +1,4 @@
-"""`regkit kinds`: what a document may name."""
+"""`regkit kinds`: the kinds that a document may name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _table(family: Family, entries: list[Entry]) -> str:
 
 
 def options_of(entry: Entry) -> str:
-    """The options, those that must be given first, the others as `name=default`."""
+    """The options of a kind: first the required ones, then the others as `name=default`."""
     fields: dict[str, Any] = {name: field for name, field in entry.kind.model_fields.items() if name != "kind"}
     required = [name for name, field in fields.items() if field.is_required()]
     given = {name: field for name, field in fields.items() if not field.is_required()}

@@ -1,4 +1,4 @@
-"""How text is laid out: within the width of a terminal, and the same in a pipe."""
+"""Text within the width of a terminal, also in a pipe."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 WIDTH: Final = 100
-"""The columns that everything printed is to fit into."""
+"""The width of everything printed, in columns."""
 
 _MOST_NAMES: Final = 3
 
 
 def fill(text: str, indent: str = "", hang: str = "") -> str:
-    """The text in lines that fit; what cannot be broken at a space is left whole."""
+    """The text in lines of the terminal's width; only spaces are broken at."""
     return textwrap.fill(
         text,
         WIDTH,
@@ -28,7 +28,7 @@ def fill(text: str, indent: str = "", hang: str = "") -> str:
 
 
 def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of further names."""
     if len(names) <= _MOST_NAMES:
         return ", ".join(names)
     return f"{', '.join(names[: _MOST_NAMES - 1])} and {len(names) - _MOST_NAMES + 1} more"
@@ -40,7 +40,7 @@ def counted(count: int, what: str) -> str:
 
 
 def listed(items: Mapping[str, str]) -> str:
-    """A line for each name, with what is said of it beside it."""
+    """A line for each name, with its text beside the name."""
     widest = max(map(len, items), default=0)
     return "\n".join(f"  {name.ljust(widest)}  {text}" for name, text in items.items())
 

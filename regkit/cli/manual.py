@@ -1,4 +1,4 @@
-"""The manual of one kind: what it is, its options with their ranges, an example, how it acts, where it comes from."""
+"""The manual of one kind: meaning, options with ranges, action, an example, and source."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _GOES_ON: Final = re.compile(r"(?!\w+:)\S")
 """A line of a docstring that begins neither a paragraph nor something with a name, such as `prox: ...`."""
 
 _LARGEST: Final = 2**53
-"""What JSON counts exactly up to. A whole number's limit there is not worth telling."""
+"""The largest whole number that JSON holds exactly; a limit as large is not worth telling."""
 
 
 def manual(entry: Entry) -> str:
-    """Everything about a kind, as text."""
+    """The manual of a kind as text."""
     parts = [
         f"{entry.name}: a kind of {entry.family}, from {entry.origin}",
         "\n".join(_meaning(entry.kind)),
@@ -39,12 +39,12 @@ def manual(entry: Entry) -> str:
 
 
 def word(value: Any) -> str:
-    """An option's value as documents write it, but words without quotation marks."""
+    """An option's value as in documents, but words without quotation marks."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _meaning(kind: type[Kind]) -> Iterator[str]:
-    """The docstring as it is; lines that are too long are broken anew, together with those that go on from them."""
+    """The lines of the docstring; lines that are too long are broken anew, with the rest of their paragraph."""
     lines = inspect.cleandoc(kind.__doc__ or "It has no docstring.").splitlines()
     while lines:
         line = lines.pop(0)
@@ -108,7 +108,7 @@ def _range(option: Mapping[str, Any]) -> Iterator[str]:
 
 
 def acts(kind: type[Kind]) -> Iterator[tuple[str, str]]:
-    """How a kind acts: what it acts on and through, and what a schedule multiplies."""
+    """The action of a kind: on which weights or outputs, via which way, and the option that a schedule multiplies."""
     if issubclass(kind, Penalty | Constraint):
         ranks = {1: "biases", 2: "matrices"}
         yield "acts on", " and ".join(ranks.get(rank, f"weights of {rank} dimensions") for rank in sorted(kind.ranks))
@@ -129,7 +129,7 @@ def acts(kind: type[Kind]) -> Iterator[tuple[str, str]]:
 
 
 def vias_of(kind: type[Kind]) -> list[Via]:
-    """What `via` may be in a rule with such a kind, the default first."""
+    """The values of `via` in a rule with such a kind, the default first."""
     if issubclass(kind, ActivityPenalty):
         return ["loss", "inject"]
     if not issubclass(kind, Penalty):
@@ -153,7 +153,7 @@ def _in_a_document(entry: Entry) -> Iterator[str]:
 
 
 def document(entry: Entry, example: Kind, width: int = WIDTH - 2) -> str:
-    """A document with one rule, in which the example stands; on one line, where that is not longer than the width."""
+    """A document of one rule with the example; on one line, where the width allows."""
     kind = example.model_dump(mode="json", by_alias=True)
     rule = {"penalty": "l2(1e-4)", "schedule": kind} if entry.family == "schedule" else {_key(entry): kind}
     whole = json.dumps({"rules": [rule]}, ensure_ascii=False)
@@ -166,7 +166,7 @@ def document(entry: Entry, example: Kind, width: int = WIDTH - 2) -> str:
 
 
 def _spread(options: Mapping[str, Any]) -> str:
-    """A JSON object with a line for each option; `json.dumps` would give one to each item of a list, too."""
+    """A JSON object with a line for each option; `json.dumps` would give a line to each item of a list, too."""
     lines = [f"    {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in options.items()]
     return "{\n" + ",\n".join(lines) + "\n  }"
 

@@ -12,7 +12,7 @@ from regkit.errors import PluginWarning
 
 @contextmanager
 def plugin_warnings(tell: Callable[[str], None]) -> Iterator[None]:
-    """Give the text of each PluginWarning to `tell`, and leave every other warning as it is."""
+    """A context that gives the text of each PluginWarning to `tell`, and leaves every other warning alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", PluginWarning)
         show = warnings.showwarning

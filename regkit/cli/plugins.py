@@ -1,4 +1,4 @@
-"""`regkit plugins`: what is installed."""
+"""`regkit plugins`: the installed plugins."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _HEADER: Final = ("distribution", "version", "entry point", "state", "offers", "
 
 
 def plugins(options: argparse.Namespace) -> int:
-    """List what is installed."""
-    told: list[str] = []
-    with plugin_warnings(told.append):
+    """Print the installed plugins, as a table, as JSON, as requirements, or the broken ones alone."""
+    sentences: list[str] = []
+    with plugin_warnings(sentences.append):
         registry = Registry()
     if options.json:
-        print(as_json([_everything(plugin, registry) for plugin in registry.plugins]))
+        print(as_json([_as_json_object(plugin, registry) for plugin in registry.plugins]))
     elif options.requirements:
         print("".join(f"{pin}\n" for pin in requirements(registry.plugins)), end="")
     elif options.broken:
@@ -32,7 +32,7 @@ def plugins(options: argparse.Namespace) -> int:
     else:
         idle = [plugin for plugin in registry.plugins if plugin.state != "loaded"]
         print(overview(registry.plugins), *(fill(why(plugin), hang="  ") for plugin in idle), sep="\n")
-    for sentence in told:
+    for sentence in sentences:
         if not any(plugin.reason in sentence for plugin in registry.broken):  # those have been shown
             print(f"regkit: warning: {sentence}", file=sys.stderr)
     return 1 if options.broken and registry.broken else 0
@@ -55,7 +55,7 @@ def overview(plugins: Sequence[Plugin]) -> str:
 
 
 def why(plugin: Plugin) -> str:
-    """Whose a plugin is, and why it is not loaded."""
+    """The origin of a plugin, and why the plugin is not loaded."""
     if plugin.state == "broken":
         return plugin.reason  # which says whose it is
     return f"{plugin.origin} ({plugin.origin.point}) is {plugin.state}: {plugin.reason}"
@@ -72,7 +72,7 @@ def requirements(plugins: Sequence[Plugin]) -> list[str]:
     return [pins[name] for name in sorted(pins)]
 
 
-def _everything(plugin: Plugin, registry: Registry) -> dict[str, Any]:
+def _as_json_object(plugin: Plugin, registry: Registry) -> dict[str, Any]:
     entries = {entry.name: entry for entry in registry.entries() if entry.origin == plugin.origin}
     return {
         "distribution": plugin.origin.distribution,
@@ -88,7 +88,7 @@ def _everything(plugin: Plugin, registry: Registry) -> dict[str, Any]:
 
 
 def _kind(name: str, entry: Entry | None) -> dict[str, Any]:
-    """What is known of a kind; of one that a broken plugin had offered before it broke, only its name."""
+    """A kind as JSON; of a kind that a broken plugin had offered, the name alone."""
     return {
         "name": name,
         "family": entry and entry.family,

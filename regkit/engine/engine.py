@@ -65,7 +65,7 @@ class Engine:
         return next((link.name for link in self.snapshots.links if not link.intact()), None)
 
     def now(self) -> Snapshot:
-        """The model as it is. Raises AttachError where FSDP1 has flattened a parameter that a rule needs."""
+        """A snapshot of the model. Raises AttachError where FSDP1 has flattened a parameter that a rule needs."""
         # No step could be known to train a flattened module. Rules on weights refuse as they look for their weights.
         if self.recorders:
             refuse_flattened((one.module, f"a weight of {one.title}") for one in self.recorders)

@@ -31,7 +31,7 @@ else:
 
 
 class RegularizationCallback(Callback):
-    """Attaches a document as a fit starts, adds its penalty to every loss, logs its rules, keeps its state.
+    """A callback that attaches a document as a fit starts, adds the penalty to every loss, and keeps the state.
 
     The losses are those that Lightning backpropagates: what `training_step` returns, or gives to `manual_backward`.
     What is logged as "prefix/rule" is the value of a penalty, or the violation of a constraint. Each fit attaches anew;
@@ -43,6 +43,24 @@ class RegularizationCallback(Callback):
 
     Raises SpecError for a bad document; what `regkit.attach` raises, as a fit starts; StepError where it cannot be told
     how much of the penalty belongs to a loss.
+
+    >>> from lightning.pytorch import LightningModule, Trainer
+    >>> from regkit.integrations.lightning import RegularizationCallback
+    >>> from torch.utils.data import DataLoader
+    >>> class Model(LightningModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.rnn = nn.GRU(2, 3)
+    ...     def training_step(self, batch):
+    ...         return self.rnn(batch)[0].square().mean()
+    ...     def configure_optimizers(self):
+    ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+    >>> callback = RegularizationCallback({"rules": [{"penalty": "l2(1e-4)"}]})
+    >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    >>> trainer = Trainer(max_epochs=1, callbacks=[callback], accelerator="cpu", enable_model_summary=False, **quiet)
+    >>> trainer.fit(Model(), DataLoader(torch.randn(6, 2), batch_size=3))
+    >>> callback.attachment.step_count
+    2
     """
 
     def __init__(
@@ -65,7 +83,7 @@ class RegularizationCallback(Callback):
         self._module: LightningModule | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._undo: list[Callable[[], object]] = []
-        self._penalized = False
+        self._has_penalty = False
 
     @property
     def attachment(self) -> regkit.Attachment:
@@ -93,7 +111,7 @@ class RegularizationCallback(Callback):
         self._leave()
 
     def _leave(self) -> None:
-        """Put everything back. Without a fit, as after a test, there is nothing but a state that a test has loaded."""
+        """Undo `_join`. Without a fit, as after a test, forget only the state that a test has loaded."""
         self._loaded = None
         if not self._undo:
             return
@@ -131,24 +149,26 @@ class RegularizationCallback(Callback):
 
         self._replace(strategy, "training_step", training_step_or_none)
         self._replace(strategy, "backward", penalized_backward)
-        self._penalized = False
+        self._has_penalty = False
 
     def _replace(self, owner: object, name: str, new: object) -> None:
-        mine = vars(owner)
-        self._undo.append(partial(mine.__setitem__, name, mine[name]) if name in mine else partial(mine.pop, name))
-        mine[name] = new
+        """Replace an attribute until the fit ends."""
+        own = vars(owner)
+        self._undo.append(partial(own.__setitem__, name, own[name]) if name in own else partial(own.pop, name))
+        own[name] = new
 
     def _manual_share(self, penalty: Tensor) -> float:
-        if penalty.requires_grad and self._penalized and self.divided_by is None:
+        """The number by which the penalty is divided in a manual backward pass."""
+        if penalty.requires_grad and self._has_penalty and self.divided_by is None:
             raise regkit.StepError(
                 "manual_backward() was called for several forward passes before one optimizer step; say "
                 "RegularizationCallback(..., divided_by=n) for losses that are divided by n, or 1 for a sum"
             )
-        self._penalized = self._penalized or penalty.requires_grad
+        self._has_penalty = self._has_penalty or penalty.requires_grad
         return self.divided_by or 1.0
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._penalized = False
+        self._has_penalty = False
 
     # --- the log and the checkpoints ---------------------------------------------------------------------------------
 

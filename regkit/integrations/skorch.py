@@ -23,7 +23,7 @@ import regkit
 if TYPE_CHECKING:
 
     class Callback:  # skorch has no types: to a checker its callbacks would be Any, and so would their subclasses
-        """What skorch calls."""
+        """The base class of skorch's callbacks."""
 else:
     try:
         from skorch.callbacks import Callback
@@ -32,7 +32,7 @@ else:
 
 
 class RegularizationCallback(Callback):
-    """Attaches a document to `net.module_` as training begins, logs its rules, keeps its state.
+    """A callback that attaches a document to `net.module_` as training begins, logs its rules and keeps its state.
 
     At the end of each epoch the history gets "prefix/rule" for each rule: the value of a penalty (for an activity
     penalty, in the last batch), or the violation of a constraint. `fit` begins anew; `partial_fit` and a warm start go
@@ -45,6 +45,21 @@ class RegularizationCallback(Callback):
     registry: where the kinds are found; left out, everything installed.
 
     Raises SpecError for a bad document; what `regkit.attach` raises, as training begins.
+
+    >>> from regkit.integrations.skorch import RegularizationCallback
+    >>> from skorch import NeuralNet
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.rnn = nn.GRU(2, 3, batch_first=True)
+    ...     def forward(self, x):
+    ...         return self.rnn(x)[0]
+    >>> callback = RegularizationCallback({"rules": [{"name": "decay", "penalty": "l2(1e-4)"}]})
+    >>> options = {"train_split": None, "verbose": 0, "callbacks": [callback]}
+    >>> net = NeuralNet(Model, nn.MSELoss, max_epochs=2, **options)
+    >>> net = net.fit(torch.randn(4, 5, 2), torch.randn(4, 5, 3))
+    >>> net.history[:, "regkit/decay"]
+    [..., ...]
     """
 
     def __init__(
@@ -84,10 +99,10 @@ class RegularizationCallback(Callback):
     def on_train_begin(self, net: Any, **_: Any) -> None:
         plan = regkit.resolve(net.module_, self.spec, registry=self.registry)
         # A copied module has brought the rules along; one that skorch has made anew has none.
-        mine = next((one for one in regkit.attachments(net.module_) if one.plan == plan), None)
-        if mine is None or mine is not self.attachment_:
+        present = next((one for one in regkit.attachments(net.module_) if one.plan == plan), None)
+        if present is None or present is not self.attachment_:
             self._release()
-            self.attachment_ = regkit.attach(net.module_, plan) if mine is None else mine
+            self.attachment_ = regkit.attach(net.module_, plan) if present is None else present
             self.load_state_dict(self.state_)
         net.regularization_ = self
 
@@ -114,11 +129,27 @@ class RegularizationCallback(Callback):
 
 
 class RegularizedLoss:
-    """Adds what goes through the loss to `get_loss`, in training: of everything that is attached to `net.module_`.
+    """A mixin that adds the penalties of everything attached to `net.module_` to `get_loss`, in training.
 
     It stands right before skorch's class, and a `get_loss` of yours before it: one that divides its loss, as for
     accumulated batches, then divides the penalty too. Otherwise the class is refused with a TypeError. A net whose
     `get_loss` does not call `super().get_loss` adds `attachment.penalty()` itself.
+
+    >>> from regkit.integrations.skorch import RegularizationCallback, RegularizedLoss
+    >>> from skorch import NeuralNet
+    >>> class Net(RegularizedLoss, NeuralNet):
+    ...     pass
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.rnn = nn.GRU(2, 3, batch_first=True)
+    ...     def forward(self, x):
+    ...         return self.rnn(x)[0]
+    >>> callback = RegularizationCallback({"rules": [{"penalty": "activity_l2(0.1)"}]})
+    >>> net = Net(Model, nn.MSELoss, max_epochs=1, train_split=None, verbose=0, callbacks=[callback])
+    >>> net = net.fit(torch.randn(4, 5, 2), torch.randn(4, 5, 3))
+    >>> callback.attachment.step_count
+    1
     """
 
     module_: torch.nn.Module

@@ -30,13 +30,33 @@ _KEY: Final = "regkit"
 
 
 class RegularizationCallback(TrainerCallback):
-    """Attaches a document as training begins, and keeps the attachment's state in the Trainer's checkpoints.
+    """A callback that attaches a document as training begins, and keeps the state in the Trainer's checkpoints.
 
     Each `train()` attaches anew and counts steps from 0, as the Trainer and its learning rate do; one that resumes from
     a checkpoint goes on from the count in it. The state lies in `trainer_state.json`. One callback for each Trainer: a
     document has room for all rules.
 
     detach: take the rules off the model when training has ended. Left out, they stay for loops of your own.
+
+    >>> import tempfile
+    >>> from transformers import Trainer, TrainingArguments
+    >>> from regkit.integrations.transformers import RegularizationCallback
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.rnn = nn.GRU(2, 3, batch_first=True)
+    ...     def forward(self, x):
+    ...         return {"loss": self.rnn(x)[0].square().mean()}
+    >>> callback = RegularizationCallback({"rules": [{"penalty": "l2(1e-4)"}]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    ...     data = [{"x": torch.randn(5, 2)} for _ in range(8)]
+    ...     arguments = TrainingArguments(folder, max_steps=2, use_cpu=True, **quiet)
+    ...     trainer = Trainer(Model(), arguments, train_dataset=data, callbacks=[callback])
+    ...     result = trainer.train()
+    {'train_runtime': ...}
+    >>> callback.attachment.step_count
+    2
     """
 
     def __init__(self, spec: Document, *, registry: regkit.Registry | None = None, detach: bool = False) -> None:
@@ -80,18 +100,38 @@ class RegularizationCallback(TrainerCallback):
 
 
 def _states(state: TrainerState) -> dict[str, Any]:
-    """What the Trainer saves of callbacks, by name. It is annotated as the list that it is made from."""
+    """The callbacks' states that the Trainer saves, by name; Transformers annotates a list."""
     return cast("dict[str, Any]", state.stateful_callbacks)
 
 
 class RegularizedTrainer(Trainer):
-    """Adds the penalty to the training loss of the Trainer, and the rules' values to its log.
+    """A Trainer that adds the penalty to the training loss, and the rules' values to the log.
 
     spec, registry, detach: as of RegularizationCallback; all else goes to the Trainer.
 
     To the loss of an optimizer step comes (1/K) Σ_k penalty_k over its K batches, be they fewer at the end of an epoch,
     and whoever divides: the Trainer divides what `compute_loss` returns by K only where nobody is known to have divided
     by `num_items_in_batch` before. The loss in evaluation is the model's own.
+
+    >>> import tempfile
+    >>> from transformers import TrainingArguments
+    >>> from regkit.integrations.transformers import RegularizedTrainer
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.rnn = nn.GRU(2, 3, batch_first=True)
+    ...     def forward(self, x):
+    ...         return {"loss": self.rnn(x)[0].square().mean()}
+    >>> spec = {"rules": [{"penalty": "activity_l2(0.1)"}]}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    ...     data = [{"x": torch.randn(5, 2)} for _ in range(8)]
+    ...     arguments = TrainingArguments(folder, max_steps=2, use_cpu=True, **quiet)
+    ...     trainer = RegularizedTrainer(Model(), arguments, train_dataset=data, spec=spec)
+    ...     result = trainer.train()
+    {'train_runtime': ...}
+    >>> trainer.attachment.step_count
+    2
     """
 
     def __init__(
@@ -132,10 +172,10 @@ class RegularizedTrainer(Trainer):
         return computed + penalty
 
     def _is_whole(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the Trainer takes the loss as it is, and does not divide it by the number of batches in the step."""
-        told: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # older ones have no such word
+        """Whether the Trainer leaves the loss undivided by the number of batches in the step."""
+        scaled: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # older Trainers have no such attribute
         counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return told if told is not None else counted or self.compute_loss_func is not None
+        return scaled if scaled is not None else counted or self.compute_loss_func is not None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log; in training, with `regkit/<rule>`: a penalty's value, or a constraint's violation."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from regkit.adapters import Output, Weight, oriented
 from regkit.errors import AttachError, PluginError, listing
 from regkit.plan.modules import RecurrentModule
+from regkit.plan.statements import fault
 from regkit.runtime.sharding import sharded
-from regkit.statements import fault
 from regkit.weights.locate import MissingError, function_of, mask_of, storage_of
 from regkit.weights.storage import Storage
 
@@ -20,7 +20,7 @@ T = TypeVar("T", Weight, Output)
 
 
 def weights_of(recurrent: RecurrentModule) -> list[Weight]:
-    """Every weight of the module. Raises PluginError where the adapter fails or breaks `regkit.statements`."""
+    """Every weight of the module. Raises PluginError where the adapter fails or breaks the contract (`statements`)."""
     return _declared(recurrent, "weights", Weight)
 
 

@@ -1,4 +1,4 @@
-"""How a kind could be faster, for whoever wants it to be: what no law asks."""
+"""Hints for authors: ways to make a kind faster that no law demands."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _WHERE: Final = "see regkit.kinds"
 
 
 def hints(kind: Kind | type[Kind]) -> tuple[str, ...]:
-    """A line for each of its functions that runs for one weight after another at each step, and could for all at once;
-    and one for what it could say of itself and does not, tried on the examples of a class. None for a schedule.
+    """A line for each function of a kind that runs for one weight after another and could run for all at once; and a
+    line for each declaration that the kind could make and does not, tried on the examples of a class.
     """
     cls = kind if isinstance(kind, type) else type(kind)
     return (*_list_forms(cls), *sorted(set(map(_undeclared, _instances(kind))) - {""}))
@@ -39,7 +39,7 @@ def _list_forms(cls: type[Kind]) -> Iterator[str]:
 
 
 def _undeclared(kind: Kind) -> str:
-    """What it could say of itself; empty where there is nothing."""
+    """The hint at a declaration that a kind could make; empty where there is none."""
     if isinstance(kind, ActivityPenalty):
         if kind.separable or not kind.offers_gradients or not _holds(lambda: activity_parts.adds_up(kind)):
             return ""

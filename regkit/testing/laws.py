@@ -1,4 +1,4 @@
-"""What a law is, and what comes of trying one: plain functions and results, without pytest."""
+"""Laws and the results of trying laws: plain functions and data, without pytest."""
 
 from __future__ import annotations
 
@@ -6,24 +6,43 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from regkit.errors import RegkitError
+
 Subject = TypeVar("Subject", contravariant=True)
 
 
 class Broken(Exception):  # noqa: N818  # a signal from a law to its table; what users see is a Result
-    """That a law does not hold, and what was seen instead."""
+    """A law that does not hold, with a sentence on the failure."""
 
 
 def hold(condition: object, seen: str) -> None:
-    """Let a law go on where the condition is true. Raises Broken, with what was seen, where it is not."""
+    """Raise Broken, with the sentence `seen`, where the condition is false."""
     if not condition:
         raise Broken(seen)
 
 
+def is_accepted(check: Callable[..., object], *arguments: object) -> None:
+    """Raise Broken with regkit's own words where one of regkit's checks refuses its arguments."""
+    try:
+        check(*arguments)
+    except RegkitError as error:
+        raise Broken(str(error)) from error
+
+
 @dataclass(frozen=True)
 class Result:
-    """What came of trying one law on one subject.
+    """The result of trying one law on one subject.
 
-    seen: what was seen where it failed, else empty. why: why the law matters, and what to do.
+    subject: the name of the subject.
+    law: the name of the law.
+    passed: whether the law holds.
+    seen: what was seen where the law failed, else empty.
+    why: why the law matters, and what to do.
+
+    >>> from regkit.testing import Result
+    >>> print(Result("slow()", "factor_is_quick", False, "factor(1000000) takes 80.0 ms", "Write it in closed form."))
+    FAILED  factor_is_quick: factor(1000000) takes 80.0 ms
+            Write it in closed form.
     """
 
     subject: str
@@ -42,7 +61,17 @@ class Result:
 class Report:
     """The results of every law that applies to one subject.
 
-    hints: how it could be faster, which no law asks.
+    subject: the name of the subject.
+    results: a result for each law.
+    hints: how the subject could be faster, which no law asks.
+
+    >>> from regkit.testing import check_schedule
+    >>> from regkit_standard.schedules import Constant
+    >>> report = check_schedule(Constant(value=0.5))
+    >>> report.passed, report.failures
+    (True, ())
+    >>> print(report)
+    constant(value=0.5): ... laws hold
     """
 
     subject: str
@@ -51,7 +80,7 @@ class Report:
 
     @property
     def failures(self) -> tuple[Result, ...]:
-        """Those that failed."""
+        """The results of the laws that do not hold."""
         return tuple(result for result in self.results if not result.passed)
 
     @property
@@ -74,7 +103,7 @@ def _always(_: object) -> bool:
 
 @dataclass(frozen=True)
 class Law(Generic[Subject]):
-    """A law: its name, why it matters, whom it applies to, and a trial that raises Broken where it does not hold."""
+    """A law: a name, a reason, the subjects, and a trial that raises Broken where the law does not hold."""
 
     name: str
     why: str
@@ -82,7 +111,7 @@ class Law(Generic[Subject]):
     applies: Callable[[Subject], bool]
 
     def tried(self, subject: Subject, title: str) -> Result:
-        """What comes of it on a subject."""
+        """The result of the law on a subject."""
         try:
             self.trial(subject)
         except Broken as broken:
@@ -93,7 +122,7 @@ class Law(Generic[Subject]):
 
 
 class Laws(Generic[Subject]):
-    """A table of laws. A law is a function, named by its own name; its docstring says why it matters."""
+    """A table of laws. A law has the name of its function, and the function's docstring as the reason for the law."""
 
     def __init__(self, *tables: Laws[Subject]) -> None:
         self._laws: list[Law[Subject]] = [law for table in tables for law in table]
@@ -102,7 +131,7 @@ class Laws(Generic[Subject]):
         return iter(self._laws)
 
     def add(self, applies: Callable[[Subject], bool] = _always) -> Callable[[Callable[[Subject], None]], Law[Subject]]:
-        """A decorator that adds a function to the table, for the subjects that it applies to."""
+        """A decorator that adds a function to the table, for the subjects of which `applies` is true."""
 
         def added(trial: Callable[[Subject], None]) -> Law[Subject]:
             law = Law(trial.__name__, " ".join((trial.__doc__ or "").split()), trial, applies)
@@ -111,10 +140,10 @@ class Laws(Generic[Subject]):
 
         return added
 
-    def of(self, subject: Subject) -> list[Law[Subject]]:
+    def applying_to(self, subject: Subject) -> list[Law[Subject]]:
         """The laws that apply to a subject."""
         return [law for law in self._laws if law.applies(subject)]
 
     def report(self, subject: Subject, title: str) -> Report:
-        """Try each law that applies."""
-        return Report(title, tuple(law.tried(subject, title) for law in self.of(subject)))
+        """The results of each law that applies to a subject."""
+        return Report(title, tuple(law.tried(subject, title) for law in self.applying_to(subject)))

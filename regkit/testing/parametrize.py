@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pytest
 
 Subject = Kind | type[Kind] | Adapter | tuple[Adapter, Example]
-"""What laws are tried on: a kind, or a class for all its examples; an adapter with an example, or with all its own."""
+"""A subject of laws: a kind, or a class for all its examples; an adapter with an example, or with all its own."""
 
 _TABLES: Final[Mapping[type[Kind], Any]] = {
     Penalty: penalties.LAWS,
@@ -30,19 +30,40 @@ _TABLES: Final[Mapping[type[Kind], Any]] = {
 
 
 class ConformanceError(AssertionError):
-    """That a law does not hold."""
+    """A law that does not hold.
+
+    >>> from typing import Literal
+    >>> from regkit.testing import checks
+    >>> class Falling(regkit.Schedule):
+    ...     kind: Literal["falling"] = "falling"
+    ...     def factor(self, step):
+    ...         return 1 - step / 10
+    >>> [check] = [one for one in checks(Falling()) if one.law.name == "factor_is_finite_and_not_negative"]
+    >>> check()
+    Traceback (most recent call last):
+        ...
+    regkit.testing.parametrize.ConformanceError: falling(): FAILED  factor_is_finite_and_not_negative: factor(11) is ...
+    """
 
 
 @dataclass(frozen=True)
 class Check:
-    """One law to try on one subject. Raises ConformanceError, when it is called, where the law does not hold."""
+    """One law to try on one subject. A call raises ConformanceError where the law does not hold.
+
+    >>> from regkit.testing import checks
+    >>> from regkit_standard.schedules import Constant
+    >>> check, *_ = checks(Constant(value=0.5))
+    >>> check
+    constant(value=0.5)-named
+    >>> check()
+    """
 
     title: str
     law: Law[Any]
     subject: Any
 
     def __call__(self) -> None:
-        """Try it."""
+        """Try the law."""
         result = self.law.tried(self.subject, self.title)
         if not result.passed:
             raise ConformanceError(f"{self.title}: {result}")
@@ -65,7 +86,7 @@ def checks(subject: Subject) -> Iterator[Check]:
     elif isinstance(subject, Kind):
         for contract, laws in _TABLES.items():
             if isinstance(subject, contract):
-                yield from (Check(title(subject), law, subject) for law in laws.of(subject))
+                yield from (Check(title(subject), law, subject) for law in laws.applying_to(subject))
     elif isinstance(subject, Adapter):
         if not subject.examples():
             raise ValueError(f"{type(subject).__name__}.examples() is empty; give (adapter, regkit.Example(...))")
@@ -73,7 +94,7 @@ def checks(subject: Subject) -> Iterator[Check]:
             yield from checks((subject, example))
     elif isinstance(subject, tuple) and len(subject) == 2 and isinstance(subject[1], Example):
         case = adapters.Case(*subject)
-        yield from (Check(case.title, law, case) for law in adapters.LAWS.of(case))
+        yield from (Check(case.title, law, case) for law in adapters.LAWS.applying_to(case))
     else:
         raise TypeError(f"laws are about kinds and adapters with their examples, not about {subject!r}")
 
@@ -82,7 +103,7 @@ def parametrize_conformance(
     subjects: Iterable[Subject],
     expected_failures: Mapping[str, str] | Callable[[Subject], Mapping[str, str]] | None = None,
 ) -> pytest.MarkDecorator:
-    """A decorator that gives a pytest function one test for each law and subject. The function takes `check`, calls it.
+    """A decorator that gives a pytest function one test for each law and subject. The function takes and calls `check`.
 
     expected_failures: the reason why a law does not hold, by the law's name: for all subjects, or a function of the
     subject. A test that is expected to fail must fail, or it is an error. Raises ValueError for a law that applies to

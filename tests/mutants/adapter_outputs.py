@@ -218,7 +218,7 @@ class LeavesANote(SequenceAdapter):
         return super().weights(module)
 
 
-@mutant(GRU, "holds_no_state", "after a pass the adapter has other attributes: last")
+@mutant(GRU, "holds_no_state", "its functions changed self.last")
 class StateOnItself(SequenceAdapter):
     def observe(self, *call):
         self.last = super().observe(*call)
@@ -228,7 +228,7 @@ class StateOnItself(SequenceAdapter):
         return super().segments(module, site, self.last, valid, step)
 
 
-@mutant(GRU_CELL, "holds_no_state", "other attributes: StateOnItsClass.calls")
+@mutant(GRU_CELL, "holds_no_state", "its functions changed StateOnItsClass.calls")
 class StateOnItsClass(CellAdapter):
     calls = 0
 

@@ -61,16 +61,22 @@ class OneClassWithoutATuple(SequenceAdapter):
     modules = nn.LSTM
 
 
-@mutant(GRU, "weights_are_well_formed", "the role 'readout', which `roles` of the adapter does not have")
+@mutant(GRU, "weights_are_well_formed", r"the unknown role 'readout'.* \(in its `roles`\)")
 class UndeclaredRole(SequenceAdapter):
     def weights(self, module):
         yield from super().weights(module)
         yield Weight(("weight_hr_l0",), "readout")
 
 
-@mutant(LSTM, "weights_are_well_formed", "weight_ih_l0 has the gate 'input', which `gates` of the adapter")
+@mutant(LSTM, "weights_are_well_formed", r"weight_ih_l0' unknown gate 'input'.* \(in its `gates`\)")
 class UndeclaredGates(SequenceAdapter):
     gates = ("reset", "update", "new")
+
+
+@mutant(LSTM, "weights_are_well_formed", r"the gates \['input', .*\]: input should be a valid tuple")
+class GatesInAList(SequenceAdapter):
+    def weights(self, module):
+        return [replace(one, gates=list(one.gates)) for one in super().weights(module)]
 
 
 @mutant(LSTM, "weights_are_well_formed", "the layer -1; layers are counted from 0")

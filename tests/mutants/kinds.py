@@ -69,6 +69,13 @@ class NameMalformed(Ridge):
     kind: Literal["My-Ridge"] = "My-Ridge"
 
 
+@MUTANTS.caught_by("named", "no kind may be named 'null'")
+class NameReserved(Ridge):
+    """A word of JSON, which the registry refuses."""
+
+    kind: Literal["null"] = "null"
+
+
 @MUTANTS.caught_by("documented", "no docstring under power, shift")
 class OptionsUndocumented(Ridge):
     """Options that nobody can know the meaning of."""

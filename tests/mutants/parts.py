@@ -243,7 +243,7 @@ class GivenInPlace(RightPool):
         return w.copy_(super().project_given(w, sums))
 
 
-@CONSTRAINTS.caught_by("nan_is_never_hidden", "violation_given() of a weight (3, 5)", "with a NaN in it")
+@CONSTRAINTS.caught_by("nan_is_never_hidden", "violation_given() of a torch.float64 weight (3, 5) with a NaN")
 class NanOfAnotherPartHidden(RightPool):
     """A comparison, which a NaN elsewhere in the row does not pass."""
 

@@ -67,7 +67,7 @@ class SumsOneAxis(Ridge):
         return at_least_float32(w).square().sum(dim=-1)
 
 
-@MUTANTS.caught_by("finite_at_every_scale", "value() of a torch.float32 weight", "of scale 10000.0 is inf")
+@MUTANTS.caught_by("finite_at_every_scale", "value() of a torch.float32 weight", "of scale 10000.0 has [inf]")
 class Overflows(Penalty):
     """A smooth maximum whose exponentials overflow."""
 
@@ -119,7 +119,7 @@ class StrengthTwice(Ridge):
         return self.strength * super().value(w)
 
 
-@MUTANTS.caught_by("nan_is_never_hidden", "with a NaN at entry 0 of (3, 5)")
+@MUTANTS.caught_by("nan_is_never_hidden", "weight (3, 5) with a NaN at entry 0")
 class NaNToNumber(Ridge):
     """NaN made 0, so that the loss looks fine."""
 
@@ -137,7 +137,7 @@ class NaNLeftOut(Ridge):
 
 @MUTANTS.caught_by(
     "weight_is_left_alone",
-    "value() changed a weight (3, 5)",
+    "value() wrote into a torch.float64 weight (3, 5)",
     also="unit_strength list_forms_agree",
 )
 class CentersInPlace(Ridge):

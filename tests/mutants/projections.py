@@ -115,7 +115,7 @@ class Logs(Right):
 
 
 MUTANTS = [
-    Mutant(Unguarded, "finite_at_zero", ("zeros", "nan")),
+    Mutant(Unguarded, "finite_at_zero", ("that is zero", "nan")),
     Mutant(GuardedAtZeroAlone, "finite_at_zero", ("tiny entry", "inf")),
     Mutant(NanToNumber, "nan_is_never_hidden", ("project()", "NaN", "makes 0 of it")),
     Mutant(NanComparedAway, "nan_is_never_hidden", ("violation()", "NaN")),

@@ -108,7 +108,7 @@ class WantsAFloat(Lasso):
         return torch.nn.functional.softshrink(w, step)
 
 
-@MUTANTS.caught_by("prox_is_finite_at_zero", "a zero weight (3, 5)", "not finite")
+@MUTANTS.caught_by("prox_is_finite_at_zero", "weight (3, 5) that is zero", "not finite")
 class DividesByTheNorm(ProximalGroups):
     """0/0 where a row is zero already."""
 
@@ -117,7 +117,7 @@ class DividesByTheNorm(ProximalGroups):
         return (w / norms * (norms - step).clamp(min=0)).to(w.dtype)
 
 
-@MUTANTS.caught_by("nan_is_never_hidden", "prox() makes 0.0 of it")
+@MUTANTS.caught_by("nan_is_never_hidden", "prox() of a", "makes 0 of it")
 class HidesNaN(Lasso):
     """A NaN is not beyond the threshold, and is made 0."""
 
@@ -125,7 +125,7 @@ class HidesNaN(Lasso):
         return torch.where(w.abs() > step, w - step * w.sign(), 0.0)
 
 
-@MUTANTS.caught_by("weight_is_left_alone", "prox() changed a weight", also="prox_fits_the_weight prox_is_the_minimum")
+@MUTANTS.caught_by("weight_is_left_alone", "prox() wrote into a", also="prox_fits_the_weight prox_is_the_minimum")
 class InPlace(Lasso):
     """The threshold is taken off the weight itself."""
 

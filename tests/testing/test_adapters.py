@@ -246,7 +246,7 @@ def test_an_adapter_that_raises_is_told_of_like_any_other():
     report = check_example(Raising(), GRU)
     assert seen_by(report)["outputs_are_well_formed"] == "it raised KeyError: 'hidden'"
     every = {law.name for law in LAWS}
-    assert {law.name for law in LAWS.of(Case(Raising(), GRU))} == every - {"starts_only_at_the_beginning"}
+    assert {law.name for law in LAWS.applying_to(Case(Raising(), GRU))} == every - {"starts_only_at_the_beginning"}
 
 
 # --- the kit itself --------------------------------------------------------------------------------------------------

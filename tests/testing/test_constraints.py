@@ -65,7 +65,7 @@ def test_what_is_said_wrongly_of_parts_is_caught_by_no_law_but_those_of_parts(mu
 def test_a_report_says_of_each_law_that_fails_what_was_seen_and_what_to_do() -> None:
     text = str(check_constraint(KerasEpsilon()))
     assert "right(largest=1.5): " in text
-    assert "FAILED  projects_once: a weight (3, 5) of float64, projected again, moves by another" in text
+    assert "FAILED  projects_once: a torch.float64 weight (3, 5), projected again, moves by another" in text
     assert "an epsilon in a denominator" in text
 
 

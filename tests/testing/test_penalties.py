@@ -126,7 +126,7 @@ def test_every_example_of_a_built_in_penalty_keeps_every_law(name: str) -> None:
     kind: Any = default().kind(name)
     report = check_penalty(kind)
     assert report.passed, report
-    assert len(list(report)) == 1 + sum(len(LAWS.of(example)) for example in kind.examples())
+    assert len(list(report)) == 1 + sum(len(LAWS.applying_to(example)) for example in kind.examples())
 
 
 @each(PENS)

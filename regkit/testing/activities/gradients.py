@@ -1,4 +1,4 @@
-"""The law of activity penalties whose gradients are in closed form: they are those of autograd, in every layout."""
+"""The law of activity penalties with gradients in closed form: in every layout autograd finds the same gradients."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from regkit.testing.samples.layouts import BOTH, LENGTHS, batch, layouts, mask, 
 from regkit.testing.samples.tensors import HALVES, difference, random, rounding, strided
 
 GRADIENT_LAWS: Final[Laws[ActivityPenalty]] = Laws()
-"""What every activity penalty with gradients in closed form keeps."""
+"""The laws of every activity penalty with gradients in closed form."""
 
 
 @GRADIENT_LAWS.add(lambda penalty: penalty.offers_gradients)
 def closed_form_agrees(penalty: ActivityPenalty) -> None:
-    """In training, `add_gradients` takes the place of autograd: it adds amount · the gradient of `value` to what the
-    gradients hold, of every segment, and nothing where there is padding. Use `activity.add_slopes` with the derivative
+    """In training, `add_gradients` takes the place of autograd: amount · the gradient of `value` is added to the
+    gradients of every segment, and nothing where there is padding. Use `activity.add_slopes` with the derivative
     of what `value` gives to `activity.reduce`, `add_pair_slopes` with that of `reduce_pairs`, by one reduction."""
     for name, activity in _forms():
         for reduction, one in reduced(penalty):
@@ -57,7 +57,7 @@ def _compare(penalty: ActivityPenalty, activity: Activity, what: str, near: floa
     for segment in activity.segments:
         segment.at(lambda tensor: found.setdefault(id(tensor), tensor))
     leaves = {key: strided(tensor.detach()).requires_grad_() for key, tensor in found.items()}
-    over = _of(activity, leaves)
+    over = _with_tensors(activity, leaves)
     value = penalty.value(over)
     slopes: tuple[Tensor | None, ...] = (None,) * len(leaves)
     if value.requires_grad:
@@ -65,7 +65,7 @@ def _compare(penalty: ActivityPenalty, activity: Activity, what: str, near: floa
     live = {key: strided(torch.ones_like(leaf)) for key, leaf in leaves.items()}
     before = {key: leaf._version for key, leaf in leaves.items()}
     with torch.no_grad():
-        penalty.add_gradients(over, _of(activity, live), torch.tensor(0.3, dtype=value.dtype, device="cpu"))
+        penalty.add_gradients(over, _with_tensors(activity, live), torch.tensor(0.3, dtype=value.dtype, device="cpu"))
     for (key, leaf), slope in zip(leaves.items(), slopes, strict=True):
         wanted = 1 + (0.0 if slope is None else 0.3 * slope.double()) * torch.ones_like(leaf).double()
         off = difference(live[key], wanted)
@@ -73,7 +73,7 @@ def _compare(penalty: ActivityPenalty, activity: Activity, what: str, near: floa
         hold(leaf._version == before[key], f"add_gradients() {what} wrote into the outputs")
 
 
-def _of(activity: Activity, tensors: dict[int, Tensor]) -> Activity:
-    """The same activity of other tensors, by the ids of its own."""
+def _with_tensors(activity: Activity, tensors: dict[int, Tensor]) -> Activity:
+    """An activity with other tensors in the place of its own, by the ids of its own."""
     found = (segment.at(lambda tensor: tensors[id(tensor)]) for segment in activity.segments)
     return Activity(tuple(segment for segment in found if segment is not None))

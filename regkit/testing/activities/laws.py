@@ -1,4 +1,4 @@
-"""The laws of activity penalties: the same value however a batch is laid out, and a gradient that reaches it."""
+"""The laws of activity penalties: one value in every layout of a batch, and `check_activity_penalty`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from dataclasses import replace
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from regkit import Activity, ActivityPenalty
 from regkit.activity import Stepped
 from regkit.testing.activities.gradients import GRADIENT_LAWS
 from regkit.testing.activities.parts import ACTIVITY_PARTS
 from regkit.testing.activities.tensors import SCALES, TENSOR_LAWS, near, reduced
+from regkit.testing.functions import Function, fits, ignores_strength, is_finite, is_not_negative
 from regkit.testing.hints import hints
 from regkit.testing.kinds.common import KIND_LAWS, report
 from regkit.testing.laws import Laws, Report, hold
 from regkit.testing.samples.layouts import BOTH, LENGTHS, alone, batch, layouts, packed, padded, steps
-from regkit.testing.samples.tensors import HALVES
+from regkit.testing.samples.tensors import DTYPES
 
 LAWS: Final[Laws[ActivityPenalty]] = Laws(KIND_LAWS, TENSOR_LAWS, GRADIENT_LAWS, ACTIVITY_PARTS)
-"""What every activity penalty keeps."""
+"""The laws of every activity penalty."""
 
 
 def check_activity_penalty(penalty: ActivityPenalty | type[ActivityPenalty]) -> Report:
@@ -32,15 +32,11 @@ def check_activity_penalty(penalty: ActivityPenalty | type[ActivityPenalty]) -> 
 def value_is_a_scalar(penalty: ActivityPenalty) -> None:
     """The values of a rule's places are summed, and added to the loss: a vector would be broadcast. Reduce over all
     segments (`activity.reduce`), into a tensor without dimensions, of the outputs' precision but float32 at least."""
-    for dtype in (*HALVES, torch.float32, torch.float64):
+    for dtype in DTYPES:
         wide = torch.promote_types(dtype, torch.float32)
         for reduction, one in reduced(penalty):
-            value: object = one.value(padded(batch(dtype=dtype), LENGTHS))
-            hold(isinstance(value, Tensor), f"value() returns a {type(value).__name__}, not a tensor")
-            assert isinstance(value, Tensor)
-            given = f"by {reduction}, of {dtype} outputs"
-            hold(value.shape == (), f"value() {given} has shape {tuple(value.shape)}, not ()")
-            hold(value.dtype == wide, f"value() {given} is {value.dtype}, not {wide}")
+            value = one.value(padded(batch(dtype=dtype), LENGTHS))
+            fits(value, (), wide, f"value() by {reduction}, of {dtype} outputs,")
 
 
 @LAWS.add()
@@ -55,35 +51,34 @@ def value_is_finite(penalty: ActivityPenalty) -> None:
         "final states": Activity([Stepped(batch()[:2])]),
         **{f"outputs times {scale:g}": padded(batch(scale=scale), LENGTHS) for scale in (0.0, 1e-4, 1e4)},
     }
-    for what, activity in forms.items():
-        for reduction, one in reduced(penalty):
-            value = one.value(activity)
-            hold(value.isfinite(), f"the {reduction} over {what} is {float(value)}")
+    is_finite([(f"value() by {reduction}", one.value) for reduction, one in reduced(penalty)], forms.items())
 
 
 @LAWS.add(lambda penalty: not penalty.signed)
 def value_is_not_negative(penalty: ActivityPenalty) -> None:
     """A penalty is least where the outputs are best, and is read as a cost. Turn the sign around; where a formula is
     meant to be negative, as an entropy is, set `signed = True` on the class."""
-    for scale in SCALES:
-        for reduction, one in reduced(penalty):
-            value = float(one.value(padded(batch(scale=scale), LENGTHS)))
-            hold(not value < 0, f"the {reduction} over outputs times {scale:g} is {value:g}")
+    functions = [(f"value() by {reduction}", _value(one)) for reduction, one in reduced(penalty)]
+    is_not_negative(functions, [(f"outputs times {scale:g}", batch(scale=scale)) for scale in SCALES])
 
 
 @LAWS.add()
 def unit_strength(penalty: ActivityPenalty) -> None:
-    """regkit multiplies by the strength and the schedule's factor: in the mathematics it would count twice. Take
-    `self.strength` out of `value`."""
-    twin = penalty.model_copy(update={"strength": 2 * penalty.strength + 1})
-    ours, theirs = (float(one.value(padded(batch(), LENGTHS))) for one in (penalty, twin))
-    hold(ours == theirs, f"strength {penalty.strength:g} gives {ours:g}, and {twin.strength:g} gives {theirs:g}")
+    """regkit multiplies by the strength and the schedule's factor: in the mathematics, the strength would count twice.
+    Take `self.strength` out of `value`."""
+    ignores_strength(penalty, lambda one: [("value()", _value(one))], [batch()])
+
+
+def _value(penalty: ActivityPenalty) -> Function:
+    """The value as a function of outputs with padding."""
+    return lambda h: penalty.value(padded(h, LENGTHS))
 
 
 @LAWS.add()
 def layout_does_not_matter(penalty: ActivityPenalty) -> None:
-    """Padded with lengths or a mask, packed, batch first or not: it is the same batch. Padding is no data; the larger
-    it is, the smaller a mean that counts it. Use `activity.reduce` and `reduce_pairs`, which know what is valid."""
+    """Padded with lengths or a mask, packed, batch first or not, a batch stays the same batch. Padding is no data; the
+    larger it is, the smaller a mean that counts it. Use `activity.reduce` and `reduce_pairs`, which know what is
+    valid."""
     for directions in (BOTH[:1], BOTH):
         h = batch()
         for reduction, one in reduced(penalty):
@@ -98,7 +93,7 @@ def layout_does_not_matter(penalty: ActivityPenalty) -> None:
 
 @LAWS.add()
 def sequences_do_not_mix(penalty: ActivityPenalty) -> None:
-    """What stands beside a sequence in its batch has nothing to do with it: (time, batch, features) has its neighbours
+    """The other sequences of a batch have nothing to do with a sequence: (time, batch, features) has its neighbours
     along the first axis. A batch has the value of its sequences, each in a segment of its own."""
     h = batch()
     for directions in (BOTH[:1], BOTH):
@@ -131,7 +126,7 @@ def reduces_as_it_says(penalty: ActivityPenalty) -> None:
 
 @LAWS.add()
 def time_runs_backward_too(penalty: ActivityPenalty) -> None:
-    """The backward half of a bidirectional module runs against time: what it computed before h_t is h_(t+1). A mirrored
+    """The backward half of a bidirectional module runs against time: before h_t, that half computed h_(t+1). A mirrored
     batch whose halves have changed places has the same value, if neighbours come from `activity.reduce_pairs`, or from
     the `pairs()` of its segments."""
     h = batch(features=6)
@@ -143,7 +138,7 @@ def time_runs_backward_too(penalty: ActivityPenalty) -> None:
 
 @LAWS.add()
 def cells_in_a_loop_are_a_sequence(penalty: ActivityPenalty) -> None:
-    """A cell that is called in a loop is a layer written by hand: each call is a segment, with the state before it.
+    """A cell that is called in a loop is a layer written by hand: each call is a segment, with the state before.
     Take every segment of the activity, and its pairs; do not look for a time axis."""
     for reduction, one in reduced(penalty):
         value, wanted = float(one.value(steps(batch())).detach()), float(one.value(padded(batch(), LENGTHS)))
@@ -152,7 +147,7 @@ def cells_in_a_loop_are_a_sequence(penalty: ActivityPenalty) -> None:
 
 @LAWS.add()
 def sequence_says_whether_time_matters(penalty: ActivityPenalty) -> None:
-    """`sequence = True` on the class keeps a rule off outputs that have no neighbours in time, where it would be
+    """`sequence = True` on the class keeps a rule off outputs that have no neighbours in time, where the rule would be
     without effect. Set it if the value changes with the order of the steps, and only then."""
     h = batch()
     orders = [

@@ -1,4 +1,4 @@
-"""The law of activity penalties that say they are `separable`: many outputs at once are what they are one by one."""
+"""The law of `separable` activity penalties: many outputs at once have the value of the outputs one by one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regkit.testing.samples.layouts import batch
 from regkit.testing.samples.tensors import difference
 
 ACTIVITY_PARTS: Final[Laws[ActivityPenalty]] = Laws()
-"""What every activity penalty keeps that says it is separable."""
+"""The laws of every activity penalty that is declared separable."""
 
 _COUNT: Final = 3
 
@@ -31,17 +31,17 @@ def outputs_side_by_side_add_up(penalty: ActivityPenalty) -> None:
 
 
 def adds_up(penalty: ActivityPenalty) -> None:
-    """Raise Broken unless outputs come to the same side by side, and steps in one sequence."""
+    """Raise Broken unless outputs side by side, and steps in one sequence, have the value of each alone, added up."""
     for scale in SCALES:
         h = torch.cat([batch(seed, scale) for seed in range(_COUNT)], 1)
         for reduction, one in reduced(penalty):
             times = 1 if reduction == "sum" else _COUNT
-            together = dict(_found(one, _together, h))
-            for name, wanted in _found(one, _alone, h):
+            together = dict(_values_and_gradients(one, _together, h))
+            for name, wanted in _values_and_gradients(one, _alone, h):
                 off = difference(times * together[name], wanted, together[name])
                 told = f"the {name} of the {reduction} over {_COUNT} outputs side by side, times {times},"
                 hold(off < 1e-9, f"{told} is off by {off:.3g} of its size from the sum over them one by one")
-            for name, wanted in _found(one, _stepped, h):
+            for name, wanted in _values_and_gradients(one, _stepped, h):
                 off = difference(together[name], wanted, together[name])
                 told = f"the {name} of the {reduction} over the steps of a loop in one sequence"
                 hold(off < 1e-9, f"{told} is off by {off:.3g} of its size from that over the steps one by one")
@@ -51,23 +51,23 @@ _Arranged = Callable[[Tensor], Sequence[Activity]]
 
 
 def _together(h: Tensor) -> list[Activity]:
-    """All outputs in one.  h: (time, count · batch, features)."""
+    """One activity with all outputs side by side.  h: (time, count · batch, features)."""
     return [Activity((Sequenced(h),))]
 
 
 def _alone(h: Tensor) -> list[Activity]:
-    """Each output for itself."""
+    """An activity for each output."""
     return [Activity((Sequenced(one),)) for one in h.chunk(_COUNT, 1)]
 
 
 def _stepped(h: Tensor) -> list[Activity]:
-    """The steps of a loop, each with the one before it."""
+    """An activity of the steps of a loop, each with the step before."""
     calls = h.unbind()
     return [Activity([Stepped(now, calls[t - 1] if t else None) for t, now in enumerate(calls)])]
 
 
-def _found(penalty: ActivityPenalty, arranged: _Arranged, h: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The value and the gradients of outputs arranged in a way, of all activities added up."""
+def _values_and_gradients(penalty: ActivityPenalty, arranged: _Arranged, h: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The value and the gradients, by name, of all activities that `arranged` makes of the outputs, added up."""
     with torch.enable_grad():
         leaf = h.clone().requires_grad_()
         value = torch.stack([penalty.value(activity) for activity in arranged(leaf)]).sum()

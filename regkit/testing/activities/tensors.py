@@ -1,35 +1,35 @@
-"""The laws of activity penalties as functions of tensors: gradients, dtypes, devices, NaN, and what is left alone."""
+"""The laws of activity penalties as functions of tensors: gradients, padding, dtypes, devices, NaN, compilation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Final, cast, get_args
+from collections.abc import Callable, Iterator
+from typing import Final, cast, get_args
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regkit import Activity, ActivityPenalty
 from regkit.activity import Reduction, Sequenced, Stepped
+from regkit.testing import functions as laws
 from regkit.testing.laws import Laws, hold
-from regkit.testing.samples.compiling import compiles
+from regkit.testing.samples.compiling import can_compile, compiles
 from regkit.testing.samples.layouts import BOTH, LENGTHS, batch, mask, packed, padded, steps
-from regkit.testing.samples.tensors import HALVES, difference, random
+from regkit.testing.samples.tensors import HALVES, random
 
 TENSOR_LAWS: Final[Laws[ActivityPenalty]] = Laws()
-"""What every activity penalty keeps, whatever it measures."""
+"""The laws of every activity penalty as a function of tensors."""
 
 SCALES: Final = (1e-2, 1.0, 30.0)
 
 
 def reduced(penalty: ActivityPenalty) -> Iterator[tuple[Reduction, ActivityPenalty]]:
-    """It with each reduction that its class takes."""
+    """A penalty with each reduction that its class takes, by reduction."""
     for name in get_args(type(penalty).model_fields["reduction"].annotation):
         yield cast("Reduction", name), penalty.model_copy(update={"reduction": name})
 
 
 def near(ours: float, wanted: float) -> bool:
-    """Whether two values are the same, up to rounding."""
+    """Whether two values are equal, up to rounding."""
     return abs(ours - wanted) <= 1e-9 * max(abs(wanted), 1e-12)
 
 
@@ -56,7 +56,7 @@ def padding_has_no_part(penalty: ActivityPenalty) -> None:
 
 @TENSOR_LAWS.add()
 def gradient_is_the_slope(penalty: ActivityPenalty) -> None:
-    """The gradient is what trains the model. Do not detach outputs, read numbers out of them, or leave autograd: it is
+    """The gradient trains the model. Do not detach outputs, read their numbers, or leave autograd: the gradient is
     compared with finite differences, in float64."""
     for scale in SCALES:
         for reduction, one in reduced(penalty):
@@ -80,20 +80,21 @@ def gradient_is_finite(penalty: ActivityPenalty) -> None:
     of a sum of squares has none at 0; `torch.linalg.vector_norm` does."""
     zeros, beginning = torch.zeros_like(batch()), batch().index_fill(0, torch.tensor([0, 1], device="cpu"), 0.0)
     cases = {"zeros": zeros, "zeros at two steps": beginning, "equal steps": batch()[:1].repeat(5, 1, 1)}
-    for what, h in cases.items():
-        for reduction, one in reduced(penalty):
-            leaf = h.clone().requires_grad_()
-            gradient = _gradient(one.value(padded(leaf, LENGTHS)), leaf)
-            hold(gradient.isfinite().all(), f"the gradient of the {reduction} is {_strange(gradient)} at {what}")
-    leaf = batch()[:1].requires_grad_()
-    for what, activity in (("padded", padded(leaf)), ("packed", packed(leaf, (1, 1, 1, 1)))):
-        gradient = _gradient(penalty.value(activity), leaf)
-        hold(gradient.isfinite().all(), f"the gradient is {_strange(gradient)} at {what} sequences of one step")
+    for reduction, one in reduced(penalty):
+        laws.is_finite([(f"the gradient by {reduction}", _slopes(one, lambda h: padded(h, LENGTHS)))], cases.items())
+    layouts = {"padded": padded, "packed": lambda h: packed(h, (1, 1, 1, 1))}
+    functions = [(f"the gradient, {name},", _slopes(penalty, layout)) for name, layout in layouts.items()]
+    laws.is_finite(functions, [("sequences of one step", batch()[:1])])
 
 
-def _strange(gradient: Tensor) -> list[Any]:
-    strange: list[Any] = gradient[~gradient.isfinite()].tolist()
-    return strange[:3]
+def _slopes(penalty: ActivityPenalty, layout: Callable[[Tensor], Activity]) -> laws.Function:
+    """The gradient of the value as a function of outputs, by autograd."""
+
+    def slopes(h: Tensor) -> Tensor:
+        leaf = h.clone().requires_grad_()
+        return _gradient(penalty.value(layout(leaf)), leaf)
+
+    return slopes
 
 
 @TENSOR_LAWS.add()
@@ -115,24 +116,23 @@ def gradient_reaches_every_step(penalty: ActivityPenalty) -> None:
 def nan_is_never_hidden(penalty: ActivityPenalty) -> None:
     """A NaN output is a run that has failed, and must be seen. Do not use nan_to_num or nansum, nor a `torch.where` or
     a comparison that takes the other branch for a NaN."""
-    for place in ((0, 0, 0), (1, 1, 3), (4, 1, 2)):
-        h = batch()
-        h[place] = torch.nan
-        for name, activity in (("padded", padded(h, LENGTHS)), ("packed", packed(h)), ("of a cell", steps(h))):
-            value = float(penalty.value(activity).detach())
-            hold(value != value, f"the value is {value:g}, {name}, with a NaN at (time, batch, feature) = {place}")
+    layouts = {"padded": lambda h: padded(h, LENGTHS), "packed": packed, "of a cell": steps}
+    functions = [(f"value(), {name},", _values(penalty, layout)) for name, layout in layouts.items()]
+    laws.shows_nan(functions, [(batch(), place) for place in (0, 23, 70)], laws.OUTPUTS, errors=())
 
 
 @TENSOR_LAWS.add()
 def outputs_are_left_alone(penalty: ActivityPenalty) -> None:
-    """The rest of the model reads the same outputs, and its backward pass needs them. Change nothing in place: no
-    method that ends with `_`, no `out=`."""
-    for h in (batch(), torch.zeros_like(batch())):
-        before, version = h.clone(), h._version
-        for activity in (padded(h), padded(h, LENGTHS), padded(h.transpose(0, 1), LENGTHS, batch_first=True)):
-            penalty.value(activity)
-            off = float((h - before).abs().max())
-            hold(h._version == version and off == 0, f"value() wrote into the outputs: they are changed by {off:g}")
+    """The rest of the model reads the same outputs, and has a backward pass that needs these. Change nothing in place:
+    no method that ends with `_`, no `out=`."""
+    layouts = (padded, lambda h: padded(h, LENGTHS), lambda h: padded(h.transpose(0, 1), LENGTHS, batch_first=True))
+    functions = [("value()", _values(penalty, layout)) for layout in layouts]
+    laws.leaves_alone(functions, [batch(), torch.zeros_like(batch())], laws.OUTPUTS)
+
+
+def _values(penalty: ActivityPenalty, layout: Callable[[Tensor], Activity]) -> laws.Function:
+    """The value as a function of outputs in a layout."""
+    return lambda h: penalty.value(layout(h))
 
 
 @TENSOR_LAWS.add()
@@ -140,57 +140,48 @@ def halves_accumulate_in_float32(penalty: ActivityPenalty) -> None:
     """Sums of many half-precision numbers overflow (65504 in float16) and stall (at 256 in bfloat16). Let
     `activity.reduce` read the outputs, which gives them in float32, or begin with `at_least_float32`."""
     for dtype in HALVES:
-        h = random((64, 8, 64), 5, 3.0, dtype)
-        for reduction, one in reduced(penalty):
-            ours, exact = one.value(padded(h)), one.value(padded(h.double()))
-            off = difference(ours, exact)
-            hold(
-                off < 1e-3,
-                f"the {reduction} over {dtype} outputs is {float(ours):.6g}, where float64 has {float(exact):.6g}",
-            )
+        functions = [(f"value() by {reduction}", _values(one, padded)) for reduction, one in reduced(penalty)]
+        laws.accumulates_wide(functions, [random((64, 8, 64), 5, 3.0, dtype)], 1e-3, laws.OUTPUTS)
 
 
 @TENSOR_LAWS.add()
 def never_waits_for_the_device(penalty: ActivityPenalty) -> None:
     """Reading a number of a tensor back stops a GPU at every step. Avoid `float(t)`, `t.item()`, `t.numpy()`,
     `if t > 0` and boolean indexing; write `torch.where` and tensors without dimensions."""
-    with FakeTensorMode():
-        try:
-            _everything(penalty, "cpu")
-        except Exception as error:  # whatever it meets without data: it is said in full
-            hold(False, f"fake outputs raised {type(error).__name__}: {error}")
+    laws.never_waits(_functions(penalty), [(5, 3, 4)], laws.OUTPUTS)
 
 
 @TENSOR_LAWS.add()
 def stays_on_its_device(penalty: ActivityPenalty) -> None:
     """A constant that is made on the CPU meets outputs on a GPU there, and not here: outputs on `meta` tell. Give
     `device=h.device` to `torch.arange` and the like, and never move h."""
-    try:
-        value = _everything(penalty, "meta")
-    except Exception as error:  # whatever it meets there: it is said in full
-        hold(False, f"outputs on meta raised {type(error).__name__}: {error}")
-    hold(value.is_meta, f"value() of outputs on meta is on {value.device}")
+    laws.stays_on_device(_functions(penalty), [(5, 3, 4)], laws.OUTPUTS)
 
 
-def _everything(penalty: ActivityPenalty, device: str) -> Tensor:
-    """Its value with autograd; and without, with its gradient, if it has one."""
-    with torch.no_grad():
-        value = penalty.value(_on(device))
-        if penalty.offers_gradients:
-            penalty.add_gradients(_on(device), _on(device), value)
-    return penalty.value(_on(device))
+def _functions(penalty: ActivityPenalty) -> list[tuple[str, laws.Function]]:
+    """The functions of a penalty by name: `value` without and with autograd, and `add_gradients` if there is one."""
+
+    def add_gradients(h: Tensor) -> Tensor:
+        gradients = torch.zeros_like(h)
+        amount = torch.ones((), dtype=h.dtype, device=h.device)
+        with torch.no_grad():
+            penalty.add_gradients(_every_segment(h), _every_segment(gradients), amount)
+        return gradients
+
+    value = _values(penalty, _every_segment)
+    functions = [("value()", torch.no_grad()(value)), ("value()", lambda h: value(h.requires_grad_()))]
+    return [*functions, ("add_gradients()", add_gradients)] if penalty.offers_gradients else functions
 
 
-def _on(device: str) -> Activity:
-    """Outputs of which there may be no data: padded, whole, backward, and of a cell."""
-    h = torch.empty(5, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
-    valid = torch.empty(5, 3, 1, dtype=torch.bool, device=device)
+def _every_segment(h: Tensor) -> Activity:
+    """Segments of outputs that may hold no data: padded, whole, backward, and of a cell."""
+    valid = torch.empty(*h.shape[:2], 1, dtype=torch.bool, device=h.device)
     return Activity([Sequenced(h, valid), Sequenced(h), Sequenced(h, valid, backward=True), Stepped(h[1], h[0])])
 
 
-@TENSOR_LAWS.add()
+@TENSOR_LAWS.add(can_compile)
 def compiles_whole(penalty: ActivityPenalty) -> None:
-    """A training step that is compiled as one graph has the value in it. Use torch operations, without print, numpy,
+    """A training step that is compiled as one graph includes the value. Use torch operations, without print, numpy,
     `float(t)` or an `if` on what a tensor holds."""
 
     def value(h: Tensor, valid: Tensor) -> Tensor:

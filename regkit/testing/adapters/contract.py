@@ -1,17 +1,19 @@
-"""Laws of what an adapter says: that it is well formed, and speaks everyone's language."""
+"""Laws of an adapter's declarations: well formed, in the common words, and accepted by regkit itself."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 from torch import nn
 
 import regkit
-from regkit.adapters import OUTPUT_ROLES, WEIGHT_ROLES, Output, Weight
+from regkit.adapters import OUTPUT_ROLES, WEIGHT_ROLES, Weight
+from regkit.plan.declarations import outputs_of, weights_of
 from regkit.testing.adapters.case import Case
-from regkit.testing.laws import Laws, hold
+from regkit.testing.laws import Laws, hold, is_accepted
 
 CONTRACT: Laws[Case] = Laws()
 
@@ -42,23 +44,17 @@ def weights_are_well_formed(case: Case) -> None:
     module = case.module()
     weights = case.weights(module)
     hold(weights, "weights() gives nothing")
-    for weight in weights:
-        hold(isinstance(weight, Weight), f"weights() gives {weight!r}, not a regkit.Weight")
-        _check_weight(case, weight)
     hold(case.weights(module) == weights, "weights() gives something else at its second call")
+    is_accepted(weights_of, case.recurrent(module))
+    for weight in weights:
+        _check_weight(case, weight)
 
 
 def _check_weight(case: Case, weight: Weight) -> None:
-    names, what = weight.parameters, f"the weight {' + '.join(map(str, weight.parameters))}"
-    hold(isinstance(names, tuple) and 1 <= len(names) <= 2, f"{what}: parameters is {names!r}, not one name or a pair")
+    names, what = weight.parameters, f"the weight {' + '.join(weight.parameters)}"
     hold(len(set(names)) == len(names), f"{what} names one parameter twice")
     _check_role(case, what, weight.role)
-    for gate in weight.gates:
-        hold(gate in case.adapter.gates, f"{what} has the gate {gate!r}, which `gates` of the adapter does not have")
-    hold(len(set(weight.gates)) == len(weight.gates), f"{what} has one gate twice: {weight.gates}")
     _check_place(what, [weight.layer], [weight.direction])
-    odd = set(weight.separate) - set(weight.gates)
-    hold(not odd, f"{what} has {sorted(odd)} in separate, which are not among its gates")
     hold(len(names) == 2 or not weight.separate, f"{what} is no pair, and has separate {weight.separate}")
 
 
@@ -66,10 +62,9 @@ def _check_role(case: Case, what: str, role: object) -> None:
     hold(role in case.adapter.roles, f"{what} has the role {role!r}, which `roles` of the adapter does not have")
 
 
-def _check_place(what: str, layers: Sequence[object], directions: Sequence[object]) -> None:
+def _check_place(what: str, layers: Sequence[int], directions: Sequence[str]) -> None:
     for layer in layers:
-        counted = isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
-        hold(counted, f"{what} has the layer {layer!r}; layers are counted from 0")
+        hold(layer >= 0, f"{what} has the layer {layer}; layers are counted from 0")
     for direction in directions:
         hold(direction in _DIRECTIONS, f"{what} has the direction {direction!r}, not forward or backward")
 
@@ -81,8 +76,9 @@ def outputs_are_well_formed(case: Case) -> None:
     """
     module = case.module()
     outputs = case.outputs(module)
+    hold(case.outputs(module) == outputs, "outputs() gives something else at its second call")
+    is_accepted(outputs_of, case.recurrent(module))
     for output in outputs:
-        hold(isinstance(output, Output), f"outputs() gives {output!r}, not a regkit.Output")
         what = f"the output {output.role!r}"
         _check_role(case, what, output.role)
         hold(output.layers and output.directions, f"{what} has no layer, or no direction")
@@ -91,13 +87,12 @@ def outputs_are_well_formed(case: Case) -> None:
     hold(len(set(roles)) == len(roles), f"outputs() gives one role twice: {roles}")
     both = {weight.role for weight in case.weights(module)} & {*roles, *OUTPUT_ROLES}
     hold(not both, f"the roles {sorted(both)} are of weights, and of outputs too: no rule could reach both")
-    hold(case.outputs(module) == outputs, "outputs() gives something else at its second call")
 
 
 @CONTRACT.add()
 def roles_are_spelt_as_everywhere(case: Case) -> None:
-    """A document that says "recurrent" must find it in every model. Use the common roles for what they name; new
-    names are for what has none.
+    """A document that says "recurrent" must find recurrent weights in every model. Use the common roles for all that
+    they name; new names are for what has none.
     """
     common = (*WEIGHT_ROLES, *OUTPUT_ROLES)
     for role in case.adapter.roles:
@@ -107,16 +102,13 @@ def roles_are_spelt_as_everywhere(case: Case) -> None:
 
 @CONTRACT.add()
 def regkit_can_bind_every_weight(case: Case) -> None:
-    """What is named must be there, and its rows must divide into its gates. Name parameters as the module does, and
-    the gates that are stacked in their rows, in their order.
+    """A parameter that is named must be there, with rows that divide into the gates. Name parameters as the module
+    does, and the gates that are stacked in their rows, in their order.
     """
     module = case.module()
     effective = any(len(weight.parameters) == 2 for weight in case.weights(module))
     rules: list[dict[str, Any]] = [{"penalty": "mark(1)"}]
     if effective and not any(weight.separate for weight in case.weights(module)):
         rules.append({"target": {"role": "bias", "bias": "effective"}, "penalty": "mark(1)"})
-    try:
-        regkit.resolve(module, {"rules": rules}, registry=case.registry)
-        assert case.blocks  # each weight, whole and gate by gate
-    except regkit.RegkitError as error:
-        hold(False, str(error))
+    is_accepted(partial(regkit.resolve, registry=case.registry), module, {"rules": rules})
+    is_accepted(lambda: case.blocks)  # each weight, whole and gate by gate

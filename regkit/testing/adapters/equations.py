@@ -1,4 +1,4 @@
-"""Laws of gates, layers and directions: that a rule on one reaches what the module's own equations call so.
+"""Laws of gates, layers and directions: a rule reaches the gate that the module's own equations call by that name.
 
 The equations are the author's, apart from the adapter. They are first held to the module itself: equations that compute
 what it computes cannot have its gates in another order.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from regkit.adapters import Equations, Weight
-from regkit.testing.adapters.case import Case, Parts, first, listed, surely, trained
-from regkit.testing.adapters.weights import acts, title
+from regkit.testing.adapters.case import Case, Parts, gradients_of, listed, map_state, output_of, true_on_error
+from regkit.testing.adapters.weights import has_effect, title
 from regkit.testing.laws import Laws, hold
 
 EQUATIONS: Laws[Case] = Laws()
@@ -23,15 +23,16 @@ EQUATIONS: Laws[Case] = Laws()
 _BATCH = 8
 
 Place = tuple[int, str]
-"""A layer, and a direction in it."""
+"""A layer and a direction."""
 
 
 @dataclass(frozen=True)
 class Walk:
-    """What the equations say of a module over a sequence.
+    """The outputs and states of a module over a sequence, by its equations.
 
-    out: (time, batch, features); states: at each place, in the order of time; last: the input and the state before the
-    step that is computed last.
+    out: (time, batch, features).
+    states: in the order of time, by layer and direction.
+    last: the input and the state before the step that is computed last, by layer and direction.
     """
 
     out: Tensor
@@ -40,7 +41,7 @@ class Walk:
 
 
 def has_equations(case: Case) -> bool:
-    """Whether its author has given equations."""
+    """Whether the example gives equations."""
     return case.example.equations is not None
 
 
@@ -72,15 +73,15 @@ def walk(case: Case, module: nn.Module, x: Tensor) -> Walk:
                 _, h = equations(module, step, h, layer, direction)
                 found.append(h)
             states[layer, direction] = found[::-1] if direction == "backward" else found
-            halves.append(torch.stack([first(h) for h in states[layer, direction]]))
+            halves.append(torch.stack([output_of(h) for h in states[layer, direction]]))
         x = torch.cat(halves, -1)
     return Walk(x, states, last)
 
 
-@EQUATIONS.add(surely(has_equations))
+@EQUATIONS.add(true_on_error(has_equations))
 def equations_are_the_modules_own(case: Case) -> None:
-    """The equations tell which gate is which, so they must be those of the module: step by step, layer by layer, they
-    give what it puts out.
+    """The equations tell which gate is which, and must be the module's own: step by step, layer by layer, their outputs
+    are the module's.
     """
     module, x = case.module(), case.inputs()
     with torch.no_grad():
@@ -90,36 +91,32 @@ def equations_are_the_modules_own(case: Case) -> None:
     hold(off < 1e-9, f"what the equations put out is off by {off:.2g} from what the module does")
 
 
-def _moved(module: nn.Module, gates: Mapping[str, Tensor], gate: str) -> Parts:
-    """How a gate depends on each parameter, the other gates held fixed."""
-    parameters = trained(module)
+def _gate_gradients(module: nn.Module, gates: Mapping[str, Tensor], gate: str) -> Parts:
+    """The gradient of a gate by each parameter, the other gates held fixed."""
     others = [one for name, one in gates.items() if name != gate]
     held = [one.register_hook(_nothing) for one in others]  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     try:
-        found = torch.autograd.grad(
-            gates[gate].sum(), list(parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        return gradients_of(gates[gate].sum(), module, retain_graph=True)
     finally:
         for handle in held:
             handle.remove()
-    return dict(zip(parameters, found, strict=True))
 
 
 def _nothing(gradient: Tensor | None) -> Tensor | None:
     return None if gradient is None else torch.zeros_like(gradient)
 
 
-@EQUATIONS.add(surely(has_gates))
+@EQUATIONS.add(true_on_error(has_gates))
 def gates_are_those_of_the_equations(case: Case) -> None:
-    """A rule on a gate acts on the rows that regkit finds for it in each weight. Name the gates in the order in which
-    they are stacked. In the equations, let a gate that enters another be the very tensor that is returned.
+    """A rule on a gate acts on the rows of that gate in each weight, as found by regkit. Name the gates in the order
+    in which they are stacked. In the equations, let a gate that enters another be the very tensor that is returned.
     """
     module = case.module()
     equations, places = _equations(case), walk(case, module, case.inputs(batch=_BATCH)).last
     weights = [(number, weight) for number, weight in enumerate(case.singles(module)) if weight.gates]
     for place, (x, h) in places.items():
-        gates, _ = equations(module, x.detach(), _fixed(h), *place)
-        moved = {gate: _moved(module, gates, gate) for gate in gates}
+        gates, _ = equations(module, x.detach(), map_state(Tensor.detach, h), *place)
+        moved = {gate: _gate_gradients(module, gates, gate) for gate in gates}
         for number, weight in weights:
             if (weight.layer, weight.direction) == place:
                 _check_gates(case, number, weight, moved)
@@ -131,7 +128,7 @@ def _check_gates(case: Case, number: int, weight: Weight, moved: Mapping[str, Pa
         block = case.blocks[number, gate]
         there = any(bool(marked.any()) for marked in block.values())
         hold(there, f"a rule on the gate {gate!r} of {title(weight)} does nothing")
-        reached = [name for name, effects in moved.items() if acts(effects, block)]
+        reached = [name for name, effects in moved.items() if has_effect(effects, block)]
         rows = _rows(block, weight)
         hold(reached, f"{rows} of {title(weight)} are given as the gate {gate!r}, and move no gate of the equations")
         hold(
@@ -143,17 +140,13 @@ def _check_gates(case: Case, number: int, weight: Weight, moved: Mapping[str, Pa
 
 
 def _rows(block: Parts, weight: Weight) -> str:
-    """Which rows of a weight, as kinds see it, a block is."""
+    """The rows of a block, in the orientation that kinds see: `rows 0 to 3`."""
     (marked,) = [marked for marked in block.values() if bool(marked.any())]
     found = marked.nonzero()[:, 1 if weight.transposed else 0]
     return f"rows {int(found.min())} to {int(found.max())}"
 
 
-def _fixed(h: Any) -> Any:
-    return h.detach() if isinstance(h, Tensor) else tuple(_fixed(part) for part in h)
-
-
-@EQUATIONS.add(surely(has_equations))
+@EQUATIONS.add(true_on_error(has_equations))
 def layers_and_directions_are_those_of_the_equations(case: Case) -> None:
     """A rule on a layer or a direction acts on the weights that are there. Count layers from the input, from 0; in the
     backward direction time runs the other way.
@@ -161,13 +154,10 @@ def layers_and_directions_are_those_of_the_equations(case: Case) -> None:
     module = case.module()
     equations, places = _equations(case), walk(case, module, case.inputs(batch=_BATCH)).last
     for place, (x, h) in places.items():
-        _, new = equations(module, x.detach(), _fixed(h), *place)
-        total = first(new).square().sum()
-        parameters = trained(module)
-        found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        effects = dict(zip(parameters, found, strict=True))
+        _, new = equations(module, x.detach(), map_state(Tensor.detach, h), *place)
+        effects = gradients_of(output_of(new).square().sum(), module)
         for number, weight in enumerate(case.singles(module)):
-            inside, said = acts(effects, case.blocks[number, None]), (weight.layer, weight.direction)
+            inside, said = has_effect(effects, case.blocks[number, None]), (weight.layer, weight.direction)
             where = f"in layer {place[0]}, {place[1]}, of the equations"
             hold(inside or said != place, f"{title(weight)} is said to be, and is not, {where}")
             hold(not inside or said == place, f"{title(weight)} is {where}, and said to be in {said[0]}, {said[1]}")

@@ -1,4 +1,4 @@
-"""The law of the forms that an adapter names: what is at that place is what its segments are made of."""
+"""The law of the forms that an adapter gives: a form and the segments of an output mean one tensor."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from regkit.activity import Pairs, Segment, of_output, of_step
 from regkit.adapters import Adapter, Form, OutputSite
-from regkit.testing.adapters.case import Case, surely
-from regkit.testing.adapters.outputs import watched
+from regkit.testing.adapters.case import Case, true_on_error
+from regkit.testing.adapters.outputs import observed_calls
 from regkit.testing.laws import Laws, hold
 
 FORMS: Laws[Case] = Laws()
 
 
 def _sites(case: Case, module: nn.Module) -> Iterator[OutputSite]:
-    """Each output: whole, and every layer and direction of it alone."""
+    """The sites of each output: the whole, and every layer and direction alone."""
     for output in case.outputs(module):
         whole = OutputSite("", "", type(module).__name__, output.role, output.layers, output.directions)
         yield whole
@@ -28,29 +28,29 @@ def _sites(case: Case, module: nn.Module) -> Iterator[OutputSite]:
             yield replace(whole, layers=(layer,), directions=(direction,))
 
 
-def _formed(case: Case, module: nn.Module) -> list[tuple[OutputSite, Form]]:
-    """The outputs that have a form, with that."""
+def _sites_with_form(case: Case, module: nn.Module) -> list[tuple[OutputSite, Form]]:
+    """The outputs that have a form, each with the form."""
     found = ((site, case.adapter.form(module, site)) for site in _sites(case, module))
     return [(site, form) for site, form in found if form is not None]
 
 
 def _has_forms(case: Case) -> bool:
-    return type(case.adapter).form is not Adapter.form and bool(_formed(case, case.module()))
+    return type(case.adapter).form is not Adapter.form and bool(_sites_with_form(case, case.module()))
 
 
-@FORMS.add(surely(_has_forms))
+@FORMS.add(true_on_error(_has_forms))
 def form_is_what_segments_make(case: Case) -> None:
-    """Outputs of a form are reduced many at a time, from what observe() keeps and without segments(): both must mean
-    one tensor, with the same neighbours in time. Name the role, `before` for a cell, the module's batch_first and its
-    directions; for final states, and where padding is known without lengths(), return None.
+    """Outputs of a form are reduced many at a time, from the tensors of observe() and without segments(): both must
+    mean one tensor, with the same neighbours in time. Name the role, `before` for a cell, the module's batch_first and
+    its directions; for final states, and where padding is known without lengths(), return None.
     """
     module = case.module()
-    formed = _formed(case, module)
-    _, calls = watched(case, module, case.inputs())
+    formed = _sites_with_form(case, module)
+    _, calls = observed_calls(case, module, case.inputs())
     for site, form in formed:
         hold(isinstance(form, Form), f"form() gives {form!r} for {site.role!r}, not a regkit.Form or None")
-        for step, seen in enumerate(calls):
-            _compare(case, module, site, form, seen.observed, step)
+        for step, call in enumerate(calls):
+            _compare(case, module, site, form, call.observed, step)
 
 
 def _compare(
@@ -63,17 +63,20 @@ def _compare(
     rank = 3 if form.before is None else 2
     fits = isinstance(h, Tensor) and h.dim() == rank
     hold(fits, f"the form {what} names {form.role!r}, which is no tensor of {rank} dimensions")
-    meant, made = _meant(site, form, observed), case.adapter.segments(module, site, observed, None, step)
+    meant, made = _segments_of_form(site, form, observed), case.adapter.segments(module, site, observed, None, step)
     hold(len(made) == len(meant), f"segments() makes {len(made)} segments {what}, where the form means {len(meant)}")
-    for ours, theirs in zip(meant, made, strict=True):
-        (values, _), (others, valid) = ours.values(), theirs.values()
+    for meant_segment, made_segment in zip(meant, made, strict=True):
+        (values, _), (others, valid) = meant_segment.values(), made_segment.values()
         hold(valid is None, f"segments() leaves something out {what}, which has a form, without being told to")
-        hold(_same(values, others), f"the form {what} means {_shaped(values)}, and segments() makes {_shaped(others)}")
-        same = _same_pairs(ours.pairs(), theirs.pairs())
+        hold(
+            _same(values, others),
+            f"the form {what} means {_described(values)}, and segments() makes {_described(others)}",
+        )
+        same = _same_pairs(meant_segment.pairs(), made_segment.pairs())
         hold(same, f"the form {what} has other neighbours at call {step} than segments() gives")
 
 
-def _meant(site: OutputSite, form: Form, observed: Mapping[str, Any]) -> list[Segment]:
+def _segments_of_form(site: OutputSite, form: Form, observed: Mapping[str, Any]) -> list[Segment]:
     """The segments that a form means."""
     h = observed[form.role]
     if form.before is not None:
@@ -81,15 +84,15 @@ def _meant(site: OutputSite, form: Form, observed: Mapping[str, Any]) -> list[Se
     return of_output(h, batch_first=form.batch_first, directions=form.directions, wanted=site.directions, valid=None)
 
 
-def _same(ours: Tensor, others: Tensor) -> bool:
-    return ours.shape == others.shape and torch.equal(ours, others)
+def _same(meant: Tensor, made: Tensor) -> bool:
+    return meant.shape == made.shape and torch.equal(meant, made)
 
 
-def _same_pairs(ours: Pairs | None, others: Pairs | None) -> bool:
-    if ours is None or others is None:
-        return ours is others
-    return all(map(_same, ours[:2], others[:2])) and others[2] is None
+def _same_pairs(meant: Pairs | None, made: Pairs | None) -> bool:
+    if meant is None or made is None:
+        return meant is made
+    return all(map(_same, meant[:2], made[:2])) and made[2] is None
 
 
-def _shaped(h: Tensor) -> str:
+def _described(h: Tensor) -> str:
     return f"{tuple(h.shape)} of norm {float(h.detach().norm()):.6g}"

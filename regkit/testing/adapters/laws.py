@@ -1,4 +1,4 @@
-"""The laws that adapters keep: that each weight is what its adapter calls it, and each output too."""
+"""The laws of adapters: each weight and output is as its adapter declares; `check_adapter` and `check_example`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from regkit.adapters import Adapter, Equations, Example
-from regkit.testing.adapters.case import Case, quiet
+from regkit.testing.adapters.case import Case, seeded
 from regkit.testing.adapters.contract import CONTRACT
 from regkit.testing.adapters.equations import EQUATIONS
 from regkit.testing.adapters.forms import FORMS
@@ -33,12 +33,12 @@ def check_adapter(
     call: Callable[[nn.Module, Any], Any] | None = None,
     ignored: tuple[str, ...] = (),
 ) -> Report:
-    """Try every law on an adapter and a module that the factory makes; `Example` says what the options mean.
+    """Try every law on an adapter and a module that the factory makes; the options are as of `Example`.
 
     features: left out, the module's `input_size`. Raises TypeError where it has none.
     """
     if features is None:
-        with quiet(0):
+        with seeded(0):
             features = getattr(module_factory(), "input_size", None)
         if not isinstance(features, int):
             raise TypeError("the module has no input_size: say features=, how many its input has")
@@ -46,7 +46,7 @@ def check_adapter(
 
 
 def check_example(adapter: Adapter, example: Example) -> Report:
-    """The same for an example of the adapter's own: `[check_example(adapter, e) for e in adapter.examples()]`.
+    """Try every law on an adapter and one of its examples: `[check_example(adapter, e) for e in adapter.examples()]`.
 
     An adapter that is not well formed is tried no further: all else would fail for that reason.
     """

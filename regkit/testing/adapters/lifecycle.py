@@ -1,4 +1,4 @@
-"""Laws of living on a model: an attached module is what it was, and an adapter remembers nothing."""
+"""Laws of an attached model: the module computes as before, and the adapter remembers nothing."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import regkit
-from regkit.testing.adapters.case import Case, quiet, surely, trained
-from regkit.testing.adapters.outputs import by_hand, kinds, put_out, puts_out
+from regkit.testing.adapters.case import Case, seeded, trained_parameters, true_on_error
+from regkit.testing.adapters.outputs import by_hand, has_main_output, kinds, main_output
 from regkit.testing.adapters.weights import ignored, masked_out
 from regkit.testing.laws import Laws, hold
+from regkit.testing.memory import remembers_nothing
 
 TRACES: Laws[Case] = Laws()
 
@@ -28,12 +29,12 @@ def _on_everything(case: Case, module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _pass(case: Case, module: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a module puts out, and the gradients of a random sum of it."""
+    """The output of a module, and the gradients of a random sum of the output."""
     module.zero_grad()
     out = case.run(module, x)
-    with quiet(3):
+    with seeded(3):
         (out * torch.randn_like(out)).sum().backward()
-    return out.detach(), {name: p.grad.clone() for name, p in trained(module).items() if p.grad is not None}
+    return out.detach(), {name: p.grad.clone() for name, p in trained_parameters(module).items() if p.grad is not None}
 
 
 def _same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]], when: str) -> None:
@@ -45,8 +46,8 @@ def _same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, 
 
 @TRACES.add()
 def attaching_changes_nothing(case: Case) -> None:
-    """An attached model computes what it computed, bit for bit, and has the same class, parameters and attributes; a
-    detached one as well. Leave the module alone in all that an adapter does.
+    """An attached model computes as before, bit for bit, and has the same class, parameters and attributes; a detached
+    one as well. Leave the module alone in all that an adapter does.
     """
     module, x = case.module(), case.inputs()
     before, kind, keys, own = _pass(case, module, x), type(module), list(module.state_dict()), set(vars(module))
@@ -61,39 +62,29 @@ def attaching_changes_nothing(case: Case) -> None:
     hold(type(module) is kind and list(module.state_dict()) == keys, "the module is not what it was, after detach()")
 
 
-def _memory(case: Case) -> dict[str, str]:
-    """All that an adapter has of its own, and its classes."""
-    own = {name: repr(value) for name, value in vars(case.adapter).items()}
-    for cls in type(case.adapter).__mro__:
-        if cls not in (regkit.Adapter, object):
-            shared = {name: value for name, value in vars(cls).items() if not name.startswith("__")}
-            own |= {f"{cls.__name__}.{name}": repr(value) for name, value in shared.items()}
-    return own
-
-
 @TRACES.add()
 def holds_no_state(case: Case) -> None:
-    """One adapter serves every model, in every thread. Keep nothing on it: what segments() needs, observe() hands
-    on.
+    """One adapter serves every model, in every thread. Keep nothing on the adapter: observe() hands on all that
+    segments() needs.
     """
-    before = _memory(case)
     module = case.module()
-    with case.attached(module, *_on_everything(case, module)) as attachment:
-        for seed in (1, 2):
-            case.run(module, case.inputs(seed=seed))
-            attachment.penalty()
-    after = _memory(case)
-    changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
-    hold(not changed, f"after a pass the adapter has other attributes: {', '.join(changed)}")
+
+    def use() -> None:
+        with case.attached(module, *_on_everything(case, module)) as attachment:
+            for seed in (1, 2):
+                case.run(module, case.inputs(seed=seed))
+                attachment.penalty()
+
+    remembers_nothing(case.adapter, regkit.Adapter, use)
 
 
-@TRACES.add(surely(puts_out))
+@TRACES.add(true_on_error(has_main_output))
 def serves_several_modules_in_turn(case: Case) -> None:
     """Two modules of a model are called in turn, and each more than once, before their activity is penalized. Take all
     from what was observed of each call.
     """
     modules = nn.ModuleList([case.module(), case.module(seed=1)])
-    output = put_out(case, case.module())
+    output = main_output(case, case.module())
     outs: list[list[Tensor]] = [[], []]
     rules = [
         {"name": f"{kind} {at}", "target": {"module": str(at), "role": output.role}, "penalty": f"{kind}(1)"}
@@ -131,10 +122,10 @@ def copies_carry_the_rules(case: Case) -> None:
         expected = float(attachment.values()["squares"])
         for name, way in ways.items():
             copied = way(module)
-            theirs = regkit.attachments(copied)
-            hold(theirs, f"a {name} of an attached module has no rules")
-            value = float(theirs[0].values()["squares"])
-            theirs[0].detach()
+            attachments = regkit.attachments(copied)
+            hold(attachments, f"a {name} of an attached module has no rules")
+            value = float(attachments[0].values()["squares"])
+            attachments[0].detach()
             hold(value == expected, f"a penalty is {expected:.6g}, and {value:.6g} of a {name} of the module")
 
 
@@ -147,26 +138,26 @@ def _pickles(module: nn.Module) -> bool:
 
 
 def acts_as_kept(case: Case) -> bool:
-    """Whether no weight goes through a function first, of which an l2 is no decay of what is kept."""
+    """Whether no weight goes through a function: an l2 of a function is no decay of the parameter."""
     return all(weight.through is None for weight in case.weights(case.module()))
 
 
-@TRACES.add(surely(acts_as_kept))
+@TRACES.add(true_on_error(acts_as_kept))
 def l2_is_weight_decay(case: Case) -> None:
-    """A rule on everything does in a training step what torch's own weight decay does. Cover every weight once."""
+    """A rule on everything acts in a training step as torch's own weight decay does. Cover every weight once."""
     x = case.inputs()
-    ours, theirs = case.module(), case.module()
-    left_out, out = ignored(case, trained(ours)), masked_out(case, ours)
+    regularized, decayed = case.module(), case.module()
+    left_out, out = ignored(case, trained_parameters(regularized)), masked_out(case, regularized)
     groups = [
-        {"params": [p for name, p in trained(theirs).items() if name not in left_out], "weight_decay": _DECAY},
-        {"params": [p for name, p in trained(theirs).items() if name in left_out], "weight_decay": 0.0},
+        {"params": [parameter], "weight_decay": 0.0 if name in left_out else _DECAY}
+        for name, parameter in trained_parameters(decayed).items()
     ]
-    optimizers = [torch.optim.SGD(trained(ours).values(), lr=0.1), torch.optim.SGD(groups, lr=0.1)]
-    with case.attached(ours, {"penalty": {"kind": "squares", "strength": _DECAY / 2}}):
-        for module, optimizer in zip((ours, theirs), optimizers, strict=True):
+    optimizers = [torch.optim.SGD(trained_parameters(regularized).values(), lr=0.1), torch.optim.SGD(groups, lr=0.1)]
+    with case.attached(regularized, {"penalty": {"kind": "squares", "strength": _DECAY / 2}}):
+        for module, optimizer in zip((regularized, decayed), optimizers, strict=True):
             for _ in range(2):
                 _pass(case, module, x)
                 optimizer.step()
-    for name, parameter in trained(ours).items():
-        away = torch.where(out[name], 0.0, (parameter - trained(theirs)[name]).detach()).abs().max()
+    for name, parameter in trained_parameters(regularized).items():
+        away = torch.where(out[name], 0.0, (parameter - trained_parameters(decayed)[name]).detach()).abs().max()
         hold(away < 1e-9, f"after two steps with an l2, {name} is {away:.2g} away from where weight_decay brings it")

@@ -1,4 +1,4 @@
-"""Laws of outputs: what is observed of a call, and that activity penalties are of just that, in every layout."""
+"""Laws of outputs: the observed outputs of a call, and activity penalties of just these outputs, in every layout."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from regkit.adapters import Adapter, Output
-from regkit.testing.adapters.case import TIME, Case, listed, surely
+from regkit.testing.adapters.case import TIME, Case, listed, true_on_error
 from regkit.testing.adapters.equations import has_equations, walk
 from regkit.testing.laws import Laws, hold
 
 OUTPUTS: Laws[Case] = Laws()
 
 LENGTHS: Final = (TIME, TIME - 2, TIME - 3)
-"""Of the sequences in a padded or packed batch."""
+"""The lengths of the sequences in a padded or packed batch."""
 
 
 @dataclass(frozen=True)
-class LiveActivity:
-    """One call of a module: what it was given, what it returned, and what the adapter observed of it."""
+class ObservedCall:
+    """One call of a module: the arguments, the result, and the outputs that the adapter observed."""
 
-    given: tuple[Any, ...]
+    arguments: tuple[Any, ...]
     result: Any
     observed: Mapping[str, Any]
 
 
-def watched(case: Case, module: nn.Module, x: Tensor | PackedSequence) -> tuple[Any, list[LiveActivity]]:
-    """What the module puts out over x, and its calls."""
-    calls: list[LiveActivity] = []
+def observed_calls(case: Case, module: nn.Module, x: Tensor | PackedSequence) -> tuple[Any, list[ObservedCall]]:
+    """The output of the module over x, and the calls of the module."""
+    calls: list[ObservedCall] = []
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        calls.append(LiveActivity((args, kwargs), result, case.adapter.observe(module, args, kwargs, result)))
+        calls.append(ObservedCall((args, kwargs), result, case.adapter.observe(module, args, kwargs, result)))
 
     handle = module.register_forward_hook(see, with_kwargs=True)
     try:
@@ -45,7 +45,7 @@ def watched(case: Case, module: nn.Module, x: Tensor | PackedSequence) -> tuple[
 
 
 def tensors(parts: Any) -> Iterator[Tensor]:
-    """Every tensor in what a call was given or returned."""
+    """Every tensor in the arguments or the result of a call."""
     if isinstance(parts, Tensor):
         yield parts
     elif isinstance(parts, PackedSequence):
@@ -57,59 +57,59 @@ def tensors(parts: Any) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
-# --- what is observed ------------------------------------------------------------------------------------------------
+# --- observed outputs ------------------------------------------------------------------------------------------------
 
 
 @OUTPUTS.add()
 def observe_gives_every_output(case: Case) -> None:
-    """What outputs() promises, observe() must bring, with its gradient: a penalty on a detached tensor trains nothing,
-    and no one would be told.
+    """An output of outputs() must be given by observe(), with its gradient: a penalty on a detached tensor trains
+    nothing, and no one would be told.
     """
     module = case.module()
-    _, calls = watched(case, module, case.inputs())
+    _, calls = observed_calls(case, module, case.inputs())
     hold(calls, "the module was not called: call it, not its forward(), which runs no hooks")
-    for seen in calls:
+    for call in calls:
         for output in case.outputs(module):
-            hold(output.role in seen.observed, f"observe() gives {listed(seen.observed)}, and no {output.role!r}")
-            parts = list(tensors(seen.observed[output.role]))
-            one = seen.observed[output.role]
+            hold(output.role in call.observed, f"observe() gives {listed(call.observed)}, and no {output.role!r}")
+            one = call.observed[output.role]
+            parts = list(tensors(one))
             hold(len(parts) == 1, f"observe() gives {type(one).__name__} for {output.role!r}, not a tensor")
             hold(parts[0].requires_grad, f"observe() gives {output.role!r} without its gradient: was it detached?")
 
 
 @OUTPUTS.add()
 def observe_computes_nothing(case: Case) -> None:
-    """observe() runs within the forward pass, also in evaluation, under checkpoints and compiled. Pick parts of what
-    was given and returned, or views of them; compute in segments().
+    """observe() runs within the forward pass, also in evaluation, under checkpoints and compiled. Pick parts of the
+    arguments and the result, or views of them; compute in segments().
     """
     module = case.module()
-    _, calls = watched(case, module, case.inputs())
-    for seen in calls:
-        there = {part.untyped_storage().data_ptr() for part in tensors((*seen.given, seen.result))}
-        for name, one in seen.observed.items():
+    _, calls = observed_calls(case, module, case.inputs())
+    for call in calls:
+        there = {part.untyped_storage().data_ptr() for part in tensors((*call.arguments, call.result))}
+        for name, one in call.observed.items():
             made = [part for part in tensors(one) if part.untyped_storage().data_ptr() not in there]
             hold(not made, f"observe() gives for {name!r} a new tensor, which is no part of what the call returned")
 
 
-def puts_out(case: Case) -> bool:
-    """Whether the adapter has what the module puts out."""
-    return case.put_out(case.module()) is not None
+def has_main_output(case: Case) -> bool:
+    """Whether the adapter has the module's main output."""
+    return case.main_output(case.module()) is not None
 
 
-def put_out(case: Case, module: nn.Module) -> Output:
-    """The output that is what the module puts out."""
-    found = case.put_out(module)
+def main_output(case: Case, module: nn.Module) -> Output:
+    """The module's main output."""
+    found = case.main_output(module)
     assert found is not None
     return found
 
 
-@OUTPUTS.add(surely(puts_out))
+@OUTPUTS.add(true_on_error(has_main_output))
 def output_is_what_the_module_puts_out(case: Case) -> None:
-    """The output is what the next layer gets; another state beside it has a role of its own, as `cell`."""
+    """The output is the input of the next layer; another state beside the output has a role of its own, as `cell`."""
     module = case.module()
-    role = put_out(case, module).role
-    out, calls = watched(case, module, case.inputs())
-    observed = [seen.observed[role] for seen in calls]
+    role = main_output(case, module).role
+    out, calls = observed_calls(case, module, case.inputs())
+    observed = [call.observed[role] for call in calls]
     whole = torch.stack(observed) if case.adapter.steps else observed[-1]
     layouts = [whole, whole.transpose(0, 1)] if getattr(module, "batch_first", False) else [whole]
     same = any(one.shape == out.shape and torch.equal(one, out) for one in layouts)
@@ -120,26 +120,26 @@ def _steps(case: Case) -> bool:
     return case.adapter.steps
 
 
-@OUTPUTS.add(surely(_steps))
+@OUTPUTS.add(true_on_error(_steps))
 def starts_only_at_the_beginning(case: Case) -> None:
-    """starts() tells one sequence from the next where a cell runs twice within lengths(). It may be true of a first
-    call alone, and where it is told by the missing state it must be.
+    """starts() tells one sequence from the next where a cell runs twice within lengths(). Only of a first call may
+    starts() be true, and where it is told by the missing state it must be.
     """
     module = case.module()
-    _, calls = watched(case, module, case.inputs())
+    _, calls = observed_calls(case, module, case.inputs())
     claims = type(case.adapter).starts is not Adapter.starts
-    for at, seen in enumerate(calls):
-        said = bool(case.adapter.starts(seen.observed))
+    for at, call in enumerate(calls):
+        said = bool(case.adapter.starts(call.observed))
         hold(not said or at == 0, f"starts() is true at call {at} of one sequence, counted from 0")
         missed = claims and at == 0 and not said and case.starts_without_state(module)
         hold(not missed, "starts() is false at a first call, which was given no state")
 
 
-# --- penalties on it -------------------------------------------------------------------------------------------------
+# --- penalties on outputs --------------------------------------------------------------------------------------------
 
 
 def by_hand(kind: str, sequences: Sequence[Tensor], directions: Sequence[str], wanted: Sequence[str]) -> Tensor:
-    """What an activity penalty comes to.  sequences: (time, directions · features) each, without padding -> ()."""
+    """The value of an activity penalty, by hand.  sequences: (time, directions · features) each, no padding -> ()."""
     parts = [torch.zeros(0, dtype=torch.float64)]
     for sequence in sequences:
         for direction, h in zip(directions, sequence.chunk(len(directions), -1), strict=True):
@@ -154,14 +154,16 @@ _WHAT: Final = {"mean_square": "the mean of h²", "neighbours": "the mean of (h_
 
 
 def kinds(output: Output) -> list[str]:
-    """The activity penalties that an output can have: where it is no sequence, it has no neighbours to compare."""
+    """The activity penalties that an output can have: without `neighbours` where the output is no sequence."""
     return list(_WHAT) if output.sequence else ["mean_square"]
 
 
-def _agree(case: Case, x: Tensor | PackedSequence, out: Sequence[Tensor], lengths: Sequence[int] | None = None) -> None:
-    """Hold the penalties over x, in all its directions and in each, to what they are by hand."""
+def _check_values(
+    case: Case, x: Tensor | PackedSequence, out: Sequence[Tensor], lengths: Sequence[int] | None = None
+) -> None:
+    """Raise Broken unless the penalties over x, in all directions and in each, are the values by hand."""
     module = case.module()
-    output = put_out(case, module)
+    output = main_output(case, module)
     choices = [output.directions, *((one,) for one in output.directions if len(output.directions) > 1)]
     for wanted in choices:
         for kind in kinds(output):
@@ -175,29 +177,29 @@ def _agree(case: Case, x: Tensor | PackedSequence, out: Sequence[Tensor], length
             )
 
 
-@OUTPUTS.add(surely(puts_out))
+@OUTPUTS.add(true_on_error(has_main_output))
 def segments_are_of_the_whole_output(case: Case) -> None:
     """Activity penalties are means over all that was put out, and over all neighbours in time. Lay out the segments as
     (time, batch, features), for each direction that the site wants: `of_output` and `of_step` do it.
     """
     x = case.inputs()
-    _agree(case, x, list(case.run(case.module(), x).detach().unbind(1)))
+    _check_values(case, x, list(case.run(case.module(), x).detach().unbind(1)))
 
 
-@OUTPUTS.add(surely(puts_out))
+@OUTPUTS.add(true_on_error(has_main_output))
 def segments_leave_out_padding(case: Case) -> None:
-    """Within lengths(), what lies behind the end of a sequence counts for nothing. Hand `valid` and `step` on to
+    """Within lengths(), padding behind the end of a sequence counts for nothing. Hand `valid` and `step` on to
     `of_output` or `of_step`.
     """
     x = case.inputs()
     sequences = case.run(case.module(), x).detach().unbind(1)
     data = [one[:length] for one, length in zip(sequences, LENGTHS, strict=True)]
-    _agree(case, x, data, LENGTHS)
+    _check_values(case, x, data, LENGTHS)
 
 
 def takes_unbatched(case: Case) -> bool:
-    """Whether the module takes (time, features), and makes of it what it makes of a batch of one."""
-    if not puts_out(case) or not (case.starts_without_state(case.module()) or case.example.call):
+    """Whether the module takes (time, features), with the output of a batch of one."""
+    if not has_main_output(case) or not (case.starts_without_state(case.module()) or case.example.call):
         return False
     module, x = case.module(), case.inputs(batch=1)
     with torch.no_grad():
@@ -209,16 +211,16 @@ def takes_unbatched(case: Case) -> bool:
     return isinstance(out, Tensor) and out.shape == batched.shape and torch.allclose(out, batched, atol=1e-9)
 
 
-@OUTPUTS.add(surely(takes_unbatched))
+@OUTPUTS.add(true_on_error(takes_unbatched))
 def segments_of_unbatched_input_are_right(case: Case) -> None:
     """(time, features) is one sequence, not a batch of short ones, whatever batch_first says: `of_output` knows."""
     x = case.inputs(batch=1)[:, 0]
-    _agree(case, x, [case.run(case.module(), x).detach()])
+    _check_values(case, x, [case.run(case.module(), x).detach()])
 
 
 def takes_packed(case: Case) -> bool:
-    """Whether the module takes packed sequences, and makes of each what it makes of it alone."""
-    if not puts_out(case) or case.adapter.steps:
+    """Whether the module takes packed sequences, with the outputs of the sequences one by one."""
+    if not has_main_output(case) or case.adapter.steps:
         return False
     module, x = case.module(), case.inputs()
     with torch.no_grad():
@@ -234,15 +236,14 @@ def takes_packed(case: Case) -> bool:
     return all(torch.allclose(one, other, atol=1e-9) for one, other in zip(alone, found, strict=True))
 
 
-@OUTPUTS.add(surely(takes_packed))
+@OUTPUTS.add(true_on_error(takes_packed))
 def segments_of_packed_sequences_are_right(case: Case) -> None:
-    """A packed sequence knows its own lengths, and its rows are of all sequences in turn. `of_output` takes it as it
-    is.
-    """
+    """A packed sequence knows its own lengths, and has rows of all sequences in turn. `of_output` takes such a sequence
+    as it is."""
     x = case.inputs()
     module = case.module()
     alone = [case.run(module, x[:length, [at]])[:, 0].detach() for at, length in enumerate(LENGTHS)]
-    _agree(case, pack_padded_sequence(x, torch.tensor(LENGTHS)), alone)
+    _check_values(case, pack_padded_sequence(x, torch.tensor(LENGTHS)), alone)
 
 
 def _has_states(case: Case) -> bool:
@@ -250,7 +251,7 @@ def _has_states(case: Case) -> bool:
     return has_equations(case) and any(output.role in ("state", "cell") for output in outputs)
 
 
-@OUTPUTS.add(surely(_has_states))
+@OUTPUTS.add(true_on_error(_has_states))
 def states_are_those_of_the_equations(case: Case) -> None:
     """`state` is the last h of every layer and direction, `cell` the last c (of a cell, each c). Give the segments of
     the layers and directions that the site wants, and no others.

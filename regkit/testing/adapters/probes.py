@@ -1,4 +1,4 @@
-"""What an adapter is tried with: kinds of which the value is known by hand, and a registry that knows nothing else."""
+"""Kinds with values known by hand, and a registry of these kinds and one adapter alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Neighbours(regkit.ActivityPenalty):
 
 
 class _Plugin:
-    """The adapter that is tried, with kinds of our own: no other plugin has a say."""
+    """A plugin of the adapter on trial and the kinds of this room."""
 
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
@@ -83,7 +83,7 @@ def registry_of(adapter: Adapter) -> regkit.Registry:
 
 
 def numbered(adapter: Adapter, module: nn.Module, weights: Sequence[Weight]) -> Adapter:
-    """An adapter in which each weight is a layer of its own: so a target can choose any one of them."""
+    """An adapter in which each weight is a layer of its own, so that a target can choose any weight."""
 
     class Numbered(Adapter):
         modules: ClassVar[tuple[type[nn.Module] | str, ...]] = (type(module),)

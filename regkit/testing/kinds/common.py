@@ -7,24 +7,23 @@ import json
 import math
 import pickle
 import random
-import re
 from collections.abc import Iterator
-from typing import Any, Final, TypeVar, cast
+from typing import Final, TypeVar, cast
 
 import numpy as np
 import torch
 from pydantic import ValidationError
 
+from regkit import Registry
 from regkit.kinds import Kind
-from regkit.testing.laws import Law, Laws, Report, hold
+from regkit.testing.laws import Law, Laws, Report, hold, is_accepted
+from regkit.testing.memory import remembers_nothing
 from regkit.testing.samples.tensors import identical, outcomes
 
 K = TypeVar("K", bound=Kind)
 
 KIND_LAWS: Final[Laws[Kind]] = Laws()
-"""What every kind keeps, whatever its family."""
-
-_NAME: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
+"""The laws of every kind, in every family."""
 
 
 def report(laws: Laws[K], contract: type, subject: K | type[K]) -> Report:
@@ -45,7 +44,7 @@ def report(laws: Laws[K], contract: type, subject: K | type[K]) -> Report:
 
 
 def title(kind: Kind) -> str:
-    """What a kind is called in results."""
+    """The name of a kind in results: `l2(strength=0.1)`."""
     try:
         return kind.describe()
     except Exception:  # that it raises is what the law `described` tells
@@ -72,14 +71,14 @@ def named(kind: Kind) -> None:
     """A document calls a kind by its name, which is also its key in every saved spec. Give the class a field
     `kind: Literal["its_name"] = "its_name"`, in lower case, with underscores, and dots after a distribution's name."""
     name = type(kind).kind_name()
-    hold(_NAME.fullmatch(name) and len(name) <= 100, f"the name {name!r}")
+    is_accepted(Registry(entry_points=False).register, type(kind))
     hold(kind.kind == name, f"kind is {kind.kind!r}, where the class says {name!r}")
 
 
 @KIND_LAWS.add()
 def documented(kind: Kind) -> None:
-    """`regkit kinds` and the JSON Schema are a kind's manual. Write a docstring under the class line (what it is, its
-    formula, its source) and one under each option (what it is, its range)."""
+    """`regkit kinds` and the JSON Schema are a kind's manual. Write a docstring under the class line (the formula and
+    its source) and one under each option (what it is, its range)."""
     cls = type(kind)
     meaning = vars(cls).get("__doc__")
     hold(meaning and meaning.strip(), f"{cls.__qualname__} has no docstring")
@@ -90,7 +89,7 @@ def documented(kind: Kind) -> None:
 
 @KIND_LAWS.add()
 def described(kind: Kind) -> None:
-    """Plans, errors and reports say a kind and its options on one line. Leave `describe` as it is, or return one line
+    """Plans, errors and reports say a kind and its options on one line. Leave `describe` alone, or return one line
     that begins with the kind's name."""
     line = kind.describe()
     hold(isinstance(line, str) and line.startswith(kind.kind) and "\n" not in line, f"describe() gives {line!r}")
@@ -157,19 +156,15 @@ def numbers_strict(kind: Kind) -> None:
 
 @KIND_LAWS.add()
 def stateless(kind: Kind) -> None:
-    """A kind is shared by many weights, copied, and asked again when a run is resumed: what it remembers would mix
-    them up. Compute everything from the options and the arguments; keep no counter, buffer or cache on self or on the
+    """A kind is shared by many weights, copied, and asked again when a run is resumed: a memory would mix these up.
+    Compute everything from the options and the arguments; keep no counter, buffer or cache on self or on the
     class."""
-    before = _memory(kind)
-    outcomes(kind)
-    after = _memory(kind)
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    hold(not changed, f"its functions changed {', '.join(changed)}")
+    remembers_nothing(kind, Kind, lambda: outcomes(kind))
 
 
 @KIND_LAWS.add()
 def deterministic(kind: Kind) -> None:
-    """The same weight has the same penalty, or a run could not be repeated or resumed. Depend on the arguments and the
+    """Equal weights have equal penalties, or a run could not be repeated or resumed. Depend on the arguments and the
     options alone: not on calls before, random numbers or the time."""
     first = outcomes(kind)
     outcomes(kind, seed=50)  # other questions in between
@@ -197,34 +192,11 @@ def _refuses(kind: Kind, changes: dict[str, object]) -> bool:
 
 
 def _spoilt(value: object) -> Iterator[object]:
-    """What must not pass for a number, or for the first number in a tuple; nothing where there is no number."""
+    """Values that must not pass for a number, or for the first number in a tuple."""
     if type(value) in (int, float):
         yield from (math.nan, math.inf, -math.inf, str(value), True)
     elif isinstance(value, tuple | list) and value:
         yield from ([strange, *value[1:]] for strange in _spoilt(value[0]))
-
-
-def _memory(kind: Kind) -> dict[str, object]:
-    """Where an instance and its classes could remember something, in a form that can be compared."""
-    held: dict[str, object] = {f"self.{name}": _state(value) for name, value in vars(kind).items()}
-    private: dict[str, Any] = kind.__pydantic_private__ or {}
-    held |= {f"self.{name}": _state(value) for name, value in private.items()}
-    for cls in type(kind).__mro__[: type(kind).__mro__.index(Kind)]:
-        held |= {
-            f"{cls.__name__}.{name}": _state(value)
-            for name, value in vars(cls).items()
-            if not name.startswith(("__", "_abc_"))
-        }
-    return held
-
-
-def _state(value: object) -> object:
-    info = getattr(value, "cache_info", None)  # of functools.cache, which would also keep every weight alive
-    if callable(info):
-        return info()
-    if isinstance(value, torch.Tensor):
-        return (id(value), value._version)
-    return (id(value), repr(value))
 
 
 def _generators() -> dict[str, object]:

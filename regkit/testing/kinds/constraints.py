@@ -1,4 +1,4 @@
-"""The laws of constraints: where the projection lands, what it leaves alone, and what `violation` says of both."""
+"""The laws of constraints on the projection and the violation, and `check_constraint`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from regkit import Constraint
+from regkit.testing.functions import named
 from regkit.testing.hints import hints
 from regkit.testing.kinds.common import KIND_LAWS, report
-from regkit.testing.kinds.projections import PROJECTION_LAWS, named
+from regkit.testing.kinds.projections import PROJECTION_LAWS
 from regkit.testing.laws import Laws, Report, hold
 from regkit.testing.samples.feasible import allowed, outside, starts, toward
 from regkit.testing.samples.tensors import random, shapes, weights
@@ -20,7 +21,7 @@ from regkit.testing.sharding.pooled import POOLED_LAWS
 from regkit.testing.sharding.separable import CONSTRAINT_PARTS
 
 LAWS: Final[Laws[Constraint]] = Laws(KIND_LAWS, PROJECTION_LAWS, CONSTRAINT_PARTS, POOLED_LAWS)
-"""What every constraint keeps."""
+"""The laws of every constraint."""
 
 _SCALES: Final = (0.0, 1e-4, 1.0, 1e4)
 
@@ -31,14 +32,14 @@ def check_constraint(constraint: Constraint | type[Constraint]) -> Report:
 
 
 def _variants(constraint: Constraint) -> list[Constraint]:
-    """A constraint, and the same with its bounds scaled: a bound of 1 hides that it was squared, or left out."""
+    """A constraint as given and with its bounds scaled: a bound of 1 hides a square, or a bound left out."""
     scalable = all(type(getattr(constraint, bound, None)) in (int, float) for bound in constraint.bounds)
     return [constraint, constraint.at(0.375)] if constraint.bounds and scalable else [constraint]
 
 
 @LAWS.add()
 def lands_in_the_set(constraint: Constraint) -> None:
-    """After the step, every weight is to be allowed, however far a step took it. Return a point at which your own
+    """After the step, every weight is to be allowed, however far the step went. Return a point at which your own
     `violation` is 0 up to rounding. Only a weight of zeros, which may have no direction to grow in, may stay."""
     for one in _variants(constraint):
         for scale in _SCALES:
@@ -56,7 +57,7 @@ def lands_in_the_set(constraint: Constraint) -> None:
 
 @LAWS.add()
 def projects_once(constraint: Constraint) -> None:
-    """It is applied after every step: what it does again to its own result piles up over thousands of them. Let a
+    """A projection is applied after every step: a change to its own result piles up over thousands of steps. Let a
     second `project` change nothing; an epsilon in a denominator, or a rate below 1, moves every weight every time."""
     for scale in _SCALES:
         for w in weights(constraint, scale):
@@ -99,7 +100,7 @@ def _unmoved(constraint: Constraint, w: Tensor) -> None:
 
 @LAWS.add(lambda constraint: constraint.convex)
 def is_the_nearest_point(constraint: Constraint) -> None:
-    """A constraint changes a weight by as little as it can; one scale for all rows, where each has its own, destroys
+    """A constraint changes a weight by as little as possible; one scale for all rows, where each has its own, destroys
     what was learned. Return the nearest allowed point. If the set is not convex (a sphere is not), let the property
     `convex` say False, and only sampled points are compared."""
     for seed, shape in enumerate(shapes(constraint)):
@@ -115,7 +116,7 @@ def is_the_nearest_point(constraint: Constraint) -> None:
 
 @LAWS.add(lambda constraint: not constraint.convex)
 def no_sampled_point_is_nearer(constraint: Constraint) -> None:
-    """A constraint changes a weight by as little as it can, also where its set is not convex. Return an allowed point
+    """A constraint changes a weight by as little as possible, also where its set is not convex. Return an allowed point
     with no nearer one: keep signs and directions, and treat each group by itself."""
     for seed, shape in enumerate(shapes(constraint)):
         known = starts(constraint, shape)
@@ -129,7 +130,7 @@ def no_sampled_point_is_nearer(constraint: Constraint) -> None:
 
 
 def _samples(constraint: Constraint, w: Tensor, point: Tensor) -> Iterator[Tensor]:
-    """Allowed points: on the way to random ones; and on the way from the projection to what it need not have moved."""
+    """Allowed points: on the way to random ones, and from the projection to one with a row or column of w put back."""
     for start in starts(constraint, w.shape, enough=2):
         for seed in range(2):
             yield toward(constraint, start, random(w.shape, 20 + seed, 4.0))
@@ -153,16 +154,16 @@ def _between(constraint: Constraint, points: list[Tensor]) -> None:
 
 
 def _not_nearer(w: Tensor, point: Tensor, other: Tensor) -> None:
-    ours, theirs = _distance(w, point), _distance(w, other)
+    moved, distance = _distance(w, point), _distance(w, other)
     hold(
-        ours <= theirs + 1e-9 * (1 + ours),
-        f"{named(w)} was moved by {ours:.9g}; an allowed point is nearer, at a distance of {theirs:.9g}",
+        moved <= distance + 1e-9 * (1 + moved),
+        f"{named(w)} was moved by {moved:.9g}; an allowed point is nearer, at a distance of {distance:.9g}",
     )
 
 
 @LAWS.add()
 def violation_is_a_number_from_0_up(constraint: Constraint) -> None:
-    """`violations()` shows it, and takes the largest over the weights. Return a floating-point scalar () that is 0
+    """`violations()` shows the largest violation over the weights. Return a floating-point scalar () that is 0
     where the weight is allowed, never less: take the largest over the groups, after `.clamp(min=0)`."""
     for scale in _SCALES:
         for w in weights(constraint, scale):

@@ -1,4 +1,4 @@
-"""The laws of the gradient of a penalty: it is the slope of the value, whichever way it is computed."""
+"""The laws of the gradient of a penalty: the slope of the value, in closed form and by autograd."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from regkit import Penalty
+from regkit.testing.functions import fits, is_finite, named
 from regkit.testing.laws import Laws, hold
-from regkit.testing.samples.tensors import HALVES, difference, random, shapes, weights
+from regkit.testing.samples.tensors import DTYPES, difference, shapes, weights, with_zeros
 
 GRADIENT_LAWS: Final[Laws[Penalty]] = Laws()
-"""What the gradient of every penalty on weights keeps."""
+"""The laws of the gradient of every penalty on weights."""
 
 
 def _derived(penalty: Penalty, w: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def _derived(penalty: Penalty, w: Tensor) -> Tensor:
 
 @GRADIENT_LAWS.add()
 def value_keeps_the_graph(penalty: Penalty) -> None:
-    """With `"via": "loss"` the value is differentiated with the loss. Do not detach w, read numbers out of it, leave to
+    """With `"via": "loss"` the value is differentiated with the loss. Do not detach w, read its numbers, leave to
     numpy, or compute under no_grad."""
     for w in weights(penalty):
         with torch.enable_grad():
@@ -37,17 +38,16 @@ def value_keeps_the_graph(penalty: Penalty) -> None:
 
 @GRADIENT_LAWS.add()
 def gradient_fits_the_weight(penalty: Penalty) -> None:
-    """It is added to the weight's own gradient at the step, under no_grad: another shape would be broadcast. Return
+    """The penalty's gradient is added to the weight's own, under no_grad: another shape would be broadcast. Return
     w's shape and precision, float32 at least (`regkit.activity.at_least_float32`), with no graph behind it."""
-    for dtype in (*HALVES, torch.float32, torch.float64):
+    for dtype in DTYPES:
         for w in weights(penalty, dtype=dtype):
             with torch.no_grad():
                 gradient = penalty.gradient(w.requires_grad_())
-            given, wide = f"of a {dtype} weight {tuple(w.shape)}", torch.promote_types(dtype, torch.float32)
-            hold(gradient.shape == w.shape, f"gradient() {given} has shape {tuple(gradient.shape)}")
-            hold(gradient.dtype == wide, f"gradient() {given} is {gradient.dtype}, not {wide}")
-            hold(gradient.grad_fn is None, f"gradient() {given} has a graph behind it")
-            hold(w.grad is None, f"gradient() {given} left something in w.grad")
+            call = f"gradient() of {named(w)}"
+            fits(gradient, w.shape, torch.promote_types(dtype, torch.float32), call)
+            hold(gradient.grad_fn is None, f"{call} has a graph behind it")
+            hold(w.grad is None, f"{call} left something in w.grad")
 
 
 @GRADIENT_LAWS.add()
@@ -67,8 +67,8 @@ def gradient_is_that_of_autograd(penalty: Penalty) -> None:
 
 @GRADIENT_LAWS.add()
 def gradient_is_the_slope_of_the_value(penalty: Penalty) -> None:
-    """It is what a small change of the weight does to the value, in float64. Where autograd agrees with a gradient that
-    is wrong, a part of w was detached, or a number was rounded to float32 on the way."""
+    """The gradient tells how a small change of the weight changes the value, in float64. Where autograd agrees with a
+    wrong gradient, a part of w was detached, or a number was rounded to float32 on the way."""
     for scale in (1e-2, 1.0, 30.0):
         for w in weights(penalty, scale, seed=20):
             with torch.no_grad():
@@ -86,7 +86,7 @@ def gradient_is_the_slope_of_the_value(penalty: Penalty) -> None:
 
 
 def _slopes(penalty: Penalty, w: Tensor, h: float) -> tuple[Tensor, Tensor, float]:
-    """The slopes ahead and behind along each entry, and how much of them may be rounding."""
+    """The slopes ahead and behind along each entry, and the part that may be rounding."""
     here = penalty.value(w)
     steps = h * torch.eye(w.numel(), dtype=w.dtype).view(-1, *w.shape)
     ahead = torch.stack([(penalty.value(w + step) - here) / h for step in steps])
@@ -99,25 +99,17 @@ def gradient_is_finite_at_zero(penalty: Penalty) -> None:
     """Weights start at zero, are pruned, and reach zero; a 0/0 there makes the weight NaN for good. Where you divide by
     a norm or take a root, put `torch.where(x == 0, 1, x)` inside it: outside, autograd still multiplies the infinite
     slope by 0."""
-    for dtype in (*HALVES, torch.float32, torch.float64):
+    functions = [
+        ("gradient()", torch.no_grad()(penalty.gradient)),
+        ("the gradient by autograd", lambda w: _derived(penalty, w)),
+    ]
+    for dtype in DTYPES:
         for shape in shapes(penalty):
-            row, column = random(shape, dtype=dtype), random(shape, dtype=dtype)
-            row[0], column[..., 0] = 0, 0
-            for what, w in (("zero", torch.zeros(shape, dtype=dtype)), ("a zero row", row), ("a zero column", column)):
-                given = f"of a {dtype} weight {shape} that is {what}" if what == "zero" else f"at {what} of {shape}"
-                with torch.no_grad():
-                    gradient = penalty.gradient(w)
-                hold(gradient.isfinite().all(), f"gradient() {given} has {_strange(gradient)}")
-                derived = _derived(penalty, w)
-                hold(derived.isfinite().all(), f"what autograd finds through value() {given} has {_strange(derived)}")
-
-
-def _strange(gradient: Tensor) -> list[float]:
-    return gradient[~gradient.isfinite()].flatten()[:1].tolist()
+            is_finite(functions, with_zeros(shape, dtype))
 
 
 def _worst(ours: Tensor, wanted: Tensor, by: str) -> str:
-    """Where two gradients differ most."""
+    """The entry in which two gradients differ most, for a sentence."""
     if ours.shape != wanted.shape:
         return f"gradient() has shape {tuple(ours.shape)}"
     place = int((ours - wanted).abs().nan_to_num(torch.inf).argmax())

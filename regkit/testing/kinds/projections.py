@@ -1,4 +1,4 @@
-"""The laws of constraints as functions of tensors: dtypes, devices, NaN, zeros, lists, and what they leave as it is."""
+"""The laws of constraints as functions of tensors: dtypes, devices, NaN, zeros, lists, compilation."""
 
 from __future__ import annotations
 
@@ -7,98 +7,62 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regkit import Constraint
+from regkit.testing import functions as laws
+from regkit.testing.functions import Function, named
 from regkit.testing.laws import Laws, hold
-from regkit.testing.samples.compiling import compiles
+from regkit.testing.samples.compiling import can_compile, compiles
 from regkit.testing.samples.feasible import starts
-from regkit.testing.samples.tensors import HALVES, difference, random, shapes, strided, weights
-from regkit.testing.sharding.parts import Function, given_forms
+from regkit.testing.samples.tensors import DTYPES, HALVES, difference, random, shapes, strided, weights, with_zeros
+from regkit.testing.sharding.parts import given_forms
 
 PROJECTION_LAWS: Final[Laws[Constraint]] = Laws()
-"""What every constraint keeps, whatever its set."""
-
-_DTYPES: Final = (torch.float64, torch.float32, *HALVES)
-
-
-def named(w: Tensor) -> str:
-    """A weight, for a sentence."""
-    return f"a weight {tuple(w.shape)} of {str(w.dtype).removeprefix('torch.')}"
+"""The laws of every constraint as a function of tensors."""
 
 
 @PROJECTION_LAWS.add()
 def keeps_shape_and_dtype(constraint: Constraint) -> None:
-    """What is projected is written back into the weight: another shape would be broadcast, another dtype rounded
+    """A projection is written back into the weight: another shape would be broadcast, another dtype rounded
     again. Return w's shape and dtype; compute in float32 at least, and end with `.to(w.dtype)`."""
-    for dtype in _DTYPES:
+    for dtype in DTYPES:
         for w in weights(constraint, 3.0, dtype):
-            point = constraint.project(w)
-            hold(point.shape == w.shape, f"project() of {named(w)} has shape {tuple(point.shape)}")
-            hold(point.dtype == w.dtype, f"project() of {named(w)} is {point.dtype}")
+            laws.fits(constraint.project(w), w.shape, w.dtype, f"project() of {named(w)}")
 
 
 @PROJECTION_LAWS.add()
 def weight_is_left_alone(constraint: Constraint) -> None:
     """Projections are tried before anything is written, and violations only looked at. Change nothing in place in
     `project`, `violation` and their like: `clamp`, not `clamp_`; a copy, where you must write."""
-    for w in weights(constraint, 9.0):
-        for form in (w, strided(w)):
-            before = form.clone()
-            for name, function in _pure(constraint):
-                version = form._version
-                function(form)
-                same = form._version == version and torch.equal(form, before)
-                hold(
-                    same, f"{name}() wrote into {named(w)}: an entry is off by {difference(form, before):g} of the size"
-                )
+    laws.leaves_alone(_pure(constraint), [one for w in weights(constraint, 9.0) for one in (w, strided(w))])
 
 
 @PROJECTION_LAWS.add()
 def strides_do_not_matter(constraint: Constraint) -> None:
     """A gate's block is a view of a larger weight, and may be transposed. Use `reshape` or `flatten` where you use
     `view`, and dimensions rather than strides."""
-    for w in weights(constraint, 3.0):
-        for name, function in _pure(constraint):
-            off = difference(function(strided(w)), function(w))
-            hold(off < 1e-9, f"{name}() of {named(w)} as a view is off by {off:.3g} times its size")
+    laws.strides_do_not_matter(_pure(constraint), weights(constraint, 3.0))
 
 
 @PROJECTION_LAWS.add()
 def finite_at_zero(constraint: Constraint) -> None:
     """Biases begin at zero, and sparse training makes zero rows: 0/0 is a NaN in the model. Divide by a norm only where
     the quotient is finite; a norm may also be so small that 1 over it is infinite."""
-    for dtype in _DTYPES:
+    for dtype in DTYPES:
         for shape in shapes(constraint):
-            for what, w in _with_zeros(shape, dtype):
-                for name, function in (("project", constraint.project), ("violation", constraint.violation)):
-                    result = function(w)
-                    strange = result[~result.isfinite()]
-                    hold(not strange.numel(), f"{name}() of {named(w)} with {what} has {strange.tolist()[:3]} in it")
-
-
-def _with_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    zeros, tiny, row, column = (random(shape, seed, 3.0, dtype) for seed in range(4))
-    zeros.zero_()
-    tiny.view(-1)[0] = torch.finfo(dtype).smallest_normal / 4
-    row[0] = 0
-    column[..., 0] = 0
-    yield from (("nothing but zeros", zeros), ("a tiny entry", tiny), ("a zero row", row), ("a zero column", column))
+            tiny = random(shape, 2, 3.0, dtype)
+            tiny.view(-1)[0] = torch.finfo(dtype).smallest_normal / 4
+            samples = [*with_zeros(shape, dtype), (f"{named(tiny)} with a tiny entry", tiny)]
+            laws.is_finite(_main_functions(constraint), samples)
 
 
 @PROJECTION_LAWS.add()
 def nan_is_never_hidden(constraint: Constraint) -> None:
-    """A NaN weight is a run that has failed, and must be seen. Let it through: the violation is NaN, and so is the
+    """A NaN weight is a run that has failed, and must be seen. Let NaN through: the violation is NaN, and so is the
     projection there. `nan_to_num`, `fmin` and a `where` on a comparison hide it. (A decomposition that raises
     LinAlgError does not.)"""
-    for w in weights(constraint):
-        w.view(-1)[-1] = torch.nan
-        for name, function in _pure(constraint):
-            try:
-                last = function(w).reshape(-1)[-1]  # of the sums too it is the one with the NaN in it
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch has it, its types do not
-                continue
-            hold(last.isnan(), f"{name}() of {named(w)} with a NaN in it makes {last.item():g} of it")
+    error = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch has it, its types do not
+    laws.shows_nan(_pure(constraint), [(w, w.numel() - 1) for w in weights(constraint)], errors=error)
 
 
 @PROJECTION_LAWS.add()
@@ -109,46 +73,26 @@ def halves_accumulate_in_float32(constraint: Constraint) -> None:
     long = [(4, 2, 512), (2, 1, 2048), (4, 64)] if cell else [(2, 2048), (2048, 2), (2048,)]
     for shape in (shape for shape in long if len(shape) - cell in constraint.ranks):
         for dtype in HALVES:
-            w, room = random(shape, 3, 30.0, dtype), 2 * torch.finfo(dtype).eps
-            for name, function in (("project", constraint.project), ("violation", constraint.violation)):
-                ours, exact = function(w), function(w.double())
-                off = difference(ours, exact)
-                hold(
-                    off <= room,
-                    f"{name}() of {named(w)} is off by {off:.3g} times its size: {float(ours.abs().max()):.6g}, where "
-                    f"float64 has {float(exact.abs().max()):.6g}",
-                )
+            room = 2 * torch.finfo(dtype).eps
+            laws.accumulates_wide(_main_functions(constraint), [random(shape, 3, 30.0, dtype)], room)
 
 
 @PROJECTION_LAWS.add()
 def never_waits_for_the_device(constraint: Constraint) -> None:
     """Reading a number of a tensor back stops a GPU at every step of the optimizer. Avoid `float(t)`, `t.item()`,
     `t.numpy()`, `if t > 0` and boolean indexing; write `torch.where`, `clamp` and tensors without dimensions."""
-    taken = shapes(constraint)
-    with FakeTensorMode():
-        for name, function in _functions(constraint):
-            for shape in taken:
-                try:
-                    function(torch.empty(shape, dtype=torch.float64, device="cpu"))
-                except Exception as error:  # whatever it meets without data: it is said in full
-                    hold(False, f"{name}() of a fake weight {shape} raised {type(error).__name__}: {error}")
+    laws.never_waits(_functions(constraint), shapes(constraint))
 
 
 @PROJECTION_LAWS.add()
 def stays_on_its_device(constraint: Constraint) -> None:
     """A constant that is made on the CPU meets a weight on a GPU there, and not here: a weight on `meta` tells. Give
     `device=w.device` to `torch.eye`, `torch.arange` and the like, and never move w."""
-    for shape in shapes(constraint):
-        for name, function in _functions(constraint):
-            try:
-                result = function(torch.empty(shape, dtype=torch.float64, device="meta"))
-            except Exception as error:  # whatever it meets there: it is said in full
-                hold(False, f"{name}() of a weight {shape} on meta raised {type(error).__name__}: {error}")
-            hold(result.is_meta, f"{name}() of a weight {shape} on meta is on {result.device}")
+    laws.stays_on_device(_functions(constraint), shapes(constraint))
 
 
 def _functions(constraint: Constraint) -> Iterator[tuple[str, Function]]:
-    """What it computes of one weight, by name."""
+    """The functions of a constraint, by name; `project_` as a function of one weight."""
 
     def project_(w: Tensor) -> Tensor:
         with torch.no_grad():
@@ -156,19 +100,22 @@ def _functions(constraint: Constraint) -> Iterator[tuple[str, Function]]:
         return w
 
     yield from _pure(constraint)
-    yield "project_", project_
+    yield "project_()", project_
 
 
 def _pure(constraint: Constraint) -> Iterator[tuple[str, Function]]:
-    """Those of its functions that write nothing, by name."""
-    yield "project", constraint.project
-    yield "violation", constraint.violation
+    """The functions of a constraint that write nothing, by name."""
+    yield from _main_functions(constraint)
     yield from given_forms(constraint)
 
 
-@PROJECTION_LAWS.add()
+def _main_functions(constraint: Constraint) -> list[tuple[str, Function]]:
+    return [("project()", constraint.project), ("violation()", constraint.violation)]
+
+
+@PROJECTION_LAWS.add(can_compile)
 def compiles_whole(constraint: Constraint) -> None:
-    """A training step that is compiled as one graph may have a projection in it. Use torch operations, without print,
+    """A training step that is compiled as one graph may include a projection. Use torch operations, without print,
     numpy, `float(t)` or an `if` on what a tensor holds."""
     w = random(shapes(constraint)[0], scale=3.0)
     compiles(constraint.project, [w], "project()")
@@ -177,10 +124,10 @@ def compiles_whole(constraint: Constraint) -> None:
 
 @PROJECTION_LAWS.add()
 def list_form_agrees(constraint: Constraint) -> None:
-    """`project_` is `project` of many weights at once, and writes where they are kept: optimizers and cuDNN hold those
+    """`project_` is `project` of many weights at once, and writes into the weights: optimizers and cuDNN hold these
     very tensors. Write into each (`copy_`, `torch._foreach_mul_`), replace none, and leave allowed ones as they are to
     the last bit; or leave `project_` out, and a loop is used."""
-    for dtype in _DTYPES:
+    for dtype in DTYPES:
         rooms = [random((s[0] + 2, *s[1:]), seed, 3.0, dtype) for seed, s in enumerate(shapes(constraint))]
         inside = [w for shape in shapes(constraint)[:3] for w in starts(constraint, shape, dtype, enough=2)]
         parameters = [torch.nn.Parameter(w) for w in weights(constraint, 4.0, dtype)]

@@ -8,11 +8,22 @@ import torch
 from torch import Tensor
 
 from regkit import Penalty
+from regkit.testing.functions import fits, is_finite, named
 from regkit.testing.laws import Laws, hold
-from regkit.testing.samples.tensors import HALVES, difference, large, random, rounding, shapes, weights
+from regkit.testing.samples.tensors import (
+    DTYPES,
+    HALVES,
+    difference,
+    large,
+    random,
+    rounding,
+    shapes,
+    weights,
+    with_zeros,
+)
 
 PROX_LAWS: Final[Laws[Penalty]] = Laws()
-"""What every proximal operator keeps."""
+"""The laws of every proximal operator."""
 
 _STEPS: Final = (1e-3, 0.05, 0.3, 5.0)
 
@@ -25,13 +36,12 @@ def _offers(penalty: Penalty) -> bool:
 def prox_fits_the_weight(penalty: Penalty) -> None:
     """The result is written over the weight, in half precision too. Return w's shape and dtype, computed in float32
     where it sums or multiplies."""
-    for dtype in (*HALVES, torch.float32, torch.float64):
+    for dtype in DTYPES:
         for w in [*weights(penalty, dtype=dtype), *(large(penalty, dtype) if dtype in HALVES else [])]:
-            point, given = penalty.prox(w, 0.3), f"of a {dtype} weight {tuple(w.shape)}"
-            hold(point.shape == w.shape, f"prox() {given} has shape {tuple(point.shape)}")
-            hold(point.dtype == dtype, f"prox() {given} is {point.dtype}")
+            point, call = penalty.prox(w, 0.3), f"prox() of {named(w)}"
+            fits(point, w.shape, dtype, call)
             off = difference(point, penalty.prox(w.double(), 0.3))
-            hold(off < rounding(dtype), f"prox() {given} is off by {off:.3g} times its size")
+            hold(off < rounding(dtype), f"{call} is off by {off:.3g} times its size")
 
 
 @PROX_LAWS.add(_offers)
@@ -47,7 +57,7 @@ def prox_at_step_zero_is_the_identity(penalty: Penalty) -> None:
 
 @PROX_LAWS.add(_offers)
 def prox_is_the_minimum(penalty: Penalty) -> None:
-    """prox(w, step) is where F(x) = ½‖x − w‖² + step·Ω(x) is least: no point near it or elsewhere may be lower. Set the
+    """prox(w, step) is where F(x) = ½‖x − w‖² + step·Ω(x) is least: no other point, near or far, may be lower. Set the
     derivative of F to 0 again; mind the factors (the square has a ½, Ω has what `value` gives it) and that step is
     already learning rate · strength."""
     for seed, step in enumerate(_STEPS):
@@ -68,8 +78,8 @@ def _objective(penalty: Penalty, x: Tensor, w: Tensor, step: float) -> float:
 
 
 def _rivals(penalty: Penalty, point: Tensor, w: Tensor, step: float) -> list[Tensor]:
-    """Points of which some are lower if the point is not the lowest: w, 0, some down the slope, random ones around it,
-    and those with one entry made 0."""
+    """Points of which some are lower if `point` is not the lowest: w, 0, points down the slope, random points around
+    `point`, and points with one entry made 0."""
     with torch.enable_grad():
         leaf = point.detach().clone().requires_grad_()
         (slope,) = torch.autograd.grad((leaf - w).square().sum() / 2 + step * penalty.value(leaf), leaf)
@@ -81,7 +91,7 @@ def _rivals(penalty: Penalty, point: Tensor, w: Tensor, step: float) -> list[Ten
 
 @PROX_LAWS.add(_offers)
 def prox_never_expands(penalty: Penalty) -> None:
-    """For convex Ω two weights never end farther apart than they were: an operator that jumps (a hard threshold in the
+    """For convex Ω two weights never end farther apart than before: an operator that jumps (a hard threshold in the
     place of a soft one) makes training unstable. Where Ω is meant not to be convex, expect this failure, for that
     reason."""
     for seed in range(4):
@@ -102,7 +112,7 @@ def prox_never_expands(penalty: Penalty) -> None:
 def prox_takes_a_tensor_for_its_step(penalty: Penalty) -> None:
     """A learning rate may be a tensor, and is then not read back. Use arithmetic on the step, and `torch.maximum` or
     `clamp` rather than `max`, `math` or `float`."""
-    for dtype in (*HALVES, torch.float32, torch.float64):
+    for dtype in DTYPES:
         for w in weights(penalty, dtype=dtype):
             for step in _STEPS:
                 point = penalty.prox(w, torch.tensor(step, dtype=torch.promote_types(dtype, torch.float32)))
@@ -116,13 +126,9 @@ def prox_takes_a_tensor_for_its_step(penalty: Penalty) -> None:
 
 @PROX_LAWS.add(_offers)
 def prox_is_finite_at_zero(penalty: Penalty) -> None:
-    """A proximal operator makes zeros, and meets them again at the next step. Where you divide by a norm, divide by
+    """A proximal operator makes zeros, and meets zeros again at the next step. Where you divide by a norm, divide by
     `torch.where(norm == 0, 1, norm)`."""
-    for dtype in (*HALVES, torch.float32, torch.float64):
+    functions = [(f"prox() at step {step}", lambda w, step=step: penalty.prox(w, step)) for step in (0.0, 0.3)]
+    for dtype in DTYPES:
         for shape in shapes(penalty):
-            row = random(shape, dtype=dtype)
-            row[0] = 0
-            for what, w in (("a zero weight", torch.zeros(shape, dtype=dtype)), ("a weight with a zero row", row)):
-                for step in (0.0, 0.3):
-                    point = penalty.prox(w, step)
-                    hold(point.isfinite().all(), f"at step {step} of {what} {shape}, {dtype}, it is not finite")
+            is_finite(functions, with_zeros(shape, dtype))

@@ -12,13 +12,13 @@ from regkit.testing.kinds.common import KIND_LAWS, report
 from regkit.testing.laws import Laws, Report, hold
 
 LAWS: Final[Laws[Schedule]] = Laws(KIND_LAWS)
-"""What every schedule keeps."""
+"""The laws of every schedule."""
 
 _SOON: Final = range(1001)
 _LATE: Final = 10**6
 _LATEST: Final = 10**9
 _LIMIT: Final = 0.005
-"""Seconds for one factor; half a microsecond is usual."""
+"""The seconds that one factor may take; half a microsecond is usual."""
 
 
 def check_schedule(schedule: Schedule | type[Schedule]) -> Report:
@@ -28,8 +28,8 @@ def check_schedule(schedule: Schedule | type[Schedule]) -> Report:
 
 @LAWS.add()
 def factor_is_a_plain_number(schedule: Schedule) -> None:
-    """It multiplies a strength at every step, and is compared and saved. Return a Python float or int: not a tensor,
-    which would have to be read back, not a numpy number, not None."""
+    """The factor multiplies a strength at every step, and is compared and saved. Return a Python float or int: not a
+    tensor, which would have to be read back, not a numpy number, not None."""
     for step in _steps(schedule):
         factor: object = schedule.factor(step)
         hold(type(factor) in (int, float), f"factor({step}) is {factor!r}, a {type(factor).__name__}")
@@ -37,7 +37,7 @@ def factor_is_a_plain_number(schedule: Schedule) -> None:
 
 @LAWS.add()
 def factor_is_finite_and_not_negative(schedule: Schedule) -> None:
-    """A negative factor turns a penalty into a reward, and a NaN reaches every weight. Mind step 0 (a division by it),
+    """A negative factor turns a penalty into a reward, and a NaN reaches every weight. Mind step 0 (a division by 0),
     the end (an index beyond it, a line that goes on below 0) and powers of large steps; use `min` and `max`."""
     for step in _steps(schedule):
         factor = schedule.factor(step)
@@ -58,8 +58,8 @@ def factor_depends_on_the_step_alone(schedule: Schedule) -> None:
 
 @LAWS.add()
 def factor_is_quick(schedule: Schedule) -> None:
-    """It is asked at every step of the optimizer, for each rule; a loop over the steps so far makes a run slower and
-    slower. Write it in closed form."""
+    """The factor is asked for at every optimizer step, for each rule; a loop over the steps so far makes a run slower
+    and slower. Write it in closed form."""
     took = _seconds(schedule, _LATE)
     hold(took < _LIMIT, f"factor({_LATE}) takes {took * 1e3:.1f} ms, factor(1) {_seconds(schedule, 1) * 1e3:.4f} ms")
 
@@ -76,14 +76,14 @@ def inert_says_when_all_is_zero(schedule: Schedule) -> None:
 
 
 def _steps(schedule: Schedule) -> list[int]:
-    """The first thousand, then ever fewer, up to a thousand million where that is answered in time."""
+    """The first thousand steps, then ever fewer, up to a thousand million where a late factor is quick."""
     end = _LATEST if _seconds(schedule, _LATE) < _LIMIT else _LATE
     late = [round(1000 * 1.2**n) for n in range(1, 100)]
     return [*_SOON, *(step for step in late if step < end), _LATE, end]
 
 
 def _seconds(schedule: Schedule, step: int) -> float:
-    """The least time of a few that it takes to ask."""
+    """The least of a few times that a factor takes, in seconds."""
     least = math.inf
     for _ in range(5):
         start = perf_counter()

@@ -16,6 +16,13 @@ from regkit.testing.samples.tensors import difference
 _NUMBERS: Final = count()
 
 
+def can_compile(_: object) -> bool:
+    """Whether torch.compile works with this version of Python."""
+    from torch._dynamo.eval_frame import is_dynamo_supported  # here: it takes a second to import
+
+    return is_dynamo_supported()
+
+
 def compiles(function: Callable[..., Tensor], arguments: Sequence[Tensor], name: str) -> None:
     """Raise Broken unless torch.compile makes one graph of a function, that computes the same."""
 

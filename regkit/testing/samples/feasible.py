@@ -1,4 +1,4 @@
-"""Points of a constraint's set, found by asking `violation` alone: the projection on trial has no say in them."""
+"""Points of a constraint's set, found by asking `violation` alone: the projection on trial has no say."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def outside(constraint: Constraint, shape: Sequence[int], dtype: torch.dtype = t
 
 
 def toward(constraint: Constraint, inside: Tensor, far: Tensor, tolerance: float = 0.0) -> Tensor:
-    """The last point that `violation` allows, up to a tolerance, on the straight way from one that it allows."""
+    """The last allowed point, up to a tolerance, on the straight way from an allowed point to another point."""
     if constraint.violation(far) <= tolerance:
         return far
     low, high = 0.0, 1.0
@@ -74,7 +74,7 @@ def _directions(shape: Sequence[int]) -> Iterator[Tensor]:
 
 
 def _nearest_multiple(constraint: Constraint, direction: Tensor) -> Tensor:
-    """The multiple of a direction with the least violation: of powers of 2, then by golden sections between them."""
+    """The multiple of a direction with the least violation: by powers of 2, then by golden sections."""
 
     def violated(factor: float) -> float:
         value = float(constraint.violation(factor * direction))

@@ -1,4 +1,4 @@
-"""One batch in every layout that a module may put it out in: the same activity, however it is written down."""
+"""One batch in every layout in which a module may put out its sequences."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from regkit.testing.samples.tensors import random
 
 BOTH = ("forward", "backward")
 LENGTHS = (3, 5, 1, 4)
-"""Of a batch that is not sorted; the first sequence is not the longest."""
+"""The lengths of the sequences of a batch, not sorted; the first sequence is not the longest."""
 
 
 def batch(seed: int = 0, scale: float = 1.0, features: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
-    """What a module put out: (5, 4, features), time first, of which `LENGTHS` are no padding."""
+    """The outputs of a module: (5, 4, features), time first, with padding behind `LENGTHS`."""
     return random((max(LENGTHS), len(LENGTHS), features), seed, scale, dtype)
 
 
@@ -36,13 +36,13 @@ def padded(
     directions: Sequence[str] = BOTH[:1],
     valid: Validity | None = None,
 ) -> Activity:
-    """h in one tensor; with lengths, what is behind them is padding."""
+    """The outputs h as one segment; with lengths, the steps behind the end of a sequence are padding."""
     known = valid if lengths is None else Lengths(torch.tensor(list(lengths), device="cpu"))
     return Activity(of_output(h, batch_first=batch_first, directions=directions, wanted=directions, valid=known))
 
 
 def packed(h: Tensor, lengths: Sequence[int] = LENGTHS, directions: Sequence[str] = BOTH[:1]) -> Activity:
-    """h without its padding, the rows of each step together."""
+    """The outputs h without padding, the rows of each step together."""
     rows = pack_padded_sequence(h, torch.tensor(list(lengths), device="cpu"), enforce_sorted=False)
     return Activity(of_output(rows, batch_first=False, directions=directions, wanted=directions, valid=None))
 
@@ -62,7 +62,7 @@ def layouts(
 
 
 def alone(h: Tensor, lengths: Sequence[int] = LENGTHS, directions: Sequence[str] = BOTH[:1]) -> Activity:
-    """Each sequence for itself, unbatched and without padding."""
+    """The sequences of a batch, unbatched and without padding."""
     segments: list[Segment] = []
     for one, length in enumerate(lengths):
         segments += padded(h[:length, one], directions=directions).segments
@@ -70,7 +70,7 @@ def alone(h: Tensor, lengths: Sequence[int] = LENGTHS, directions: Sequence[str]
 
 
 def steps(h: Tensor, lengths: Sequence[int] = LENGTHS) -> Activity:
-    """What the calls of a cell put out, in a loop over time."""
+    """The outputs h as a cell puts out, in a loop over time."""
     valid = Lengths(torch.tensor(list(lengths), device="cpu"))
     leaf = h if h.requires_grad else h.clone().requires_grad_()
     calls = (leaf * 1.0).unbind()  # computed, as a state is: what is not counts as no neighbour

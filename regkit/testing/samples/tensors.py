@@ -1,8 +1,8 @@
-"""Weights and activities to try kinds on. They are the same at every run, and draw no random number of the caller's."""
+"""Weights and activities to try kinds on, equal at every run: no random number of the caller's is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ MATRICES = ((3, 5), (4, 4), (6, 2), (1, 4), (5, 1))
 VECTORS = ((7,), (1,))
 
 HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALVES, torch.float32, torch.float64)
 
 STEPS = (0, 1, 7, 100, 10**6)
 """Steps to ask a schedule at."""
@@ -25,21 +26,21 @@ STEPS = (0, 1, 7, 100, 10**6)
 def random(
     shape: Sequence[int], seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> Tensor:
-    """Normal numbers times a scale. Those of another dtype are the same numbers, rounded."""
+    """Normal numbers times a scale; in every dtype the same numbers, rounded."""
     generator = torch.Generator("cpu").manual_seed(seed)
     numbers = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
     return (numbers * scale).to(device=device, dtype=dtype)
 
 
 def strided(w: Tensor) -> Tensor:
-    """The same numbers in a view that is not contiguous: a part of a larger tensor, whose axes lie in reverse."""
+    """A copy of a tensor as a view that is not contiguous: a part of a larger tensor, with the axes in reverse."""
     room = w.new_zeros([2 * size + 1 for size in reversed(w.shape)])
     view = room.permute(*reversed(range(w.dim())))[tuple(slice(1, None, 2) for _ in w.shape)]
     return view.copy_(w)
 
 
 def possible(kind: Penalty | Constraint) -> list[tuple[int, ...]]:
-    """Shapes of its `ranks`: matrices and vectors, with gates in front for the layout `cell`."""
+    """Shapes of the `ranks` of a kind: matrices and vectors, with gates in front for the layout `cell`."""
     if kind.layout == "cell":
         cells: list[tuple[int, ...]] = [(4, 3, 5), (1, 2, 2), (3, 4)]
         return [shape for shape in cells if len(shape) - 1 in kind.ranks]
@@ -47,12 +48,12 @@ def possible(kind: Penalty | Constraint) -> list[tuple[int, ...]]:
 
 
 def shapes(kind: Penalty | Constraint) -> list[tuple[int, ...]]:
-    """Those of them that it takes. What it makes of the others is one law's matter, and no reason to fail the rest."""
+    """The possible shapes that a kind does not refuse; the refused shapes are the matter of one law alone."""
     return [shape for shape in possible(kind) if refusal(kind, shape) is None]
 
 
 def refusal(kind: Penalty | Constraint, shape: tuple[int, ...]) -> Exception | None:
-    """What it raises for a weight of a shape, if it does."""
+    """The exception that a kind raises for a weight of a shape, if any."""
     scalar = kind.value if isinstance(kind, Penalty) else kind.violation
     try:
         scalar(torch.ones(shape, dtype=torch.float64, device="cpu"))
@@ -68,6 +69,15 @@ def weights(
     return [random(shape, seed + n, scale, dtype) for n, shape in enumerate(shapes(kind))]
 
 
+def with_zeros(shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Weights that are zero, or have a zero row or a zero column, with a description of each."""
+    row, column = random(shape, 0, 3.0, dtype), random(shape, 1, 3.0, dtype)
+    row[0], column[..., 0] = 0, 0
+    yield f"a {dtype} weight {shape} that is zero", torch.zeros(shape, dtype=dtype, device="cpu")
+    yield f"a {dtype} weight {shape} with a zero row", row
+    yield f"a {dtype} weight {shape} with a zero column", column
+
+
 def large(kind: Penalty | Constraint, dtype: torch.dtype) -> list[Tensor]:
     """Weights of one sign, so large that their sums overflow float16 and stall in bfloat16."""
     matrix, vector = ((4, 192, 192), (4, 2**15)) if kind.layout == "cell" else ((384, 384), (2**17,))
@@ -77,14 +87,14 @@ def large(kind: Penalty | Constraint, dtype: torch.dtype) -> list[Tensor]:
 
 
 def activity(seed: int = 0, dtype: torch.dtype = torch.float64) -> Activity:
-    """What a bidirectional layer put out over a padded batch: 5 steps, sequences of lengths 5, 4 and 1, 4 features."""
+    """The outputs of a bidirectional layer over a padded batch: sequences of lengths 5, 4 and 1, 4 features."""
     valid = torch.arange(5, device="cpu").view(5, 1, 1) < torch.tensor([5, 4, 1], device="cpu").view(1, 3, 1)
     forward, backward = (random((5, 3, 4), seed + n, dtype=dtype) for n in range(2))
     return Activity([Sequenced(forward, valid), Sequenced(backward, valid, backward=True)])
 
 
 def outcomes(kind: Kind, seed: int = 0) -> list[Tensor]:
-    """All that a kind computes, on a few samples."""
+    """The results of every function of a kind, on a few samples."""
     if isinstance(kind, Penalty):
         found: list[object] = [f(w) for w in weights(kind, seed=seed) for f in (kind.value, kind.gradient)]
         if kind.offers_prox:
@@ -101,7 +111,7 @@ def outcomes(kind: Kind, seed: int = 0) -> list[Tensor]:
 
 
 def identical(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same to the last bit, NaNs included."""
+    """Whether two tensors are equal to the last bit, NaNs included."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     ours, others = (x.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for x in (a, b))
@@ -109,7 +119,7 @@ def identical(a: Tensor, b: Tensor) -> bool:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """What rounding may make of a result, as a share of its size: in half precision of the result alone."""
+    """The largest error by rounding, as a share of the result's size: in half precision of the result alone."""
     return (8 if dtype in HALVES else 100) * torch.finfo(dtype).eps
 
 

@@ -1,8 +1,8 @@
-"""Weights in parts, as several processes hold one: how they can be divided, and what constraints make of a part."""
+"""Weights in parts, as several processes hold a weight: divisions, and the functions of constraints for a part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,24 +11,23 @@ from torch import Tensor
 
 from regkit import Constraint
 from regkit.kinds import Separable
-
-Function = Callable[[Tensor], Tensor]
+from regkit.testing.functions import Function
 
 _AXES: Final = {1: ("entries",), 2: ("rows", "columns"), 3: ("gates", "rows", "columns")}
 
 
 @dataclass(frozen=True)
 class Division:
-    """An axis of a weight, cut into pieces of these sizes."""
+    """An axis of a weight, and the sizes of the parts along that axis."""
 
     axis: int
     sizes: tuple[int, ...]
 
-    def of(self, w: Tensor) -> list[Tensor]:
+    def split(self, w: Tensor) -> list[Tensor]:
         """The parts, as views."""
         return list(torch.split(w, list(self.sizes), self.axis))
 
-    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The parts side by side."""
         return torch.cat(list(parts), self.axis)
 
@@ -53,7 +52,7 @@ def axes_of(w: Tensor, separable: Separable) -> Sequence[int]:
 
 
 def matrix(w: Tensor) -> Tensor:
-    """(rows, columns), as which a kind with sums is given a bias too: that of one column."""
+    """A weight as (rows, columns): a bias as a matrix of one column, as kinds with sums are given."""
     return w.unsqueeze(-1) if w.dim() == 1 else w
 
 
@@ -69,6 +68,6 @@ def given_forms(constraint: Constraint) -> Iterator[tuple[str, Function]]:
         return constraint.project_given(matrix(w), constraint.sums(matrix(w))).reshape(w.shape)
 
     if pools(constraint) and constraint.layout != "cell":
-        yield "sums", lambda w: constraint.sums(matrix(w))
-        yield "project_given", project_given
-        yield "violation_given", lambda w: constraint.violation_given(matrix(w), constraint.sums(matrix(w)))
+        yield "sums()", lambda w: constraint.sums(matrix(w))
+        yield "project_given()", project_given
+        yield "violation_given()", lambda w: constraint.violation_given(matrix(w), constraint.sums(matrix(w)))

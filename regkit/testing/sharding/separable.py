@@ -1,4 +1,4 @@
-"""The laws of kinds on weights that say they are `separable`: parts of a weight come to what the whole does."""
+"""The laws of `separable` kinds on weights: the parts of a weight together have the results of the whole."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from regkit.testing.samples.tensors import difference, weights
 from regkit.testing.sharding.parts import Division, axes_of, divisions
 
 PENALTY_PARTS: Final[Laws[Penalty]] = Laws()
-"""What every penalty keeps that says it is separable."""
+"""The laws of every penalty that is declared separable."""
 
 CONSTRAINT_PARTS: Final[Laws[Constraint]] = Laws()
-"""What every constraint keeps that says it is separable."""
+"""The laws of every constraint that is declared separable."""
 
 _SCALES: Final = (0.1, 1.0, 10.0)
 _NEAR: Final = 1e-9
@@ -54,7 +54,7 @@ def _fits(kind: Penalty | Constraint) -> None:
 
 
 def adds_up(penalty: Penalty, separable: Separable) -> None:
-    """Raise Broken unless the parts of weights come to what the whole does by every function of a penalty."""
+    """Raise Broken unless every function of a penalty gives for the parts of a weight the result of the whole."""
     for w, division in _divided(penalty, separable):
         for name, function in _functions(penalty):
             ours, wanted = function(w, division), function(w, None)
@@ -65,12 +65,12 @@ def adds_up(penalty: Penalty, separable: Separable) -> None:
 def stands_alone(constraint: Constraint, separable: Separable) -> None:
     """Raise Broken unless the parts of weights are projected as the whole is, and the worst is the violation."""
     for w, division in _divided(constraint, separable):
-        parts = division.of(w)
+        parts = division.split(w)
         moved = w.clone()
         with torch.no_grad():
-            constraint.project_(division.of(moved))
+            constraint.project_(division.split(moved))
         wanted = constraint.project(w)
-        projected = division.joined([constraint.project(part) for part in parts])
+        projected = division.join([constraint.project(part) for part in parts])
         for name, point in (("project", projected), ("project_", moved)):
             off = difference(point, wanted, w)
             hold(off < _NEAR, f"{name}() of {division.named(w)} is off by {off:.3g} times its size from the whole's")
@@ -86,7 +86,7 @@ def _violations(constraint: Constraint, parts: list[Tensor]) -> list[Tensor]:
 
 
 def _divided(kind: Penalty | Constraint, separable: Separable) -> Iterator[tuple[Tensor, Division]]:
-    """Weights, and the ways in which they can be divided. Raises Broken where there is no way."""
+    """Weights, each with a way to divide the weight. Raises Broken where there is none."""
     found = False
     for scale in _SCALES:
         for w in weights(kind, scale):
@@ -96,16 +96,16 @@ def _divided(kind: Penalty | Constraint, separable: Separable) -> Iterator[tuple
     hold(found, "no weight that it takes can be divided")
 
 
-_Of = Callable[[Tensor, "Division | None"], Tensor]
+_OfParts = Callable[[Tensor, "Division | None"], Tensor]
 
 
-def _functions(penalty: Penalty) -> Iterator[tuple[str, _Of]]:
+def _functions(penalty: Penalty) -> Iterator[tuple[str, _OfParts]]:
     """The functions of a penalty, by name: of a weight in one, or of the parts that a division makes."""
 
     def parts(w: Tensor, division: Division | None) -> list[Tensor]:
-        return [w] if division is None else division.of(w)
+        return [w] if division is None else division.split(w)
 
-    def side_by_side(function: Callable[[Tensor], Tensor]) -> _Of:
+    def side_by_side(function: Callable[[Tensor], Tensor]) -> _OfParts:
         return lambda w, by: torch.cat([function(part) for part in parts(w, by)], 0 if by is None else by.axis)
 
     def add_gradients(w: Tensor, by: Division | None) -> Tensor:
