@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from regkit.attachment.copies import ModelCompanion
     from regkit.kinds import Kind
-    from regkit.plan.binding import Binding
     from regkit.plan.plan import Plan
     from regkit.registry.registry import Registry
 
@@ -74,14 +73,9 @@ def _classes() -> dict[str, type]:
     }
 
 
-@cache
-def _words() -> dict[type, str]:
-    return {made: word for word, made in _classes().items()}
-
-
 def reduce_value(value: Any, protocol: Any) -> Call | str:
     """`__reduce_ex__` of a class that is written as its fields; other subclasses are pickled as Python does."""
-    word = _words().get(type(value))
+    word = next((word for word, made in _classes().items() if made is type(value)), None)
     return object.__reduce_ex__(value, protocol) if word is None else call(word, dict(value.__dict__))
 
 
@@ -126,20 +120,16 @@ def reduce_plan(plan: Plan) -> Call:
 
 
 def _plan(bindings: list[dict[str, Any]], registry: Registry | None) -> Plan:
+    from regkit.plan.binding import Binding
     from regkit.plan.plan import Plan
     from regkit.registry.registry import default
 
-    return Plan(tuple(_binding(**binding) for binding in bindings), registry or default())
-
-
-def _binding(*, kind: Any, origin: str, **others: Any) -> Binding:
-    from regkit.plan.binding import Binding
-    from regkit.registry.registry import default
-
-    entry = default().find(kind.kind)
-    if entry is not None and entry.made(kind):
-        origin = str(entry.origin)  # or a plan from before an upgrade would differ from the same one after it
-    return Binding(kind=kind, origin=origin, **others)
+    for binding in bindings:
+        kind = binding["kind"]
+        entry = default().find(kind.kind)
+        if entry is not None and entry.made(kind):  # or a plan from before an upgrade would differ from one after it
+            binding["origin"] = str(entry.origin)
+    return Plan(tuple(Binding(**binding) for binding in bindings), registry or default())
 
 
 def reduce_registry(registry: Registry) -> Call:

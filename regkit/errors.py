@@ -152,6 +152,16 @@ def nearest(given: str, known: Iterable[str]) -> str | None:
     return by_fold[close[0]] if close else None
 
 
+def hint(given: object, known: Iterable[str], otherwise: str = ".") -> str:
+    """The end of a sentence about a name that does not exist: the nearest known one, or `otherwise`.
+
+    >>> hint("kernal", ["kernel", "bias"])
+    "; did you mean 'kernel'?"
+    """
+    near = nearest(given, known) if isinstance(given, str) else None
+    return f"; did you mean {near!r}?" if near else otherwise
+
+
 def listing(names: Iterable[str]) -> str:
     """Names in order, for a sentence: at most a few dozen, then how many more."""
     ordered = list(dict.fromkeys(names))
@@ -166,6 +176,4 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
     "unknown role 'kernal'; did you mean 'kernel'? Available: kernel, bias"
     """
     names = list(known)
-    near = nearest(given, names)
-    hint = f"; did you mean {near!r}?" if near is not None else "."
-    return f"unknown {what} {given!r}{hint} Available: {listing(names)}"
+    return f"unknown {what} {given!r}{hint(given, names)} Available: {listing(names)}"

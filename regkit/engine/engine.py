@@ -161,7 +161,9 @@ class Engine:
                 self._check(step, jobs)
             if step.index % EVERY == 0:
                 self._finite_check.look(step.index)
-            self._add(step, jobs, gradients)
+            failed.gradient = None
+            if jobs.gradients or jobs.decays:
+                self._add(step, jobs, gradients)
         finally:
             _set_grad(differentiated)
 
@@ -197,7 +199,6 @@ class Engine:
             assert rule is not None
             raise_named(rule, error)
         finally:
-            failed.gradient = None
             if (first := jobs.first_changed) is not None:
                 failed.parameter, failed.gradient = step.owned.parameters[first], gradients[first]
                 failed.version, failed.renewed, failed.complete = failed.gradient._version, False, complete

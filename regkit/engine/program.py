@@ -14,8 +14,6 @@ from operator import is_, itemgetter
 
 from torch.optim import Optimizer
 
-from regkit.recording.recorder import Recorder
-from regkit.rules.constraint_rule import ConstraintRule
 from regkit.rules.penalty_rule import PenaltyRule
 from regkit.rules.rule_set import RuleSet
 from regkit.rules.weight_rule import Work
@@ -46,19 +44,14 @@ class Jobs:
         self.gradients = _busy((rule, rule.work(snapshot, trained, numbers, up)) for rule in rules.by_gradient)
         self.decays = _busy((rule, rule.work(snapshot, trained)) for rule in rules.by_decay)
         self.proximal = _busy((rule, rule.work(snapshot, trained)) for rule in rules.by_prox)
-        self.projections: list[tuple[ConstraintRule, Work]] = [
-            (rule, rule.work(snapshot, trained)) for rule in rules.constraints
-        ]
+        self.projections = [(rule, rule.work(snapshot, trained)) for rule in rules.constraints]
         changed = (numbers[key] for rule in (*rules.by_gradient, *rules.by_decay) for key in self._trained_by(rule))
         self.first_changed = next(changed, None)
         self.by_loss = [(rule, ids) for rule in rules.by_loss if (ids := frozenset(self._trained_by(rule)))]
-        self.recorders: list[tuple[Recorder, frozenset[int]]] = []
-        self.untrained_recorders: list[Recorder] = []
-        for recorder in rules.recorders:
-            if ids := trained.intersection(map(id, recorder.parameters)):
-                self.recorders.append((recorder, ids))
-            else:  # trained elsewhere, or not at all: that may change at any time
-                self.untrained_recorders.append(recorder)
+        recorders = [(one, trained.intersection(map(id, one.parameters))) for one in rules.recorders]
+        self.recorders = [(recorder, ids) for recorder, ids in recorders if ids]
+        # Trained elsewhere, or not at all: that may change at any time.
+        self.untrained_recorders = [recorder for recorder, ids in recorders if not ids]
 
     def _trained_by(self, rule: PenaltyRule) -> Iterator[int]:
         """The ids of the parameters of a rule that are trained."""

@@ -54,6 +54,11 @@ class Binding:
             raise StepError(f"rule {self.key!r}: {self.schedule.describe()} gives {factor!r} at step {index}")
         return factor
 
+    def amount(self, index: int) -> float:
+        """strength · factor of a penalty at a step."""
+        assert not isinstance(self.kind, Constraint)
+        return self.kind.strength if self.schedule is None else self.kind.strength * self.factor(index)
+
     @property
     def counts(self) -> bool:
         """Whether the rule acts differently at different steps."""

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from regkit.adapters import OUTPUT_ROLES, OutputSite, WeightSite
 from regkit.document.spec import Rule
 from regkit.document.target import Target
-from regkit.errors import AttachError, listing, nearest
+from regkit.errors import AttachError, hint, listing
 from regkit.kinds import ActivityPenalty, Constraint, Layout, Penalty, Schedule, Via
 from regkit.plan.binding import Binding
 from regkit.plan.candidates import Candidates, ModuleCandidate, OutputCandidate, WeightCandidate
@@ -59,9 +59,8 @@ def _modules(target: Target, model: Candidates) -> list[ModuleCandidate]:
 
 def _unmatched(pattern: str, model: Candidates) -> str:
     recurrents = model.modules
-    near = nearest(pattern, [one.name for one in recurrents if one.name])
-    hint = f"; did you mean {near!r}?" if near and near != pattern else "."
-    return f"no recurrent module is named {pattern!r}{hint} Available: {listing(map(str, recurrents))}"
+    near = hint(pattern, [one.name for one in recurrents if one.name])
+    return f"no recurrent module is named {pattern!r}{near} Available: {listing(map(str, recurrents))}"
 
 
 P = TypeVar("P", WeightCandidate, OutputCandidate)
@@ -90,10 +89,8 @@ class _Choice(Generic[P]):
         return [candidate for candidate in candidates if not wanted.isdisjoint(self.values_of(candidate))]
 
     def _absent(self, value: Any, available: list[Any], candidates: list[P]) -> str:
-        near = nearest(value, available) if isinstance(value, str) else None
-        hint = f"; did you mean {near!r}?" if near else "."
-        where = listing(str(candidate.recurrent) for candidate in candidates)
-        return f"there is no {self.field} {value!r} in {where}{hint} Available: {listing(map(str, available))}"
+        where = listing(str(candidate.recurrent) for candidate in candidates) + hint(value, available)
+        return f"there is no {self.field} {value!r} in {where} Available: {listing(map(str, available))}"
 
     def ruled_out(self, candidates: list[P]) -> list[str]:
         """The wanted values that no candidate has any more, because another choice excludes all that had."""

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from regkit.errors import PluginError, PluginWarning, listing, nearest
+from regkit.errors import PluginError, PluginWarning, hint, listing
 from regkit.registry.entries import Origin, canonical
 from regkit.registry.names import OWN
 
@@ -31,9 +31,8 @@ class _NameList:
         """A sentence for each name that no plugin has, with the nearest name that one has."""
         known = sorted({name for origin in origins for name in origin.names})
         for name in sorted(self.names - set(known)):
-            near = nearest(name, known)
-            hint = f"; did you mean {near!r}?" if near else f". Installed: {listing(known)}"
-            yield f"{self.source} names {name!r}, which no installed plugin is{hint}"
+            near = hint(name, known, f". Installed: {listing(known)}")
+            yield f"{self.source} names {name!r}, which no installed plugin is{near}"
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,6 @@ class ActivityRule:
     at: OutputSite | None = None
     in_last_loss: dict[Hashable, list[tuple[Tensor, float]]] = field(default_factory=dict)
 
-    def amount(self, index: int) -> float:
-        """strength · factor at a step."""
-        strength = self.kind.strength
-        return strength if self.binding.schedule is None else strength * self.binding.factor(index)
-
     @property
     def last(self) -> Tensor | None:
         """The rule's part of the last loss, None where there was none yet.  -> ()."""
@@ -56,7 +51,7 @@ class ActivityRule:
         for site, recorder in self.places:
             self.at = site
             if segments := recorder.segments(site):
-                found.append(self.kind.value(Activity(segments)) * self.amount(index))
+                found.append(self.kind.value(Activity(segments)) * self.binding.amount(index))
         self.at = None
         return _sum(found)
 

@@ -42,18 +42,13 @@ class PenaltyRule(WeightRule):
     addends: tuple[Penalty, ...] = ()
     ledger: Tickets = field(default_factory=Tickets)
 
-    def amount(self, index: int) -> float:
-        """strength · factor at a step."""
-        strength = self.kind.strength
-        return strength if self.binding.schedule is None else strength * self.binding.factor(index)
-
     def value(self, index: int) -> Tensor | None:
         """strength · factor · Σ Ω over the blocks that are not frozen, None where all are.  -> ()."""
-        return self._sum(self.unfrozen(), self.amount(index))
+        return self._sum(self.unfrozen(), self.binding.amount(index))
 
     def trained_value(self, step: Step) -> Tensor | None:
         """strength · factor · Σ Ω over the blocks that a step trains, None where there are none.  -> ()."""
-        return self._sum(step.trained, self.amount(step.index))
+        return self._sum(step.trained, self.binding.amount(step.index))
 
     def _sum(self, ids: frozenset[int], amount: float) -> Tensor | None:
         work = self.work(self.snapshots.now(), ids)
@@ -94,7 +89,7 @@ class PenaltyRule(WeightRule):
 
     def add_gradient(self, work: Work, step: Step, found: Sequence[Tensor]) -> None:
         """grad += strength · factor · ∇Ω(w), times the loss scale that is in the gradients.  found: the gradients."""
-        amount = self.kind.strength if self.binding.schedule is None else self.amount(step.index)
+        amount = self.kind.strength if self.binding.schedule is None else self.binding.amount(step.index)
         if not amount:
             return
         for batch, pick, sign in work.batches:
@@ -131,7 +126,7 @@ class PenaltyRule(WeightRule):
 
     def decay(self, work: Work, step: Step) -> None:
         """w −= lr · strength · factor · ∇Ω(w), before the update, as torch's AdamW."""
-        amount = self.amount(step.index)
+        amount = self.binding.amount(step.index)
         if not amount:
             return
         for batch in self.at_work(batch for batch, _, _ in work.batches):
@@ -149,7 +144,7 @@ class PenaltyRule(WeightRule):
         For a sum of n trained parameters the step counts n times: moving each by δ/n costs ½‖δ‖²/n. Where a number is
         pruned in one of them, that one does not count.
         """
-        amount = self.amount(step.index)
+        amount = self.binding.amount(step.index)
         if not amount:
             return
         for batch in self.at_work(batch for batch, _, _ in work.batches):
