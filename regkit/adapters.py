@@ -37,6 +37,8 @@ class Weight:
 
     parameters: the attribute's name, dotted where a submodule has the attribute; two names mean a pair of biases of
     which the sum acts.
+    role: kernel, recurrent, bias, projection, or one of the adapter's `roles`.
+    layer, direction: the place in a stacked module: from 0, and forward or backward.
     gates: the gates stacked in the rows, in order; empty where there are no gates.
     separate: of a pair, the gates in which each bias acts on its own, so that the sum means nothing there.
     transposed: the attribute is (inputs, units), as in Keras; kinds see the transpose.
@@ -70,6 +72,10 @@ class Weight:
 @dataclass(frozen=True)
 class Output:
     """An output of a module: the role, the layers and directions, and whether the output runs over time.
+
+    role: output, state, cell, or one of the adapter's `roles`.
+    layers, directions: those that the output holds: layers from 0; forward, backward.
+    sequence: whether the output has neighbours in time; final states have none.
 
     >>> regkit.Output("output", layers=(1,), directions=("forward", "backward"), sequence=True).role
     'output'

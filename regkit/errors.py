@@ -32,7 +32,9 @@ class RegkitError(Exception):
 class Problem:
     """One thing that is wrong, and where: a JSON Pointer (RFC 6901) into a document, or the key of a rule.
 
-    There are a line and a column where the document came as a text.
+    where: empty for the whole document.
+    message: a sentence without its place.
+    line, column: the place in the text, counted from 1; None where the document came as a dict.
 
     >>> print(regkit.Problem("/rules/0", "names no kind", line=3, column=5))
     line 3, column 5: /rules/0: names no kind
@@ -55,7 +57,9 @@ class _ProblemsError(RegkitError):
 
     def __init__(self, origin: str, problems: Sequence[Problem]) -> None:
         self.origin = origin
+        """The name of what is wrong: the path of a document, or words such as "the given text"."""
         self.problems = tuple(problems)
+        """Every problem, in order."""
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         told = list(map(str, self.problems[:_MOST_PROBLEMS]))
         if len(told) < len(self.problems):

@@ -132,7 +132,7 @@ def _add_installation(commands: _Commands) -> None:
 def _add_plugin_authors(commands: _Commands) -> None:
     """Add the commands for authors of plugins."""
     new = _command(commands, "new", "scaffold", "write the distribution of a plugin", _NEW)
-    new.add_argument("name", metavar="NAME", help="of the distribution, such as regkit-nuclear")
+    new.add_argument("name", metavar="NAME", help="the name of the distribution, such as regkit-nuclear")
     new.add_argument("--folder", metavar="DIR", help="where to write it; left out: a new folder of that name")
     new.set_defaults(template="penalty")
     templates = new.add_mutually_exclusive_group()
@@ -144,7 +144,8 @@ def _add_plugin_authors(commands: _Commands) -> None:
 
     summary = "try the laws on what a distribution offers"
     conformance = _command(commands, "conformance", "conformance", summary, _CONFORMANCE)
-    conformance.add_argument("distribution", metavar="DISTRIBUTION", help="or an entry point of it")
+    name = "the name of the distribution, or of its entry point"
+    conformance.add_argument("distribution", metavar="DISTRIBUTION", help=name)
     conformance.add_argument("--law", metavar="LAW", help="only this law")
     conformance.add_argument("--json", action="store_true", help="every result, as JSON")
 

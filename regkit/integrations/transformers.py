@@ -25,6 +25,7 @@ except ImportError as error:
     raise ImportError("regkit.integrations.transformers needs pip install 'transformers[torch]'") from error
 
 Document = str | Path | dict[str, Any] | regkit.Spec
+"""A document, as `regkit.load` takes one: a path, a JSON text, a dict or a Spec."""
 
 _KEY: Final = "regkit"
 

@@ -17,6 +17,7 @@ GROUP: Final = "regkit"
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
+"""A decorator that marks a function of a plugin as one of the hooks, such as `regkit_penalties`."""
 
 
 @hookspec

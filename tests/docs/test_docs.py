@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 
 import pytest
@@ -161,10 +163,22 @@ def test_the_table_of_variables_is_complete():
     assert first_column(DOCS / "plugins.md", "variable") == asked
 
 
-def test_every_public_name_exists_and_is_described():
-    for name in regkit.__all__:
-        public = getattr(regkit, name)
-        assert getattr(public, "__doc__", None), name
+def described(body: list[ast.stmt]) -> Iterator[str]:
+    """The functions, classes and other names that a module defines with a docstring."""
+    for statement, following in zip(body, [*body[1:], None], strict=True):
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(statement):
+            yield statement.name
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def test_every_name_of_the_api_pages_is_described():
+    pages = (page.read_text("utf-8") for page in PAGES)
+    shown = {name for page in pages for name in re.findall(r"^::: [\w.]*\.(\w+)$", page, re.MULTILINE)}
+    assert set(regkit.__all__) <= shown
+    sources = (ROOT / "regkit").rglob("*.py")
+    assert not shown - {name for file in sources for name in described(ast.parse(file.read_text("utf-8")).body)}
 
 
 def test_the_packages_and_rooms_of_the_architecture_are_those_on_disk():

@@ -95,5 +95,5 @@ def _equations(
 
 @hookimpl
 def regkit_adapters() -> list[Adapter]:
-    """The adapter of this room."""
+    """The adapters that this module offers."""
     return [MinimalGatedAdapter()]

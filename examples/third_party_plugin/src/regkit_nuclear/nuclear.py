@@ -76,5 +76,5 @@ class NuclearNorm(Penalty):
 
 @hookimpl
 def regkit_penalties() -> list[type[Penalty]]:
-    """The penalty of this room."""
+    """The kinds that this module offers."""
     return [NuclearNorm]
