@@ -139,6 +139,7 @@ def test_every_installed_kind_is_pickled_as_its_name_and_options():
         for kind in entry.kind.examples():
             pickled = pickle.dumps(kind)
             assert of_regkit(pickled) == ONE_ROOM
+            assert kind.__reduce_ex__(4)[1] == (1, "kind", kind.kind, kind.model_dump_json())
             assert pickle.loads(pickled) == kind
             assert type(pickle.loads(pickled)) is type(kind)
 
@@ -202,10 +203,16 @@ def test_a_pickle_of_a_newer_format_is_refused_with_what_to_do(what, monkeypatch
     (attachment,) = regkit.attachments(model)
     one = {"model": model, "plan": attachment.plan, "spec": regkit.load(RULES)}[what]
     with monkeypatch.context() as newer:
-        newer.setattr(_pickled, "FORMAT", 7)
+        newer.setattr(_pickled, "FORMAT", 2)
         pickled = pickle.dumps(one)
-    with pytest.raises(RegkitError, match=r"format 7 .* reads formats up to 1: it takes a newer torch-regkit"):
         pickle.loads(pickled)
+    with pytest.raises(RegkitError, match=r"format 2 .* reads formats up to 1: it takes a newer torch-regkit"):
+        pickle.loads(pickled)
+
+
+def test_a_pickle_of_an_older_format_is_read(monkeypatch):
+    monkeypatch.setattr(_pickled, "FORMAT", 2)
+    assert len(regkit.attachments(loaded(KEPT[0]))) == 1
 
 
 NUCLEAR = PLUGIN.format(name="nuclear", title="Nuclear")
@@ -248,6 +255,11 @@ def test_a_plugin_that_was_moved_or_upgraded_within_its_distribution_is_found(nu
     (attachment,) = regkit.attachments(model)
     assert type(attachment.plan.bindings[0].kind).__module__ == "low_ranks"
     assert attachment.plan == regkit.resolve(model, {"rules": [{"penalty": "nuclear(1)"}]})
+
+
+def test_a_distribution_is_the_same_however_its_name_is_spelled(nuclear):
+    kind = _pickled.read(1, "kind", "nuclear", '{"strength": 2.0}', "Regkit_Low.Rank", "1.2")
+    assert kind.describe() == "nuclear(strength=2.0)"
 
 
 def test_deepcopy_goes_through_no_json(monkeypatch):
