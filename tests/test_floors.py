@@ -97,6 +97,17 @@ def test_a_package_imports_only_from_floors_below(path):
     assert not above, f"{own} (floor {FLOOR_OF[own]}) uses {above}"
 
 
+BELOW_THE_TOP = [path for path in ROOMS if box_of(name_of(path)) not in ("testing", "integrations", "cli")]
+
+
+@pytest.mark.parametrize("path", BELOW_THE_TOP, **ids)
+def test_a_room_that_public_names_come_from_takes_none_from_the_top(path):
+    taken = {f"regkit.{name}" for name in regkit.__all__} & imports(path)
+    assert not taken, f"{name_of(path)} takes {taken}"
+    statements = [one for one in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(one, ast.Import)]
+    assert "regkit" not in {alias.name for one in statements for alias in one.names}
+
+
 def test_no_room_is_in_a_circle():
     # A package's `__init__` is imported before its rooms: it may name them, and is no circle for that.
     graph = {name_of(path): set(modules_used(path)) for path in ROOMS if path.stem != "__init__"}
