@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import regkit
-from regkit.runtime.step import StepCount
+from regkit.runtime.step import OwnedParameters, StepCount
 
 L2 = {"rules": [{"penalty": {"kind": "l2", "strength": 0.5}}]}  # its gradient is the weight itself
 RECURRENT = {"rules": [{"target": {"role": "recurrent"}, "penalty": {"kind": "l2", "strength": 0.5}}]}
@@ -78,6 +78,24 @@ def test_an_optimizer_that_steps_more_often_sets_the_count():
         count.advance(parameters)
     assert seen == [0, 1, 1, 2, 3, 3]
     assert count.count == 4
+
+
+def test_the_rhythm_of_optimizers_is_forgotten_when_all_parameters_were_replaced():
+    count = StepCount()
+    for parameters in ({1}, {2}, {1}, {2}):
+        count.advance(parameters)
+    assert count.history
+    count.keep({3: None})
+    assert (count.history, count.stepped, count.count) == ([], frozenset(), 2)
+
+
+def test_ownership_restricted_to_new_parameters_is_of_all_that_the_optimizer_has():
+    old, new, group = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1)), {"lr": 0.1}
+    owned = OwnedParameters({1: old}, {1: group, 2: group})
+    assert owned.restrict_to_parameters(owned.current) is owned
+    restricted = owned.restrict_to_parameters({2: new})
+    assert (restricted.groups, restricted.all_groups) == ({2: group}, {1: group, 2: group})
+    assert restricted.parameters == [new]
 
 
 class Wrapper(torch.optim.Optimizer):
