@@ -2,6 +2,7 @@
 
 import pytest
 
+import regkit
 from tests.support.documents import L2, layer, marked, on, penalty, problems, rule
 
 
@@ -157,3 +158,11 @@ def test_a_nearest_name_in_quotes_is_offered_as_what_was_meant(text, where, give
     (problem,) = problems(marked(text)[0])
     if near.startswith("'") and "/via" not in where and "/bias" not in where:  # of two or four names, all are told
         assert f"did you mean {near}?" in problem.message
+
+
+@pytest.mark.parametrize(("given", "where"), [("l2", ""), ({"l2": {}}, "/l2/strength"), ({"kind": "l2"}, "/strength")])
+def test_a_missing_option_is_named_once_however_the_kind_is_written(given, where):
+    with pytest.raises(regkit.SpecError) as caught:
+        regkit.load({"rules": [{"penalty": given}]})
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.message) == (f"/rules/0/penalty{where}", "`strength` is missing")

@@ -23,6 +23,7 @@ class Cell(nn.Module):
         self.w = nn.Parameter(torch.zeros(6, 5))
         self.b = nn.Parameter(torch.zeros(6))
         self.long = nn.Parameter(torch.zeros(7))
+        self.empty = nn.Parameter(torch.zeros(0, 5))
         self.count = nn.Parameter(torch.zeros(6, dtype=torch.int64), requires_grad=False)
         self.inner = nn.Linear(3, 4, bias=False)
         self.register_buffer("mask", torch.ones(6, 5))
@@ -67,6 +68,7 @@ def weight(*names: str, role: str = "kernel", **options: Any) -> Weight:
 
 MISSING = "tells of what is not there: "
 WRONG = {
+    "no rows": (weight("empty"), "is wrong: empty has 0 rows"),
     "no parameter": (weight("v"), MISSING + "v is missing"),
     "no submodule": (weight("outer.w"), MISSING + "outer.w is missing: Cell has no module 'outer'"),
     "no bias of a submodule": (weight("inner.bias"), MISSING + "inner.bias is missing"),

@@ -231,7 +231,14 @@ def test_an_adapter_that_cannot_be_made_is_named():
         Registry().register(Unfinished)
 
 
-@pytest.mark.parametrize("name", ["kind", "null", "default", "penalty", "regkit", "all"])
+WORDS = (
+    *("version", "provenance", "rules", "rule", "layers", "layer", "name", "kind", "target", "via", "optional"),
+    *("penalty", "activity", "constraint", "schedule", "regkit"),
+    *("null", "none", "true", "false", "any", "all", "auto", "default", "custom", "unknown"),
+)
+
+
+@pytest.mark.parametrize("name", WORDS)
 def test_words_of_the_document_are_reserved(name):
     members = {"__annotations__": {"kind": Literal[name]}, "kind": name, "value": lambda self, w: w.sum()}
     taken = type("Taken", (regkit.Penalty,), {"__module__": __name__, **members})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import regkit
+from regkit.registry.registry import default
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]]) -> None:
@@ -172,3 +175,29 @@ def test_an_optional_constraint_that_binds_nothing_is_never_violated(make_model)
     )
     assert attachment.violations()["rules/0"] == 0
     assert attachment.violations()["rules/1"] > 0
+
+
+class Orthonormal(regkit.Constraint):
+    """A constraint whose mathematics are products, which autocast makes in half precision."""
+
+    kind: Literal["orthonormal"] = "orthonormal"
+
+    def project(self, w):
+        return 1.5 * w - 0.5 * w @ w.T @ w
+
+    def violation(self, w):
+        return (w @ w.T - torch.eye(len(w))).abs().amax().sub(0.7).abs()
+
+
+def test_constraints_are_told_and_applied_under_autocast_as_without():
+    seen = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = nn.RNN(3, 4)
+        with default().temporary(Orthonormal):
+            attachment = regkit.attach(model, {"rules": [{"constraint": "orthonormal", "target": {"role": "kernel"}}]})
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            told = attachment.violations()
+            attachment.apply_constraints()
+        seen.append((told, model.weight_ih_l0.detach()))
+    torch.testing.assert_close(*seen, rtol=0, atol=0)

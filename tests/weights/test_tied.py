@@ -181,3 +181,10 @@ def test_frozen_weights_are_left_alone_and_unfreezing_later_works(via, make_mode
         for model in (by_hand, regularized):
             model.rnn.weight_hh_l0.requires_grad_(True)
     assert attachment.violations()["ball"] < 1e-9
+
+
+def test_two_sums_that_share_one_half_are_two_weights():
+    model = Twins()
+    model.two.bias_ih = model.one.bias_ih
+    plan = regkit.resolve(model, {"rules": [{"penalty": "l2(1)", "target": {"role": "bias", "bias": "effective"}}]})
+    assert [site.name for site in plan.bindings[0].weights] == ["one", "two"]
