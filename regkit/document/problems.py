@@ -109,5 +109,6 @@ def _kind_at(path: tuple[str | int, ...], value: Any, registry: Registry) -> typ
     if name is None and isinstance(value, dict):
         name = next(iter(value), None)
     bare = str(name).partition("(")[0].strip()
-    entry = registry.find(bare) or registry.find(f"activity_{bare}")
+    under = "activity_" if path[-1:] == ("activity_regularizer",) else ""  # where l2 means activity_l2
+    entry = registry.find(under + bare) or registry.find(bare)
     return None if entry is None else entry.kind

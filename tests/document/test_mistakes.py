@@ -166,3 +166,48 @@ def test_a_missing_option_is_named_once_however_the_kind_is_written(given, where
         regkit.load({"rules": [{"penalty": given}]})
     (problem,) = caught.value.problems
     assert (problem.where, problem.message) == (f"/rules/0/penalty{where}", "`strength` is missing")
+
+
+LONG = "x" * 100
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where", "message"),
+    [
+        ({"constraint": "min_max_norm(2, 1)"}, "constraint", "min_value 2.0 is greater than max_value 1.0"),
+        ({"penalty": "l2(-1)"}, "penalty", "`strength` must be greater than or equal to 0, got -1"),
+        ({"penalty": "l2(1)", "optional": None}, "optional", "must be true or false, got null"),
+        ({"penalty": "l2(1)", "every": LONG}, "every", f"must be a whole number, got '{LONG[:37]}...{LONG[:38]}'"),
+        ({"penalty": "l2(1)", "every": 0}, "every", "must be greater than or equal to 1, got 0"),
+        ({"penalty": "l2(1)", "name": 5}, "name", "must be a string, got 5"),
+        ({"penalty": "l2(1)", "target": 5}, "target", "must be an object, got 5"),
+    ],
+)
+def test_a_wrong_value_is_told_in_the_words_of_json(wrong, where, message):
+    with pytest.raises(regkit.SpecError) as caught:
+        regkit.load({"rules": [wrong]})
+    assert [(one.where, one.message) for one in caught.value.problems] == [(f"/rules/0/{where}", message)]
+
+
+@pytest.mark.parametrize("given", ["l2(1, strenth=2)", {"l2": {"strength": 1, "strenth": 2}}])
+def test_an_unknown_option_in_shorthand_is_told_with_those_of_the_kind(given):
+    with pytest.raises(regkit.SpecError, match=r"did you mean 'strength'\? Available: kind, strength$"):
+        regkit.load({"rules": [{"penalty": given}]})
+
+
+def test_a_provenance_that_is_no_object_says_nothing_of_a_kind_that_is_missing():
+    with pytest.raises(regkit.SpecError) as caught:
+        regkit.load({"rules": [{"penalty": "nothing(1)"}], "provenance": {"nothing": 5}})
+    assert {one.where for one in caught.value.problems} == {"/rules/0/penalty", "/provenance/nothing"}
+
+
+def test_a_provenance_must_be_an_object():
+    with pytest.raises(regkit.SpecError) as caught:
+        regkit.load({"rules": [], "provenance": 5})
+    assert [one.message for one in caught.value.problems] == ["must be an object, got 5"]
+
+
+@pytest.mark.parametrize("given", ["l2(1, reductoin=sum)", {"l2": {"strength": 1, "reductoin": "sum"}}])
+def test_an_unknown_option_of_an_activity_regularizer_is_told_with_those_of_the_activity_kind(given):
+    with pytest.raises(regkit.SpecError, match=r"did you mean 'reduction'\? Available: kind, strength, reduction$"):
+        regkit.load({"layers": [{"module": "rnn", "activity_regularizer": given}]})
