@@ -7,6 +7,7 @@ import pickle
 import pytest
 
 import regkit
+from regkit.errors import listing, nearest
 
 PROBLEMS = [regkit.Problem("/rules/0", "names no kind", 3, 5), regkit.Problem("/rules/1", "binds nothing")]
 CLASSES = [getattr(regkit, name) for name in regkit.__all__ if name.endswith(("Error", "Warning"))]
@@ -25,3 +26,31 @@ def test_an_error_is_pickled_with_all_that_it_says(error):
     assert type(loaded) is type(error)
     assert str(loaded) == str(error)
     assert vars(loaded) == vars(error)
+
+
+@pytest.mark.parametrize(
+    ("given", "known", "name"),
+    [
+        ("abcd", "abxy", "abxy"),
+        ("abcd", "axyz", None),
+        ("fo", "f", None),
+        ("F", "f", "f"),
+        ("KERNAL", "Kernel", "Kernel"),
+    ],
+)
+def test_the_nearest_name_is_half_alike_and_no_letter_unless_a_letter_is_given(given, known, name):
+    assert nearest(given, [known]) == name
+
+
+def test_a_listing_names_each_name_once_and_says_how_many_more_there_are():
+    assert listing(["b", "a", "b"]) == "b, a"
+    assert listing([]) == "none"
+    names = [f"n{number}" for number in range(30)]
+    assert listing(names) == ", ".join(names[:24]) + " and 6 more"
+
+
+def test_an_error_tells_a_hundred_problems_and_says_how_many_more_there_are():
+    told = str(regkit.SpecError("spec.json", [regkit.Problem("", "wrong")] * 103)).splitlines()
+    assert told[0] == "spec.json is not a valid spec: 103 problems"
+    assert told[100:] == ["  (document): wrong", "  and 3 more (all are in .problems)"]
+    assert str(regkit.SpecError("spec.json", PROBLEMS[:1])).startswith("spec.json is not a valid spec: 1 problem\n")
