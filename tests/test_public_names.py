@@ -38,6 +38,13 @@ def test_the_package_still_has_every_name():
     assert set(TOP.split()) <= set(regkit.__all__)
 
 
+def test_the_package_lists_its_public_names_alone():
+    assert {name for name in dir(regkit) if not name.startswith("__")} == set(regkit.__all__)
+    assert {"__version__", "__doc__", "__path__"} <= set(dir(regkit))
+    with pytest.raises(AttributeError, match="module 'regkit' has no attribute 'nothing'"):
+        _ = regkit.nothing
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_still_has_every_name(module):
     if module.startswith("integrations."):

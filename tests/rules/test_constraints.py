@@ -201,3 +201,18 @@ def test_constraints_are_told_and_applied_under_autocast_as_without():
             attachment.apply_constraints()
         seen.append((told, model.weight_ih_l0.detach()))
     torch.testing.assert_close(*seen, rtol=0, atol=0)
+
+
+def test_a_constraint_that_goes_a_share_of_the_way_is_as_far_violated_as_one_that_goes_all():
+    kind = default().find("min_max_norm").kind(max_value=1.0, rate=0.5)
+    assert float(kind.violation(torch.tensor([[3.0, 4.0]]))) == pytest.approx(4.0)
+
+
+def test_only_norms_of_rows_are_of_each_row_alone():
+    made = default().find("unit_norm").kind
+    assert [made(per=per).separable for per in ("unit", "input", "cell", "matrix")] == ["rows", None, None, None]
+
+
+def test_a_constraint_at_rate_zero_is_refused(make_model):
+    with pytest.raises(regkit.RegkitError, match="its rate is 0"):
+        constrained(make_model(), {"kind": "min_max_norm", "rate": 0.0})
