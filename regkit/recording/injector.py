@@ -36,17 +36,13 @@ _UNREACHED: Final = (
 
 
 class Injector(Recorder):
-    """The forward hook of one module that has rules via inject.
-
-    waiting: the forward passes that no backward pass has reached.
-    """
+    """The forward hook of one module that has rules via inject."""
 
     def __init__(self, module: nn.Module, adapter: Adapter | None, name: str) -> None:
         super().__init__(module, adapter, name)
         self._consume: Consume = lambda _: ()
         self._index: Callable[[], int] = int
         self._scale: Scale = 1.0
-        self.waiting: list[_Pass] = []
         self._run: Callable[..., Any] = self._carry
 
     def configure(self, consume: Consume, index: Callable[[], int], scale: Scale) -> None:
@@ -96,8 +92,10 @@ class Injector(Recorder):
             gradients = iter(torch.autograd.grad(total, leaves, materialize_grads=True))
         for one in new:
             one.gradients = [next(gradients) for _ in one.leaves]
-            self.ledger.tickets.append(one.ticket)
         super().clear()
+        ticket = Ticket()
+        ticket.backpropagated = True
+        self.ledger.tickets.append(ticket)
 
     def trains(self) -> bool:
         """Whether the running backward pass is one of training, which gives parameters of the module their gradients.
@@ -119,13 +117,11 @@ class Injector(Recorder):
 
     def delivered(self, carrier: _Pass) -> None:
         """Take note that a forward pass has taken its part of the gradient along."""
-        carrier.ticket.backpropagated = True
         self.waiting = [one for one in self.waiting if one is not carrier]
 
     def clear(self) -> None:
         super().clear()
         self.waiting.clear()
-        self.ledger.discard()  # the tickets of passes that waited
 
     def missing(self, trained: frozenset[int], optional: bool) -> str | None:
         return _UNREACHED if self.waiting else super().missing(trained, optional)
@@ -136,11 +132,9 @@ class _Pass:
 
     leaves: tensors in the place of the module's inputs and outputs, of which the penalties are a function.
     gradients: the penalties' gradients at the leaves, once computed.
-    ticket: stamped when the pass has taken its part of the gradient along.
     """
 
     def __init__(self, injector: Injector, tensors: Sequence[Tensor]) -> None:
-        self.ticket = Ticket()
         self.leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         self.gradients: list[Tensor] | None = None
         self._injector = injector

@@ -51,6 +51,7 @@ class Recorder(ModelHook):
     ledger: the tickets of the penalties on the recorded outputs.
     calls: the recorded calls.
     left: how many records there were at a step of other parameters, which has left them to a later one.
+    waiting: of an injector, the forward passes that no backward pass has reached.
     """
 
     word = "recorder"
@@ -66,6 +67,7 @@ class Recorder(ModelHook):
         self.ledger = Tickets()
         self.calls = Calls()
         self.left = 0
+        self.waiting: list[Any] = []
         self._thread: int | None = None  # in which the module ran last
 
     @property
@@ -254,7 +256,7 @@ def all_in_the_loss(recorders: Iterable[tuple[Recorder, object]]) -> bool:
     """Whether every recorder has recorded outputs, and all went through a loss that was backpropagated."""
     for recorder, _ in recorders:
         calls, tickets = recorder.calls, recorder.ledger.tickets
-        if calls.last is not None or calls.records or not tickets:
+        if calls.last is not None or calls.records or recorder.waiting or not tickets:
             return False
         for ticket in tickets:
             if not ticket.backpropagated:
