@@ -64,7 +64,7 @@ class Rule(Frozen):
     @property
     def kind(self) -> Kind:
         """The penalty or the constraint."""
-        kind = self.penalty or self.constraint
+        kind = self.constraint if self.penalty is None else self.penalty
         assert kind is not None  # _consistent has seen to it
         return kind
 
@@ -154,7 +154,7 @@ class Layer(Frozen):
     @model_validator(mode="after")
     def _does_something(self) -> Layer:
         kinds = self._kinds()
-        if not any(kinds.values()):
+        if all(kind is None for kind in kinds.values()):
             raise mistake(f"it regularizes nothing; give one of {', '.join(kinds)}")
         if inert := list(_inert_kinds(kinds)):
             raise mistakes_at(inert)

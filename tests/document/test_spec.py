@@ -5,6 +5,7 @@ import json
 import pickle
 import types
 from decimal import Decimal
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -197,3 +198,23 @@ def test_unknown_options_and_other_kinds_names_are_refused_in_python(make):
     for wrong in ({"strenght": 1.0}, {"kind": "l1", "strength": 1.0}):
         with pytest.raises((ValidationError, TypeError)):
             make(**wrong)
+
+
+class Falsy(regkit.Penalty):
+    """A penalty that Python takes for false, as an empty collection."""
+
+    kind: Literal["falsy"] = "falsy"
+
+    def __len__(self) -> int:
+        return 0
+
+    def value(self, w: torch.Tensor) -> torch.Tensor:
+        return w.square().sum()
+
+
+@pytest.mark.parametrize(
+    "document", [{"rules": [{"penalty": "falsy(1)"}]}, {"layers": [{"kernel_regularizer": {"falsy": 1}}]}]
+)
+def test_a_kind_that_python_takes_for_false_is_a_kind(document):
+    registry = regkit.Registry([Falsy])
+    assert [rule.kind.kind for rule in regkit.load(document, registry=registry).rules] == ["falsy"]
