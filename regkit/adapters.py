@@ -26,7 +26,6 @@ GATE_ALIASES: Mapping[str, str] = {
 }  # fmt: skip
 """torch's letters (LSTM i, f, g, o; GRU r, z, n) and Keras' (c for g, h for n)."""
 
-
 Columns = tuple[int, int] | int | None
 """Columns of a matrix: from the first up to, not including, the second; a single column, as a vector; or all (None)."""
 
@@ -35,8 +34,7 @@ Columns = tuple[int, int] | int | None
 class Weight:
     """A weight of a module, as an adapter describes the weight. Kinds see a row for each unit.
 
-    parameters: the attribute's name, dotted where a submodule has the attribute; two names mean a pair of biases of
-    which the sum acts.
+    parameters: the attribute's name, dotted in a submodule; two names mean a pair of biases, of which the sum acts.
     role: kernel, recurrent, bias, projection, or one of the adapter's `roles`.
     layer, direction: the place in a stacked module: from 0, and forward or backward.
     gates: the gates stacked in the rows, in order; empty where there are no gates.
@@ -45,8 +43,7 @@ class Weight:
     columns: the weight is these columns of the attribute (after the transposition), as where kernel and recurrent lie
     side by side in one matrix; a single number is one column, seen as a vector.
     through: the submodule (dotted, too) that the module applies to the attribute, element by element, such as a
-    softplus that keeps weights positive; the result acts. Constraints need the submodule's `right_inverse`; that of
-    nn.Softplus is known.
+    softplus; the result acts. Constraints need the submodule's `right_inverse`; that of nn.Softplus is known.
     mask: the attribute (dotted, too) of a tensor of 0 and 1 by which the module multiplies the weight at each call, as
     cells with a wiring do. The product acts; numbers under a 0 are never changed.
 
@@ -163,8 +160,7 @@ class Form(NamedTuple):
 
     role: the tensor's key in the result of `observe`.
     before: for a cell, the key of h_{t-1}; left out, the tensor is a padded sequence.
-    batch_first: the layout of a sequence: (time, batch, features), or batch first, as the module's attribute
-    `batch_first` says.
+    batch_first: the layout of a sequence: (time, batch, features), or batch first, as the module's `batch_first` says.
     directions: the directions that lie side by side in the features; a "backward" one runs against time.
 
     >>> regkit.Form("output", batch_first=True).directions
@@ -204,8 +200,7 @@ Equations = Callable[[nn.Module, Tensor, Any, int, str], tuple[Mapping[str, Tens
 
 x: (batch, features).
 h: the state, a tensor or a tuple of tensors; the (first) tensor is the output.
-gates: each gate by its name, before or after the nonlinearity. Where a gate enters another, the returned tensor itself
-enters.
+gates: each gate by its name, before or after the nonlinearity; one that enters another is the very tensor returned.
 """
 
 
