@@ -272,6 +272,7 @@ def test_what_is_no_model_is_refused(model):
         regkit.attach(model, SPEC)
 
 
+@pytest.mark.slow
 def test_a_thousand_attachments_leave_nothing(make_model, batches):
     model = make_model()
     before = (hooks_of(model), global_hooks())

@@ -109,6 +109,7 @@ def in_a_new_process(folder: Path, *arguments: str) -> Any:
     return torch.load(folder / "result.pt", weights_only=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["first", "late"])
 def test_a_model_loaded_in_a_new_process_goes_on_and_no_ones_hook_is_overwritten(asked, batches, tmp_path):
     """Hooks are hung on the model before and after attach, and in the new process before and after it is trained.
@@ -136,6 +137,7 @@ def test_a_model_loaded_in_a_new_process_goes_on_and_no_ones_hook_is_overwritten
         assert kept <= names <= wanted
 
 
+@pytest.mark.slow
 def test_a_model_saved_inside_detached_needs_no_regkit_to_be_loaded(tmp_path):
     model = nn.LSTM(3, 4)
     attachment = regkit.attach(model, SPEC)

@@ -214,6 +214,7 @@ def test_a_block_tells_of_the_pages_that_are_mapped_in_it():
 # --- the benchmark runs ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_writes_what_it_says_and_every_row_is_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -136,6 +136,7 @@ def test_a_step_of_computed_weights_looks_nothing_up_anew(computed: Callable[[nn
     assert calls_of_a_training_step(model, [L2, BALL]) <= 160
 
 
+@pytest.mark.slow
 def test_the_first_step_is_as_much_work_for_each_of_2000_rules_as_for_each_of_200():
     def work(count: int) -> int:
         model = cells(count // 2)

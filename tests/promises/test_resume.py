@@ -222,6 +222,7 @@ def killed_after_step_seven() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_one_process_and_resumed_in_another_is_bitwise_the_same(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(

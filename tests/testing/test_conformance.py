@@ -154,6 +154,7 @@ def test_conformance(check):
 """
 
 
+@pytest.mark.slow
 def test_in_a_strangers_suite_failures_and_unexpected_passes_are_told(tmp_path: Path, monkeypatch):
     (tmp_path / "wrong_kind.py").write_text(WRONG)
     monkeypatch.syspath_prepend(str(tmp_path))
