@@ -77,7 +77,7 @@ class Watchdog:
         handle = parameter.register_hook(hook.look)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self._gradient_handles = [handle]
         if sharded(parameter):  # FSDP2 puts gradients where they belong past autograd, and calls these hooks itself
-            handle = parameter.register_post_accumulate_grad_hook(hook.look)  # type: ignore[no-untyped-call]  # and this
+            handle = parameter.register_post_accumulate_grad_hook(hook.look)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             self._gradient_handles.append(handle)
         self.accepted = True
 
@@ -88,7 +88,7 @@ class Watchdog:
         if self._loading is None or self._loading[0]() is not module:
             self.disarm()
             hook = _Hook(self)
-            hook.handle = module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]  # and this
+            hook.handle = module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             self._loading = weakref.ref(module), hook
         return self._loading[1]
 

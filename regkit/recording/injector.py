@@ -51,7 +51,7 @@ class Injector(Recorder):
 
     def install(self) -> None:
         # A compiled forward pass cannot contain what is done to gradients as they flow back: the compiler leaves a gap.
-        self._run = torch.compiler.disable(self._carry)  # type: ignore[no-untyped-call]  # torch leaves it so
+        self._run = torch.compiler.disable(self._carry)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         super().install()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
@@ -78,7 +78,7 @@ class Injector(Recorder):
             Call({role: _replaced(one, leaves) for role, one in observed.items()}, {}, module.training, starts), False
         )
         self.waiting.append(carrier)
-        carried = _Carry.apply(carrier, len(outputs), *everything)  # type: ignore[no-untyped-call]  # torch leaves it so
+        carried = _Carry.apply(carrier, len(outputs), *everything)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         return _replaced(result, dict(zip(outputs, carried, strict=True)))
 
     @modes.uncast

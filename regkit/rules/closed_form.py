@@ -140,7 +140,7 @@ def evaluate(sources: Sequence[Source], raise_named: RaiseNamed, values: Values)
         # `Function.apply` does more than its base's, all of it for transforms, of which none is on.
         apply = super(torch.autograd.Function, _Closed).apply
         saved = *roots, *copies
-        sums.append(apply(on_device, values[first:], raise_named, len(roots), *saved))  # type: ignore[no-untyped-call]  # torch leaves it so
+        sums.append(apply(on_device, values[first:], raise_named, len(roots), *saved))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     return sums
 
 
