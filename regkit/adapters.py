@@ -160,6 +160,7 @@ class Form(NamedTuple):
 
     role: the tensor's key in the result of `observe`.
     before: for a cell, the key of h_{t-1}; left out, the tensor is a padded sequence.
+    initial: for a sequence, the key of the state handed in, beside which there is no form where a gradient reaches it.
     batch_first: the layout of a sequence: (time, batch, features), or batch first, as the module's `batch_first` says.
     directions: the directions that lie side by side in the features; a "backward" one runs against time.
 
@@ -171,6 +172,7 @@ class Form(NamedTuple):
     before: str | None = None
     batch_first: bool = False
     directions: tuple[str, ...] = ("forward",)
+    initial: str | None = None
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ class CellAdapter(Adapter):
         self, module: Any, site: OutputSite, observed: Mapping[str, Any], valid: Validity | None, step: int
     ) -> Sequence[Segment]:
         h, before = observed[site.role], observed["before"]
-        if before is None or before.grad_fn is None:  # an initial state is no neighbour in time, nor is a part of it
+        if before is None or not before.requires_grad:  # no neighbour in time, and a map of it has parameters
             before = None
         elif site.role == "output":
             # What it put out together with that state: a map of it, in LTC; or the last layer's part.

@@ -19,6 +19,9 @@ _GRU_GATES: Final = ("reset", "update", "new")
 # n_t = tanh(W_in x + b_in + r_t ⊙ (W_hn h + b_hn)): in GRU's new gate the two biases do not act as a sum.
 _GRU_SEPARATE: Final = ("new",)
 
+_BEFORE: Final = "output before"
+"""The role of the state that was handed in, in what is observed."""
+
 
 def _gates(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The module's gates, and the gates in which its two biases act apart."""
@@ -111,9 +114,12 @@ class SequenceAdapter(Adapter):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> Mapping[str, Any]:
         sequence, state = result
+        before = kwargs.get("hx", args[1] if len(args) > 1 else None)
         if isinstance(module, nn.LSTM):
-            return {"output": sequence, "state": state[0], "cell": state[1]}
-        return {"output": sequence, "state": state}
+            observed = {"output": sequence, "state": state[0], "cell": state[1]}
+            return observed if before is None else {**observed, _BEFORE: before[0]}
+        observed = {"output": sequence, "state": state}
+        return observed if before is None else {**observed, _BEFORE: before}
 
     def segments(
         self,
@@ -127,8 +133,14 @@ class SequenceAdapter(Adapter):
         directions = self._directions(module)
         h = observed[site.role]
         if site.role == "output":
+            before = observed.get(_BEFORE)
             return of_output(
-                h, batch_first=module.batch_first, directions=directions, wanted=site.directions, valid=valid
+                h,
+                batch_first=module.batch_first,
+                directions=directions,
+                wanted=site.directions,
+                valid=valid,
+                before=None if before is None else before[-len(directions) :],  # the last layer's
             )
         if valid is not None and not isinstance(observed["output"], PackedSequence):
             raise StepError(f"the {site.role} of a padded batch is computed from its padding; pack the sequences")
@@ -145,7 +157,7 @@ class SequenceAdapter(Adapter):
         assert isinstance(module, nn.RNNBase)
         if site.role != "output":
             return None
-        return Form("output", batch_first=module.batch_first, directions=self._directions(module))
+        return Form("output", batch_first=module.batch_first, directions=self._directions(module), initial=_BEFORE)
 
     def examples(self) -> Sequence[Example]:
         return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -46,6 +46,11 @@ class Segment(ABC):
         pairs = self.pairs()
         return () if pairs is None else (pairs,)
 
+    @property
+    def paired(self) -> bool:
+        """Whether there are neighbours in time at all, be they data or padding."""
+        return self.pairs() is not None
+
     def at(self, place: Callable[[Tensor], Any]) -> Segment | None:
         """This segment with `place(tensor)` in the place of each of its tensors; None if the class cannot do that.
 
@@ -58,6 +63,8 @@ class Segment(ABC):
 class Sequenced(Segment):
     """A padded sequence.  h: (time, batch, features); valid: (time, batch, 1) or None.
 
+    previous: (batch, features), the state before the first output that was computed, as `of_output` says; or None.
+
     >>> later, earlier, valid = regkit.activity.Sequenced(torch.arange(3.0).view(3, 1, 1)).pairs()
     >>> later.flatten(), earlier.flatten()
     (tensor([1., 2.]), tensor([0., 1.]))
@@ -66,27 +73,47 @@ class Sequenced(Segment):
     h: Tensor
     valid: Tensor | None = None
     backward: bool = False
+    previous: Tensor | None = None
 
     @property
     def batch(self) -> int:
         return self.h.size(1)
 
+    @property
+    def paired(self) -> bool:
+        return self.h.size(0) > 1 or self.previous is not None
+
     def values(self) -> tuple[Tensor, Tensor | None]:
         return self.h, self.valid
 
     def pairs(self) -> Pairs | None:
-        valid = None if self.valid is None else self.valid[1:] & self.valid[:-1]
-        later, earlier = self.h[1:], self.h[:-1]
+        pieces = self.neighbours()
+        if len(pieces) == 1:
+            return pieces[0]
+        later, earlier = (torch.cat(parts) for parts in zip(*(piece[:2] for piece in pieces), strict=True))
+        valid = None if self.valid is None else torch.cat([piece[2] for piece in pieces if piece[2] is not None])
+        return later, earlier, valid
+
+    def neighbours(self) -> Sequence[Pairs]:
+        h, valid = self.h, None if self.valid is None else self.valid[1:] & self.valid[:-1]
         # The backward direction runs against time: before h_t, the module computed h_{t+1}.
-        return (earlier, later, valid) if self.backward else (later, earlier, valid)
+        inner = (h[:-1], h[1:], valid) if self.backward else (h[1:], h[:-1], valid)
+        if self.previous is None:
+            return (inner,)
+        start = slice(h.size(0) - 1, None) if self.backward else slice(1)
+        first = h[start], self.previous.unsqueeze(0), None if self.valid is None else self.valid[start]
+        return (inner, first) if h.size(0) > 1 else (first,)
 
     def at(self, place: Callable[[Tensor], Any]) -> Segment:
-        return type(self)(place(self.h), self.valid, self.backward)
+        previous = None if self.previous is None else place(self.previous)
+        return type(self)(place(self.h), self.valid, self.backward, previous)
 
 
 @dataclass(frozen=True)
 class Packed(Segment):
     """The rows of a packed sequence, without padding.  h: (frames, features).
+
+    previous: (batch, features), as in `Sequenced`, in the order of the rows.
 
     >>> packed = nn.utils.rnn.pack_sequence([torch.zeros(3, 2), torch.zeros(1, 2)])
     >>> regkit.activity.Packed(packed.data, packed.batch_sizes).batch
@@ -96,10 +123,15 @@ class Packed(Segment):
     h: Tensor
     batch_sizes: Tensor
     backward: bool = False
+    previous: Tensor | None = None
 
     @property
     def batch(self) -> int:
         return int(self.batch_sizes[0])
+
+    @property
+    def paired(self) -> bool:
+        return len(self.batch_sizes) > 1 or self.previous is not None
 
     def values(self) -> tuple[Tensor, Tensor | None]:
         return self.h, None
@@ -112,7 +144,11 @@ class Packed(Segment):
         earlier_rows = torch.arange(first, self.h.size(0), device="cpu") - back
         later = self.h[first:]
         earlier = self.h.index_select(0, earlier_rows.to(self.h.device, non_blocking=True))
-        return (earlier, later, None) if self.backward else (later, earlier, None)
+        later, earlier = (earlier, later) if self.backward else (later, earlier)
+        if self.previous is not None:
+            later = torch.cat([later, *(piece[0] for piece in self._first())])
+            earlier = torch.cat([earlier, *(piece[1] for piece in self._first())])
+        return later, earlier, None
 
     def neighbours(self) -> Sequence[Pairs]:
         # While the number of sequences stays, the rows of the step before lie equally far behind: stretches of rows.
@@ -124,10 +160,25 @@ class Packed(Segment):
             later, earlier = self.h.narrow(0, start, rows), self.h.narrow(0, start - back, rows)
             pieces.append((earlier, later, None) if self.backward else (later, earlier, None))
             start += rows
-        return pieces
+        return [*pieces, *self._first()]
+
+    def _first(self) -> Iterator[Pairs]:
+        """The pairs of the first output of each sequence and the state before."""
+        if self.previous is None:
+            return
+        if not self.backward:
+            yield self.h[: self.batch], self.previous, None
+            return
+        # Against time, the first output of a sequence is that of its last step.
+        start = 0
+        for size, following in pairwise([*self.batch_sizes.tolist(), 0]):
+            if following < size:
+                yield self.h[start + following : start + size], self.previous[following:size], None
+            start += size
 
     def at(self, place: Callable[[Tensor], Any]) -> Segment:
-        return type(self)(place(self.h), self.batch_sizes, self.backward)
+        previous = None if self.previous is None else place(self.previous)
+        return type(self)(place(self.h), self.batch_sizes, self.backward, previous)
 
 
 @dataclass(frozen=True)
@@ -151,6 +202,10 @@ class Stepped(Segment):
     def values(self) -> tuple[Tensor, Tensor | None]:
         return self.h, self.valid
 
+    @property
+    def paired(self) -> bool:
+        return self.previous is not None
+
     def pairs(self) -> Pairs | None:
         return None if self.previous is None else (self.h, self.previous, self.pair_valid)
 
@@ -166,28 +221,41 @@ def of_output(
     directions: Sequence[str],
     wanted: Sequence[str],
     valid: Validity | None,
+    before: Tensor | None = None,
 ) -> list[Segment]:
     """The segments of a sequence module's output, one for each direction in `wanted`.
 
     h: (time, batch, directions · features), or batch first, or (time, directions · features) unbatched, or packed.
+    before: the state that was handed in, (directions, batch, features) or (directions, features) unbatched, with the
+    sequences in the caller's order. The state is the neighbour of the first output exactly where a gradient can reach
+    the state: then the call goes on from outputs of the same graph, or from an initial state that is learned. Zeros, or
+    a state that was detached, are data.
     """
     if isinstance(h, PackedSequence) and isinstance(valid, Mask):
         raise StepError("mask() was given for a packed sequence, which knows what is data; leave the mask out")
+    if before is not None and not before.requires_grad:
+        before = None
+    order: Tensor | None = None
     if isinstance(h, PackedSequence):
-        data, mask = h.data, None
+        data, mask, order = h.data, None, h.sorted_indices
     else:
         if h.dim() == 2:
             h, batch_first = h.unsqueeze(1), False
+            before = None if before is None else before.unsqueeze(1)
         elif batch_first:
             h = h.transpose(0, 1)
         data, mask = h, None if valid is None else valid.of_sequence(h, batch_first)
+    if before is not None and order is not None:
+        before = before.index_select(1, order)
     halves = data.chunk(len(directions), dim=-1) if len(directions) > 1 else (data,)
     segments: list[Segment] = []
-    for name, half in zip(directions, halves, strict=True):
+    for at, (name, half) in enumerate(zip(directions, halves, strict=True)):
         if name in wanted:
-            back = name == "backward"
+            back, previous = name == "backward", None if before is None else before[at]
             segments.append(
-                Packed(half, h.batch_sizes, back) if isinstance(h, PackedSequence) else Sequenced(half, mask, back)
+                Packed(half, h.batch_sizes, back, previous)
+                if isinstance(h, PackedSequence)
+                else Sequenced(half, mask, back, previous)
             )
     return segments
 
@@ -195,10 +263,9 @@ def of_output(
 def of_step(h: Tensor, previous: Tensor | None, valid: Validity | None, step: int) -> Segment:
     """The segment of one call of a cell.  h: (batch, features) or (features,).
 
-    `previous` counts as h_{t-1} only if it was computed in this graph: an initial state (zeros, a parameter, or one
-    detached from the sequence before) is no neighbour, as h_0 of nn.LSTM is none.
+    previous: the state that was handed in, which is h_{t-1} where a gradient can reach the state, as in `of_output`.
     """
-    if previous is not None and previous.grad_fn is None:
+    if previous is not None and not previous.requires_grad:
         previous = None
     if h.dim() == 1:
         h, previous = h.unsqueeze(0), None if previous is None else previous.unsqueeze(0)

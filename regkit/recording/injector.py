@@ -72,8 +72,7 @@ class Injector(Recorder):
         outputs = {id(data): data for data in _tensors(result) if _carries(data)}
         everything = [*outputs.values(), *(data for key, data in sources.items() if key not in outputs)]
         carrier = _Pass(self, everything)
-        # Views of the leaves have a grad_fn, as the originals have: a tensor without one is no neighbour in time.
-        leaves = {id(data): leaf.view_as(leaf) for data, leaf in zip(everything, carrier.leaves, strict=True)}
+        leaves = {id(data): leaf for data, leaf in zip(everything, carrier.leaves, strict=True)}
         self.calls.add(
             Call({role: _replaced(one, leaves) for role, one in observed.items()}, {}, module.training, starts), False
         )
@@ -170,7 +169,8 @@ class _Carry(torch.autograd.Function):
 
 
 def _carries(data: Any) -> bool:
-    return isinstance(data, Tensor) and data.requires_grad
+    """Whether a gradient can reach an output of a call, or a state that was handed in."""
+    return isinstance(data, Tensor) and data.requires_grad and torch.is_grad_enabled()
 
 
 def _tensors(result: Any) -> list[Tensor]:

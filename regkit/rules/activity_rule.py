@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -23,7 +23,6 @@ class At(NamedTuple):
 
     binding: Binding
     at: OutputSite
-
 
 @dataclass(eq=False)
 class ActivityRule:
@@ -84,7 +83,8 @@ class Intake:
         self._without_form: list[Entry] = []
         for (recorder, _), found in places.items():
             numbers, kinds, where = zip(*found, strict=True)
-            entry = Entry(recorder, where[0].at, kinds, numbers, where)
+            in_time = tuple(one for kind, one in zip(kinds, where, strict=True) if kind.sequence and not one.binding.optional)
+            entry = Entry(recorder, where[0].at, kinds, numbers, where, in_time)
             simple = all(kind.separable and kind.offers_gradients for kind in kinds)
             form = recorder.form(entry.site) if simple else None
             if form is None:
@@ -106,6 +106,8 @@ class Intake:
         if closed and self._with_form:
             groups, others = gather(self._with_form)
             for group in groups:
+                if not group.paired and group.entry.in_time:
+                    _refuse_unpaired(group.entry)
                 group.terms = group.entry.terms(amounts, len(group.roots) // group.steps)
             sources += groups
             entries = [*others, *entries] if others else entries
@@ -133,6 +135,8 @@ class Intake:
             self._raise_named(terms[0].where, error)
         if not segments:
             return
+        if entry.in_time and not any(segment.paired for segment in segments):
+            _refuse_unpaired(entry)
         activity = Activity(segments)
         source = Recorded(activity)
         if sources is not None and source.device is not None:
@@ -147,6 +151,15 @@ class Intake:
                 self._raise_named(where, error)
             sums.append(value * amount)
             values.append((number, value.detach(), amount))
+
+
+def _refuse_unpaired(entry: Entry) -> NoReturn:
+    """Raise StepError for a rule that compares neighbours in time, where no output has one."""
+    raise StepError(
+        f"{entry.in_time[0].binding.label} on {entry.recorder.title} found no two neighbours in time: each call was a "
+        "single step, and no gradient can reach the state handed in (none, zeros, or detached). Hand on the state that "
+        'the call before put out; a rule with "optional": true may find none'
+    )
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor | None:

@@ -27,6 +27,7 @@ class Entry(NamedTuple):
     """An output of one module under rules.
 
     kinds, numbers, where: of each rule the kind, its number among all, and the place, for an error.
+    in_time: the places of the rules that must find neighbours in time.
     """
 
     recorder: Recorder
@@ -34,6 +35,7 @@ class Entry(NamedTuple):
     kinds: tuple[ActivityPenalty, ...]
     numbers: tuple[int, ...]
     where: tuple[Any, ...]
+    in_time: tuple[Any, ...]
 
     def terms(self, amounts: Sequence[float], count: int = 1) -> list[Term]:
         """The terms of the entry's rules, for `count` outputs side by side. amounts: of all rules, by their numbers."""
@@ -49,12 +51,14 @@ class Group(Source):
     """Outputs of one shape, each of `steps` tensors, one after the other in time.
 
     entry, form: of the first output; the others have the same rules and the same form.
+    paired: whether there are neighbours in time.
     left: the bytes of outputs that may yet be added.
     """
 
     entry: Entry
     form: Form
     steps: int
+    paired: bool
     left: int
     roots: list[Tensor] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
@@ -102,8 +106,9 @@ def gather(entries: Sequence[tuple[Entry, Form]]) -> tuple[list[Group], list[Ent
         elif len(records) == 1 and records[0].validity is None and records[0].observed:
             h = records[0].observed[form.role]
             still = getattr(entry.recorder.alive(), "batch_first", False) is form.batch_first
+            before = records[0].observed.get(form.initial)
             if still and type(h) is Tensor and h.dim() == 3 and h.requires_grad:
-                tensors = (h,)
+                tensors = (h,) if before is None or not before.requires_grad else ()
         size = len(tensors) * tensors[0].numel() * max(tensors[0].element_size(), 4) if tensors else 0
         if not tensors or (form.before is not None and size > ROOM[tensors[0].is_cpu]):
             others += (entry,) if records else ()
@@ -116,7 +121,8 @@ def gather(entries: Sequence[tuple[Entry, Form]]) -> tuple[list[Group], list[Ent
         key = steps, first.shape, first.dtype, first.device, form, entry.site.directions, entry.numbers
         group = opened.get(key)
         if group is None or size > group.left:
-            group = opened[key] = Group(entry, form, steps, ROOM[first.is_cpu])
+            paired = steps > 1 or (form.before is None and first.shape[form.batch_first] > 1)
+            group = opened[key] = Group(entry, form, steps, paired, ROOM[first.is_cpu])
             groups.append(group)
         group.copied = form.before is not None or bool(group.roots)
         group.roots += tensors
@@ -135,7 +141,7 @@ def _chain(recorder: Recorder, form: Form, records: Sequence[Call]) -> tuple[Ten
             return ()
         if found and (before is not found[-1] or h.shape != before.shape or h.dtype is not before.dtype):
             return ()
-        if not found and before is not None and before.grad_fn is not None:
+        if not found and before is not None and before.requires_grad:
             return ()
         found.append(h)
     return tuple(found)

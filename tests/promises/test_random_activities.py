@@ -55,7 +55,7 @@ def draw(seed: int) -> Case:
     mode = r.choice(["once", "once", "twice", "autocast"])
     dtype = torch.float32 if mode == "autocast" else dtype
     padding = r.choice(["", "", "", "lengths", "mask"])
-    net = RandomNet(r, batch, smooth=mode == "twice", masked=padding == "mask").to(dtype)
+    net = RandomNet(r, batch, smooth=mode == "twice", padding=padding).to(dtype)
     rules = [_rule(r, net, padding) for _ in range(r.randint(1, 3))]
     document = {"rules": [{"name": f"rule {number}", **rule} for number, rule in enumerate(rules)]}
     room = r.choice([2**20, 2**20, 64, 300])
@@ -71,6 +71,8 @@ def _rule(r: Random, net: RandomNet, padding: str) -> dict[str, Any]:
     if kind == "activity_l1_l2":
         penalty |= {"l1": 0.3, "l2": 0.2}
     rule = {"target": _target(r, net, padding, kind in IN_TIME), "penalty": penalty}
+    if kind in IN_TIME:  # sequences may be of one step
+        rule["optional"] = True
     return {**rule, "schedule": _schedule(r)} if r.random() < 0.4 else rule
 
 
@@ -204,7 +206,7 @@ def test_the_first_hundred_cases_have_some_of_everything():
     wanted |= {"rnn", "lstm", "gru", "rnncell", "lstmcell", "grucell", "of output", "of state", "of cell", "of None"}
     wanted |= {"whole", "packed", "unbatched", "packed twice", "layer", "direction", "module", "2 losses", "2 steps"}
     wanted |= {"from none", "from zeros", "from learned", "from computed", "torch.float64"}
-    wanted |= {"as it is", "copied", "h copied", "detached", "anew", "branching"}
+    wanted |= {"steps", "chunks", "as it is", "copied", "h copied", "detached", "anew", "branching"}
     wanted |= {"constant", "linear", "cosine", "exponential", "piecewise"}
     assert not wanted - seen
 

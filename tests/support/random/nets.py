@@ -22,6 +22,8 @@ FEATURES = 3
 LAYERS = (nn.RNN, nn.LSTM, nn.GRU)
 CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 LSTMS = (nn.LSTM, nn.LSTMCell)
+LINKED = ("learned", "computed")
+"""The starts that a gradient can reach, so that the first output has a neighbour."""
 Around = Callable[[Any], AbstractContextManager[None]]
 """Makes the context of a call or a loop, of lengths or of a mask."""
 
@@ -30,9 +32,10 @@ Around = Callable[[Any], AbstractContextManager[None]]
 class Plan:
     """How a module is run.
 
-    call: whole, packed, unbatched, twice, packed twice (the second time a sequence less).
+    call: whole, packed, unbatched, twice, packed twice (the second time a sequence less), steps (a layer, one step of
+    time a call), chunks (two).
     start: of its state: none, zeros, learned (a parameter), computed (from the input).
-    hand: of a cell's state to its next call: as it is, copied (h * 1.0), h copied (c as it is), detached, anew (from
+    hand: of the state to the next call: as it is, copied (h * 1.0), h copied (c as it is), detached, anew (from
     nothing in the middle of the loop), branching (all calls go on from the first one).
     by_name: whether a cell's state is a keyword.
     """
@@ -70,7 +73,7 @@ class Batch:
 class RandomNet(nn.Module):
     """One to some nine recurrent modules, side by side, of which each also has a little of the outputs before it."""
 
-    def __init__(self, r: Random, batch: int, smooth: bool, masked: bool) -> None:
+    def __init__(self, r: Random, batch: int, smooth: bool, padding: str) -> None:
         super().__init__()
         self.plans: dict[str, Plan] = {}
         self.sights: list[Sight] = []
@@ -81,7 +84,7 @@ class RandomNet(nn.Module):
             for _ in range(r.choice([1, 2, 3])):
                 module = make().requires_grad_(r.random() < 0.9)
                 if plan is None or r.random() < 0.3:
-                    plan = _plan(r, isinstance(module, nn.RNNCellBase), batch, masked)
+                    plan = _plan(r, isinstance(module, nn.RNNCellBase), batch, padding)
                 self._add(module, plan, batch)
 
     def _add(self, module: nn.Module, plan: Plan, batch: int) -> None:
@@ -90,6 +93,8 @@ class RandomNet(nn.Module):
         self.plans[name] = plan
         for number, size in enumerate(_sizes(module) if plan.start == "learned" else ()):
             shape = (size,) if plan.call == "unbatched" else (batch, size)
+            if isinstance(module, nn.RNNBase):
+                shape = (module.num_layers * (1 + module.bidirectional), *shape)
             self.register_parameter(f"{name}_start{number}", nn.Parameter(0.5 * torch.randn(shape)))
 
     def forward(self, batch: Batch, goes_on: bool = False) -> Tensor:
@@ -115,7 +120,7 @@ class RandomNet(nn.Module):
     def _run_cell(self, name: str, cell: nn.Module, plan: Plan, batch: Batch, x: Tensor, goes_on: bool) -> list[Tensor]:
         alone = plan.call == "unbatched"
         x = x[:, 0] if alone else x
-        state, linked = self._start(name, cell, plan, x), plan.start == "computed"
+        state, linked = self._start(name, cell, plan, x), plan.start in LINKED
         if goes_on and name in self._before:
             state, linked = self._before[name], plan.hand != "detached"
         found: list[Tensor] = []
@@ -147,43 +152,81 @@ class RandomNet(nn.Module):
     def _run_layer(
         self, name: str, layer: nn.RNNBase, plan: Plan, batch: Batch, x: Tensor, goes_on: bool
     ) -> list[Tensor]:
-        found = [self._call_layer(name, layer, plan, batch, x)]
+        state, linked = self._start_of_layer(name, layer, plan, x), plan.start in LINKED
+        if plan.call in ("steps", "chunks"):
+            found = []
+            for at, chunk in enumerate(x.split(1 if plan.call == "steps" else 2)):
+                start = at * (1 if plan.call == "steps" else 2)
+                out, state = self._call_layer(name, layer, plan, batch, chunk, state, linked, start)
+                state, linked = _handed(state, plan.hand), plan.hand != "detached"
+                found.append(out)
+            return found
+        found = [self._call_layer(name, layer, plan, batch, x, state, linked)[0]]
         if plan.call == "twice":
             shorter = x if batch.padding else x[: max(len(x) - 1, 1)]
-            found.append(self._call_layer(name, layer, plan, batch, shorter.flip(0)))
+            found.append(self._call_layer(name, layer, plan, batch, shorter.flip(0), state, linked)[0])
         if plan.call == "packed twice":
-            found.append(self._call_layer(name, layer, plan, batch, x[:, : max(x.size(1) - 1, 1)].flip(0)))
+            less = max(x.size(1) - 1, 1)
+            state = None if state is None else tuple(one[:, :less].contiguous() for one in state)
+            found.append(self._call_layer(name, layer, plan, batch, x[:, :less].flip(0), state, linked)[0])
         return found
 
-    def _call_layer(self, name: str, layer: nn.RNNBase, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
-        valid, first, alone = batch.valid[: len(x)], layer.batch_first, plan.call == "unbatched"
-        state = None
-        if plan.start == "computed":
-            wide = x[0, :, :1].cos().expand(layer.num_layers * (1 + layer.bidirectional), -1, -1)
-            state = tuple((wide[:, 0] if alone else wide).expand(*wide.shape[: 2 - alone], n) for n in _sizes(layer))
-            state = tuple(one.contiguous() for one in state)
-            state = state if len(state) > 1 else state[0]
+    def _start_of_layer(self, name: str, layer: nn.RNNBase, plan: Plan, x: Tensor) -> tuple[Tensor, ...] | None:
+        """The state that a layer's first call is given, h and c."""
+        if plan.start in ("none", "learned"):
+            return self._start(name, layer, plan, x)
+        wide = x[0, :, :1].cos() * (plan.start == "computed")
+        wide = wide.expand(layer.num_layers * (1 + layer.bidirectional), -1, -1)
+        wide = wide[:, 0] if plan.call == "unbatched" else wide
+        wide = wide.detach() if plan.start == "zeros" else wide
+        return tuple(wide.expand(*wide.shape[:-1], size).contiguous() for size in _sizes(layer))
+
+    def _call_layer(
+        self,
+        name: str,
+        layer: nn.RNNBase,
+        plan: Plan,
+        batch: Batch,
+        x: Tensor,
+        state: tuple[Tensor, ...] | None,
+        linked: bool,
+        start: int = 0,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        valid, first, alone = batch.valid[start : start + len(x)], layer.batch_first, plan.call == "unbatched"
+        given = state if state is None or isinstance(layer, nn.LSTM) else state[0]
         if plan.call.startswith("packed"):
             lengths = batch.packed[: x.size(1)]
-            packed, final = layer(pack_padded_sequence(x, lengths, enforce_sorted=False), state)
+            packed, final = layer(pack_padded_sequence(x, lengths, enforce_sorted=False), given)
             out, lengths = pad_packed_sequence(packed)
             valid, loose = torch.arange(out.size(0))[:, None] < lengths, packed.data
         elif alone:
             with batch.around(valid[:, 0]):
-                loose, final = layer(x[:, 0], state)
+                loose, final = layer(x[:, 0], hx=given)
             out = loose[:, None]
         else:
             with batch.around(valid.T if first else valid):
-                loose, final = layer(x.transpose(0, 1) if first else x, state)
+                loose, final = layer(x.transpose(0, 1) if first else x, given)
             out = loose.transpose(0, 1) if first else loose
-        self._keep_sequence(name, layer, out, valid)
-        self._keep_final(name, layer, final if isinstance(final, tuple) else (final,), alone)
-        return loose
+        before = state[0] if state is not None and linked else None
+        self._keep_sequence(name, layer, out, valid, before[:, None] if alone and before is not None else before, plan)
+        final = final if isinstance(final, tuple) else (final,)
+        self._keep_final(name, layer, final, alone)
+        return loose, final
 
-    def _keep_sequence(self, name: str, layer: nn.RNNBase, out: Tensor, valid: Tensor) -> None:
-        for number, half in enumerate(out.chunk(1 + layer.bidirectional, -1)):
+    def _keep_sequence(
+        self, name: str, layer: nn.RNNBase, out: Tensor, valid: Tensor, before: Tensor | None, plan: Plan
+    ) -> None:
+        ways = 1 + layer.bidirectional
+        for number, half in enumerate(out.chunk(ways, -1)):
             pairs: Pairs
             rows, pairs = sequence(half, valid, backward=number == 1)
+            if before is not None:
+                first = valid.sum(0) - 1 if plan.call.startswith("packed") else torch.tensor(len(valid) - 1)
+                each = torch.arange(half.size(1))
+                at = (first.expand(half.size(1)) if number == 1 else torch.zeros_like(each)), each
+                kept = valid[at]
+                added = half[at][kept], before[number - ways][kept]
+                pairs = (torch.cat([pairs[0], added[0]]), torch.cat([pairs[1], added[1]]))
             direction = ("forward", "backward")[number]
             self.sights.append(Sight(name, "output", rows, out.size(1), pairs, layer.num_layers - 1, direction))
 
@@ -238,13 +281,17 @@ def _design(r: Random, smooth: bool) -> Callable[[], nn.Module]:
     return lambda: layer(FEATURES, hidden, **options)
 
 
-def _plan(r: Random, cell: bool, batch: int, masked: bool) -> Plan:
-    """masked: of a cell, each call of which has a mask of its own; they are then one chain from the first on."""
+def _plan(r: Random, cell: bool, batch: int, padding: str) -> Plan:
+    """padding: with a mask, each call of a cell has its own, and all are one chain from the first on; lengths are those
+    of a whole sequence, which a layer must be given at once.
+    """
     alone = ["unbatched"] if batch == 1 else []
     if not cell:
-        call = r.choice(["whole", "whole", "packed", "packed twice", "twice", *alone])
-        return Plan(call, r.choice(["none", "computed"]), "", False)
-    branching = [] if masked else ["branching"]
+        loops = [] if padding == "lengths" else ["steps", "chunks"]
+        call = r.choice(["whole", "whole", "packed", "packed twice", "twice", *alone, *loops])
+        hand = r.choice(["as it is", "copied", "detached"]) if call in ("steps", "chunks") else ""
+        return Plan(call, r.choice(["none", "zeros", "learned", "computed"]), hand, False)
+    branching = [] if padding == "mask" else ["branching"]
     start = r.choice(["none", "none", "zeros", "learned", "computed"])
     hand = r.choice(["as it is", "as it is", "copied", "h copied", "detached", "anew", *branching])
     return Plan(r.choice(["whole", *alone]), start, hand, r.random() < 0.3)
