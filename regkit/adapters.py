@@ -157,10 +157,9 @@ def oriented(kept: Tensor, transposed: bool, columns: Columns) -> Tensor:
 
 class Form(NamedTuple):
     """The form of an output that is a plain tensor in the result of `observe`, as long as there is no padding.
-
     role: the tensor's key in the result of `observe`.
     before: for a cell, the key of h_{t-1}; left out, the tensor is a padded sequence.
-    initial: for a sequence, the key of the state handed in, beside which there is no form where a gradient reaches it.
+    initial: for a sequence, the key of the state handed in; if a gradient reaches that, `segments` lays the output out.
     batch_first: the layout of a sequence: (time, batch, features), or batch first, as the module's `batch_first` says.
     directions: the directions that lie side by side in the features; a "backward" one runs against time.
 
@@ -200,8 +199,7 @@ Site = WeightSite | OutputSite
 Equations = Callable[[nn.Module, Tensor, Any, int, str], tuple[Mapping[str, Tensor], Any]]
 """(module, x, h, layer, direction) -> (gates, new h): one step of one layer in one direction, as in the cell's paper.
 
-x: (batch, features).
-h: the state, a tensor or a tuple of tensors; the (first) tensor is the output.
+x: (batch, features); h: the state, a tensor or a tuple of tensors, of which the first is the output.
 gates: each gate by its name, before or after the nonlinearity; one that enters another is the very tensor returned.
 """
 

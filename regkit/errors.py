@@ -107,7 +107,23 @@ class PluginError(RegkitError):
     """
 
 
-class PluginWarning(UserWarning):
+class RegkitWarning(UserWarning):
+    """A fact that is no error and that a user should know: rules act on something else than one may expect.
+
+    >>> import warnings
+    >>> cell = nn.GRUCell(2, 3)
+    >>> attachment = regkit.attach(cell, {"rules": [{"penalty": "temporal(1)"}]})
+    >>> h = cell(torch.ones(1, 2))
+    >>> h = cell(torch.ones(1, 2), 0.5 * h)
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
+    ...     penalty = attachment.penalty()
+    >>> told[0].category.__name__
+    'RegkitWarning'
+    """
+
+
+class PluginWarning(RegkitWarning):
     """A plugin that cannot be used, as long as no document asks for its kinds or adapters.
 
     >>> import warnings

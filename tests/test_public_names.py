@@ -10,8 +10,8 @@ import regkit
 
 TOP = """
     Activity ActivityPenalty Adapter AttachError Attachment Constraint Example Form Output OutputSite Penalty Plan
-    PluginError PluginWarning Problem Registry RegkitError ResolveError Rule Schedule Segment Site Spec SpecError
-    StepError Target Validity Weight WeightSite attach attachments hookimpl load register resolve schema
+    PluginError PluginWarning Problem Registry RegkitError RegkitWarning ResolveError Rule Schedule Segment Site Spec
+    SpecError StepError Target Validity Weight WeightSite attach attachments hookimpl load register resolve schema
 """
 MODULES = {
     "activity": """
@@ -19,8 +19,8 @@ MODULES = {
     """,
     "buckets": "buckets pieces room",
     "errors": """
-        AttachError PluginError PluginWarning Problem RegkitError ResolveError SpecError StepError listing nearest
-        unknown
+        AttachError PluginError PluginWarning Problem RegkitError RegkitWarning ResolveError SpecError StepError listing
+        nearest unknown
     """,
     "fields": "Count Fraction Index NonNegative Positive Real mistake mistakes_at",
     "kinds": "ActivityPenalty Constraint Kind Layout Penalty Schedule Separable Via",

@@ -55,7 +55,7 @@ PAGES: Final[Mapping[str, Page]] = {
         "Errors",
         {
             "Errors": ["RegkitError", "SpecError", "ResolveError", "AttachError", "StepError", "PluginError"],
-            "Beside them": ["Problem", "PluginWarning"],
+            "Beside them": ["Problem", "RegkitWarning", "PluginWarning"],
         },
     ),
 }

@@ -158,6 +158,18 @@ def _part(module: Any, site: OutputSite, state: Tensor) -> Tensor:
     return state if len(parts) == len(site.layers) else torch.cat([parts[layer] for layer in site.layers], dim=-1)
 
 
+def _reachable(before: Tensor | None) -> Tensor | None:
+    """The state handed in where a gradient can reach the state; no other is a neighbour in time, nor are its maps."""
+    return before if before is not None and before.requires_grad else None
+
+
+def _put_out(module: Any, state: Tensor) -> Tensor:
+    """The output that came with a state: in LTC a map of the state, else the last layer's part, and a projection."""
+    mapped = getattr(getattr(module, "rnn_cell", module), "_map_outputs", None)
+    h = state[..., -_sizes(module)[-1] :] if mapped is None else mapped(state)
+    return module.fc(h) if hasattr(module, "fc") else h
+
+
 class LayerAdapter(Adapter):
     """CfC and LTC: in every mode, with or without a backbone, a wiring, a memory cell, a projection of the output.
 
@@ -186,16 +198,24 @@ class LayerAdapter(Adapter):
 
     def observe(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Mapping[str, Any]:
         output, state = result
+        before = kwargs.get("hx", args[1] if len(args) > 1 else None)
         if module.use_mixed:
-            return {"output": output, "state": state[0], "cell": state[1]}
-        return {"output": output, "state": state}
+            before = None if before is None else before[0]
+            return {"output": output, "state": state[0], "cell": state[1], "before": before}
+        return {"output": output, "state": state, "before": before}
 
     def segments(
         self, module: Any, site: OutputSite, observed: Mapping[str, Any], valid: Validity | None, step: int
     ) -> Sequence[Segment]:
         h, only = observed[site.role], ("forward",)
         if site.role == "output" and module.return_sequences:
-            return of_output(h, batch_first=module.batch_first, directions=only, wanted=only, valid=valid)
+            before = _reachable(observed["before"])
+            if before is not None:
+                before = _put_out(module, before.unsqueeze(0) if before.dim() == 1 else before)
+                before = before if h.dim() == 2 else before.unsqueeze(0)
+            return of_output(
+                h, batch_first=module.batch_first, directions=only, wanted=only, valid=valid, before=before
+            )
         if valid is not None:
             raise StepError(
                 f"the {site.role} of a padded batch is computed from its padding, of which {type(module).__name__} "
@@ -245,15 +265,9 @@ class CellAdapter(Adapter):
     def segments(
         self, module: Any, site: OutputSite, observed: Mapping[str, Any], valid: Validity | None, step: int
     ) -> Sequence[Segment]:
-        h, before = observed[site.role], observed["before"]
-        if before is None or not before.requires_grad:  # no neighbour in time, and a map of it has parameters
-            before = None
-        elif site.role == "output":
-            # What it put out together with that state: a map of it, in LTC; or the last layer's part.
-            mapped = getattr(module, "_map_outputs", None)
-            before = before[..., -_sizes(module)[-1] :] if mapped is None else mapped(before)
-        else:
-            before = _part(module, site, before)
+        h, before = observed[site.role], _reachable(observed["before"])
+        if before is not None:
+            before = _put_out(module, before) if site.role == "output" else _part(module, site, before)
         return [of_step(_part(module, site, h) if site.role == "state" else h, before, valid, step)]
 
     def examples(self) -> Sequence[Example]:

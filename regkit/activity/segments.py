@@ -48,7 +48,7 @@ class Segment(ABC):
 
     @property
     def paired(self) -> bool:
-        """Whether there are neighbours in time at all, be they data or padding."""
+        """Whether the segment has neighbours in time at all, be these data or padding."""
         return self.pairs() is not None
 
     def at(self, place: Callable[[Tensor], Any]) -> Segment | None:

@@ -52,6 +52,7 @@ class Recorder(ModelHook):
     calls: the recorded calls.
     left: how many records there were at a step of other parameters, which has left them to a later one.
     waiting: of an injector, the forward passes that no backward pass has reached.
+    told_of_mixing: whether a warning told that states were changed between two calls.
     """
 
     word = "recorder"
@@ -68,6 +69,7 @@ class Recorder(ModelHook):
         self.calls = Calls()
         self.left = 0
         self.waiting: list[Any] = []
+        self.told_of_mixing = False
         self._thread: int | None = None  # in which the module ran last
 
     @property

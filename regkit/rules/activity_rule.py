@@ -24,6 +24,7 @@ class At(NamedTuple):
     binding: Binding
     at: OutputSite
 
+
 @dataclass(eq=False)
 class ActivityRule:
     """A rule on activity, with the recorders of its sites.
@@ -83,7 +84,9 @@ class Intake:
         self._without_form: list[Entry] = []
         for (recorder, _), found in places.items():
             numbers, kinds, where = zip(*found, strict=True)
-            in_time = tuple(one for kind, one in zip(kinds, where, strict=True) if kind.sequence and not one.binding.optional)
+            in_time = tuple(
+                one for kind, one in zip(kinds, where, strict=True) if kind.sequence and not one.binding.optional
+            )
             entry = Entry(recorder, where[0].at, kinds, numbers, where, in_time)
             simple = all(kind.separable and kind.offers_gradients for kind in kinds)
             form = recorder.form(entry.site) if simple else None

@@ -6,6 +6,7 @@ a cell, take as many operations as one does, and as much of Python.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from regkit.activity import Activity, Sequenced
 from regkit.activity.reduction import ROOM, Reduction, Total
 from regkit.adapters import Form, OutputSite
-from regkit.errors import PluginError
+from regkit.errors import PluginError, RegkitWarning
 from regkit.kinds import ActivityPenalty
 from regkit.recording.calls import Call
 from regkit.recording.recorder import Recorder
@@ -102,11 +103,11 @@ def gather(entries: Sequence[tuple[Entry, Form]]) -> tuple[list[Group], list[Ent
         alone = last is not None and last[1] is None and not calls.records and calls.validity is None
         records: Sequence[Call] = (last[0],) if alone else calls.placed()  # type: ignore[index]  # `alone` says that there is a call
         if form.before is not None:
-            tensors = _chain(entry.recorder, form, records)
+            tensors = _chain(entry, form, records)
         elif len(records) == 1 and records[0].validity is None and records[0].observed:
             h = records[0].observed[form.role]
             still = getattr(entry.recorder.alive(), "batch_first", False) is form.batch_first
-            before = records[0].observed.get(form.initial)
+            before = records[0].observed.get(form.initial or "")
             if still and type(h) is Tensor and h.dim() == 3 and h.requires_grad:
                 tensors = (h,) if before is None or not before.requires_grad else ()
         size = len(tensors) * tensors[0].numel() * max(tensors[0].element_size(), 4) if tensors else 0
@@ -130,21 +131,36 @@ def gather(entries: Sequence[tuple[Entry, Form]]) -> tuple[list[Group], list[Ent
     return groups, others
 
 
-def _chain(recorder: Recorder, form: Form, records: Sequence[Call]) -> tuple[Tensor, ...]:
+def _chain(entry: Entry, form: Form, records: Sequence[Call]) -> tuple[Tensor, ...]:
     """The steps of a cell, if each went on from the one before; else an empty tuple."""
     if len(records) > 1:
-        recorder.verify_together(records)
+        entry.recorder.verify_together(records)
     found: list[Tensor] = []
     for record in records:
         h, before = record.observed[form.role], record.observed[form.before or ""]
         if type(h) is not Tensor or record.validity is not None or not h.requires_grad or h.dim() != 2:
             return ()
         if found and (before is not found[-1] or h.shape != before.shape or h.dtype is not before.dtype):
+            _tell_of_mixing(entry, found[-1], before)
             return ()
         if not found and before is not None and before.requires_grad:
             return ()
         found.append(h)
     return tuple(found)
+
+
+def _tell_of_mixing(entry: Entry, put_out: Tensor, before: Tensor | None) -> None:
+    """Warn, once for each module, where neighbours in time are compared and the state was changed between two calls."""
+    recorder = entry.recorder
+    changed = before is not None and before.requires_grad and before.data_ptr() != put_out.data_ptr()
+    if changed and not recorder.told_of_mixing and any(kind.sequence for kind in entry.kinds):
+        recorder.told_of_mixing = True
+        warnings.warn(
+            f"the state handed to {recorder.title} is not the one that the call before put out (zoneout, dropout, a "
+            "mask, a reset?): its outputs are compared with the state as handed in",
+            RegkitWarning,
+            stacklevel=2,
+        )
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,8 @@ def test_a_functional_call_has_the_gradients_of_the_weights_it_was_given():
 def test_what_the_penalty_is_of_goes_with_the_graph_though_the_loss_is_kept(layer):
     """A list of losses, as loops keep it, holds no batch."""
     model = layer(3, 4)
-    attachment = regkit.attach(model, {"rules": [{"penalty": "activity_l2(1)"}, {"penalty": "temporal(1)"}]})
+    in_time = {"penalty": "temporal(1)", "optional": True}
+    attachment = regkit.attach(model, {"rules": [{"penalty": "activity_l2(1)"}, in_time]})
     result = model(torch.randn(5, 3))
     seen = weakref.ref(result[0])
     loss = attachment.penalty()

@@ -117,6 +117,12 @@ class NoNeighbours(CellAdapter):
         return [of_step(observed[site.role], None, valid, step)]
 
 
+@mutant(GRU, "state_handed_in_is_a_neighbour", "over a sequence at once, and .* where the last step comes on its own")
+class ForgetsTheStateHandedIn(SequenceAdapter):
+    def observe(self, module, args, kwargs, result):
+        return super().observe(module, args[:1], {}, result)
+
+
 @mutant(GRU, "segments_of_unbatched_input_are_right", "of 'output', forward, is .* by hand")
 class UnbatchedTakenForABatch(SequenceAdapter):
     def segments(self, module, site, observed, valid, step):

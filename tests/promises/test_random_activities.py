@@ -21,7 +21,7 @@ from tests.support.random.nets import FEATURES, Batch, RandomNet
 
 KINDS = ["activity_l1", "activity_l2", "activity_l1_l2", "temporal", "norm_stabilizer"]
 IN_TIME = ("temporal", "norm_stabilizer")
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 3e-2}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2}
 
 
 @dataclass
@@ -212,15 +212,18 @@ def test_the_first_hundred_cases_have_some_of_everything():
 
 
 ONE_DNN = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+CHANGED = pytest.mark.filterwarnings("ignore:the state handed to:regkit.RegkitWarning")
 
 
 @ONE_DNN
+@CHANGED
 @pytest.mark.parametrize("seed", range(100))
 def test_a_random_net_with_random_rules_comes_to_what_the_interpreter_says(seed):
     compare(seed)
 
 
 @ONE_DNN
+@CHANGED
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 700))
 def test_so_do_many_more(seed):

@@ -74,6 +74,18 @@ def test_outputs_may_be_unbatched_or_time_first(kind, xs):
     torch.testing.assert_close(attachment.penalty(), ar_tar(h[None]))
 
 
+@each_layer
+def test_a_sequence_in_chunks_with_the_state_handed_on_is_one_sequence(name, xs):
+    layer, x = make(name).rnn.float(), xs[0].float()  # ncps begins with zeros in float32
+    attachment = regkit.attach(layer, AR_TAR)
+    x = x if layer.batch_first else x.transpose(0, 1)
+    layer(x)
+    at_once, state = attachment.penalty(), None
+    for chunk in x.split(1, 1 if layer.batch_first else 0):
+        _, state = layer(chunk, state)
+    torch.testing.assert_close(attachment.penalty(), at_once)
+
+
 def test_a_layer_that_returns_its_last_output_has_no_neighbours_in_time(xs):
     layer = ncps_torch.CfC(3, 4, return_sequences=False).double()
     with pytest.raises(regkit.ResolveError, match="temporal compares neighbours in time; the role output has none"):

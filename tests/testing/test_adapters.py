@@ -204,7 +204,7 @@ def test_what_a_module_does_not_take_is_not_its_adapters_fault():
         def segments(self, module, site, observed, valid, step):
             if site.role == "output":
                 return of_output(observed["output"], batch_first=False, directions=("forward",),
-                                 wanted=site.directions, valid=valid)  # fmt: skip
+                                 wanted=site.directions, valid=valid, before=observed.get("output before"))  # fmt: skip
             return super().segments(module, site, observed, valid, step)
 
     report = check_example(BatchesAdapter(), like(SEQUENCE, lambda: OnlyBatches(3, 4)))

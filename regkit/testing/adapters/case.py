@@ -176,11 +176,16 @@ class Case:
         x: Tensor | PackedSequence,
         target: Mapping[str, Any],
         lengths: Sequence[int] | None = None,
+        run: Callable[[nn.Module, Any], Any] | None = None,
     ) -> Tensor:
-        """The value of an activity penalty over one run.  -> ()"""
-        with self.attached(module, {"target": dict(target), "penalty": f"{kind}(1)"}) as attachment:
+        """The value of an activity penalty over one run.  -> ()
+
+        run: runs the module over x in another way.
+        """
+        rule = {"target": dict(target), "penalty": f"{kind}(1)", "optional": True}  # without neighbours, it is 0
+        with self.attached(module, rule) as attachment:
             with nullcontext() if lengths is None else attachment.lengths(lengths):
-                self.run(module, x)
+                (run or self.run)(module, x)
             return attachment.penalty().detach()
 
 

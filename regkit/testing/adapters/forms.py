@@ -1,4 +1,4 @@
-"""The law of the forms that an adapter gives: a form and the segments of an output mean one tensor."""
+"""Laws of forms and of chunks: a form and the segments mean one tensor, and a sequence in chunks is one sequence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regkit.activity import Pairs, Segment, of_output, of_step
 from regkit.adapters import Adapter, Form, OutputSite
 from regkit.testing.adapters.case import Case, true_on_error
-from regkit.testing.adapters.outputs import observed_calls
+from regkit.testing.adapters.outputs import by_hand, main_output, observed_calls
 from regkit.testing.laws import Laws, hold
 
 FORMS: Laws[Case] = Laws()
@@ -82,6 +82,45 @@ def _segments_of_form(site: OutputSite, form: Form, observed: Mapping[str, Any])
     if form.before is not None:
         return [of_step(h, observed[form.before], None, 0)]
     return of_output(h, batch_first=form.batch_first, directions=form.directions, wanted=site.directions, valid=None)
+
+
+def _in_chunks(module: nn.Module, x: Tensor) -> Tensor:
+    """The output over x, (time, batch, features), in chunks: all but the last step, and that with the state handed on.
+
+    Raises TypeError where the module returns no state.
+    """
+    time = 1 if getattr(module, "batch_first", False) else 0
+    first, last = (x.transpose(0, 1) if time else x).tensor_split([len(x) - 1], time)
+    out, state = module(first)
+    whole = torch.cat([out, module(last, state)[0]], time)
+    return whole.transpose(0, 1) if time else whole
+
+
+def _comes_in_chunks(case: Case) -> bool:
+    """Whether the output runs forward in time, and is one and the same in chunks with the state handed on."""
+    module, x = case.module(), case.inputs()
+    output = case.main_output(module)
+    if output is None or case.adapter.steps or not output.sequence or output.directions != ("forward",):
+        return False
+    with torch.no_grad():
+        return torch.allclose(_in_chunks(module, x), case.run(module, x), atol=1e-9)
+
+
+@FORMS.add(true_on_error(_comes_in_chunks))
+def state_handed_in_is_a_neighbour(case: Case) -> None:
+    """A sequence may come in chunks, as in truncated backpropagation, or step by step, as a decoder is called: the
+    state that is handed in is the neighbour of the first output where a gradient can reach the state. Keep the
+    state in observe(), and give the output's layer of it to `of_output` as `before`.
+    """
+    module, x = case.module(), case.inputs()
+    output = main_output(case, module)
+    whole = float(by_hand("neighbours", [case.run(module, x).detach()], output.directions, output.directions))
+    value = float(case.activity(module, "neighbours", x, {"role": output.role}, run=_in_chunks))
+    hold(
+        abs(value - whole) <= 1e-9 * max(1.0, abs(whole)),
+        f"the mean of (h_t − ½ h_{{t−1}})² of {output.role!r} is {whole:.6g} over a sequence at once, and {value:.6g} "
+        "where the last step comes on its own, with the state handed on",
+    )
 
 
 def _same(meant: Tensor, made: Tensor) -> bool:
