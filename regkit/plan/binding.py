@@ -18,6 +18,7 @@ class Binding:
 
     key: the rule's name in reports. kind, schedule, via, every, optional: as in the rule, its defaults filled in.
     weights, outputs: the sites on which the kind acts. origin: the plugin that offers the kind.
+    absent: each thing that an optional rule asks for and the model lacks.
     """
 
     key: str
@@ -29,6 +30,7 @@ class Binding:
     weights: tuple[WeightSite, ...] = ()
     outputs: tuple[OutputSite, ...] = ()
     origin: str = ""
+    absent: tuple[str, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:

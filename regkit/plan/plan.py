@@ -89,8 +89,8 @@ def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:
     for o in binding.outputs:
         layers, directions = ", ".join(map(str, o.layers)), ", ".join(o.directions)
         yield (*head, o.name or "(model)", "", o.role, layers, directions, "", "", tail)
-    if not binding.weights and not binding.outputs:
-        yield (*head, "(nothing: optional)", "", "", "", "", "", "", "")
+    for item in binding.absent:
+        yield (*head, f"(no {item}: optional)", "", "", "", "", "", "", "")
 
 
 def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, registry: Registry | None = None) -> Plan:

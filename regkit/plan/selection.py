@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -27,33 +27,38 @@ def bind(key: str, rule: Rule, model: Candidates) -> Binding:
     via: Via = rule.via or ("loss" if isinstance(kind, ActivityPenalty) else "gradient")
     schedule = rule.schedule if isinstance(rule.schedule, Schedule) else None
     binding = Binding(key, kind, schedule, via, rule.every, rule.optional)
-    try:
-        modules = _modules(rule.target, model)
-        if isinstance(kind, ActivityPenalty):
-            return replace(binding, outputs=_outputs(rule.target, kind, modules, model))
-        return replace(binding, weights=_weights(rule.target, kind, modules, model))
-    except _Missing:
-        if rule.optional:
-            return binding
-        raise
+    absent = _Absent(rule.optional)
+    modules = _modules(rule.target, model, absent)
+    if isinstance(kind, ActivityPenalty):
+        binding = replace(binding, outputs=_outputs(rule.target, kind, modules, model, absent))
+    else:
+        binding = replace(binding, weights=_weights(rule.target, kind, modules, model, absent))
+    return replace(binding, absent=tuple(absent.items))
 
 
-class _Missing(DoesNotFit):
-    """The reason that the model lacks something. Optional rules may ask in vain, so the sentence is made late."""
+@dataclass
+class _Absent:
+    """What a target asks for and a model lacks.
 
-    def __init__(self, sentence: Callable[[], str]) -> None:
-        self._sentence = sentence
+    optional: whether a rule may ask in vain; then `items` names each thing that is not there.
+    """
 
-    def __str__(self) -> str:
-        return self._sentence()
+    optional: bool
+    items: list[str] = field(default_factory=list)
+
+    def tell(self, items: Iterable[str], sentence: Callable[[], str]) -> None:
+        """Take note of items. Raises DoesNotFit where the rule is not optional; only then is the sentence made."""
+        if not self.optional:
+            raise DoesNotFit(sentence())
+        self.items += (item for item in items if item not in self.items)
 
 
-def _modules(target: Target, model: Candidates) -> list[ModuleCandidate]:
+def _modules(target: Target, model: Candidates, absent: _Absent) -> list[ModuleCandidate]:
     """The modules that the target's patterns cover; every pattern must cover one."""
     patterns = target.module or ("**",)
     for pattern in patterns:
         if not model.covers(pattern):
-            raise _Missing(partial(_unmatched, pattern, model))
+            absent.tell([f"module {pattern!r}"], partial(_unmatched, pattern, model))
     return model.chosen(patterns)
 
 
@@ -77,14 +82,14 @@ class _Choice(Generic[P]):
     def _available(self, candidates: list[P]) -> list[Any]:
         return list(dict.fromkeys(value for candidate in candidates for value in self.values_of(candidate)))
 
-    def keep(self, candidates: list[P]) -> list[P]:
-        """The candidates with any of the wanted values. Raises _Missing for a wanted value that no candidate has."""
+    def keep(self, candidates: list[P], absent: _Absent) -> list[P]:
+        """The candidates with any of the wanted values. Tells of wanted values that no candidate has."""
         if self.wanted is None:
             return candidates
         available = self._available(candidates)
         for value in self.wanted:
             if value not in available:
-                raise _Missing(partial(self._absent, value, available, candidates))
+                absent.tell([f"{self.field} {value!r}"], partial(self._absent, value, available, candidates))
         wanted = set(self.wanted)
         return [candidate for candidate in candidates if not wanted.isdisjoint(self.values_of(candidate))]
 
@@ -100,15 +105,17 @@ class _Choice(Generic[P]):
         return [f"{self.field} {value!r}" for value in self.wanted if value not in available]
 
 
-def _select(target: Target, model: Candidates, candidates: list[P], choices: list[_Choice[P]]) -> list[P]:
+def _select(
+    target: Target, model: Candidates, candidates: list[P], choices: list[_Choice[P]], absent: _Absent
+) -> list[P]:
     """The candidates that every choice keeps. Each item of each list, and each pattern, must keep one."""
     for choice in choices:
-        candidates = choice.keep(candidates)
+        candidates = choice.keep(candidates, absent)
     modules = {id(candidate.recurrent.module) for candidate in candidates}
     out = [f"module {pattern!r}" for pattern in target.module or () if not model.has(pattern, modules)]
     out += [item for choice in choices for item in choice.ruled_out(candidates)]
     if out:
-        raise _Missing(partial(_excluded, out, choices))
+        absent.tell(out, partial(_excluded, out, choices))
     return candidates
 
 
@@ -118,7 +125,7 @@ def _excluded(out: list[str], choices: list[_Choice[P]]) -> str:
 
 
 def _weights(
-    target: Target, kind: Penalty | Constraint, modules: list[ModuleCandidate], model: Candidates
+    target: Target, kind: Penalty | Constraint, modules: list[ModuleCandidate], model: Candidates, absent: _Absent
 ) -> tuple[WeightSite, ...]:
     wanted = target.role
     put_out = {o.output.role for m in modules for o in m.outputs} | set(OUTPUT_ROLES)
@@ -135,7 +142,7 @@ def _weights(
         _Choice("gate", target.gate, lambda w: w.weight.gates),
     ]
     candidates = [w for m in modules for w in (m.each if target.bias == "each" else m.effective)]
-    candidates = _of_fitting_rank(kind, _select(target, model, candidates, choices), wanted)
+    candidates = _of_fitting_rank(kind, _select(target, model, candidates, choices, absent), wanted, absent)
     if kind.layout == "cell":
         _refuse_scattered(kind, candidates)
     sites: dict[Hashable, WeightSite] = {}
@@ -147,7 +154,7 @@ def _weights(
 
 
 def _of_fitting_rank(
-    kind: Penalty | Constraint, candidates: list[WeightCandidate], wanted: Sequence[str] | None
+    kind: Penalty | Constraint, candidates: list[WeightCandidate], wanted: Sequence[str] | None, absent: _Absent
 ) -> list[WeightCandidate]:
     """The candidates that the kind is defined for, without biases for a constraint on a target without roles."""
     spared = ("bias",) if isinstance(kind, Constraint) and not wanted else ()
@@ -157,8 +164,8 @@ def _of_fitting_rank(
     unfit = sorted({w.weight.role for w in candidates} - {w.weight.role for w in fitting})
     if wanted and unfit:
         raise DoesNotFit(f"{kind.kind} is not defined for the {listing(unfit)}: it takes {_ranks(kind)}")
-    if not fitting:
-        raise _Missing(lambda: f"no weight is left that {kind.kind} is defined for: it takes {_ranks(kind)}")
+    if not fitting and not absent.items:
+        absent.tell(["weights"], lambda: f"no weight is left that {kind.kind} is defined for: it takes {_ranks(kind)}")
     return fitting
 
 
@@ -212,7 +219,7 @@ def _refuse_separate(candidate: WeightCandidate, gates: tuple[str, ...]) -> None
 
 
 def _outputs(
-    target: Target, kind: ActivityPenalty, modules: list[ModuleCandidate], model: Candidates
+    target: Target, kind: ActivityPenalty, modules: list[ModuleCandidate], model: Candidates, absent: _Absent
 ) -> tuple[OutputSite, ...]:
     if target.gate:
         raise DoesNotFit(f"{kind.kind} acts on outputs, which have no gates")
@@ -225,7 +232,8 @@ def _outputs(
         wrong, known = listing(unfit), listing(put_out)
         raise DoesNotFit(f"{kind.kind} acts on outputs, not on the {wrong}; available roles: {known}")
     by_role = _Choice[OutputCandidate]("role", roles, lambda o: (o.output.role,))
-    if kind.sequence and (still := {o.output.role: None for o in by_role.keep(everything) if not o.output.sequence}):
+    chosen = by_role.keep(everything, absent)
+    if kind.sequence and (still := {o.output.role: None for o in chosen if not o.output.sequence}):
         raise DoesNotFit(f"{kind.kind} compares neighbours in time; the role {listing(still)} has none")
     choices: list[_Choice[OutputCandidate]] = [
         by_role,
@@ -233,5 +241,5 @@ def _outputs(
         _Choice("visible layer", target.layer, lambda o: o.output.layers),
         _Choice("direction", target.direction, lambda o: o.output.directions),
     ]
-    candidates = _select(target, model, everything, choices)
+    candidates = _select(target, model, everything, choices, absent)
     return tuple(one.site(target.layer, target.direction) for one in candidates)

@@ -67,9 +67,39 @@ def test_what_the_model_does_not_have_is_told_with_what_it_has(target, words):
         assert word in message
 
 
-@pytest.mark.parametrize("target", [target for target, _ in MISSING], ids=str)
-def test_an_optional_rule_may_ask_for_what_the_model_does_not_have(target):
-    assert bound(target, optional=True) == ()
+def lists(target):
+    """The target, with each value in a list of its own."""
+    return {key: value if isinstance(value, list) else [value] for key, value in target.items()}
+
+
+@pytest.mark.parametrize(("target", "words"), MISSING, ids=str)
+def test_an_optional_rule_binds_what_is_there_and_the_plan_names_what_is_not(target, words):
+    """No other part of a target may be dropped along with the one that the model has not."""
+    plan = regkit.resolve(model(), {"rules": [{"target": target, "penalty": "l2(1)", "optional": True}]})
+    (binding,) = plan.bindings
+    lacking = words[0] if words[0].split()[0] in target else f"module {words[0]}"
+    assert lacking in binding.absent
+    assert f"(no {lacking}: optional)" in str(plan)
+    field, _, value = lacking.partition(" ")
+    there = {**lists(target)}
+    there[field] = [one for one in there[field] if repr(one) != value]
+    assert binding.sites == (bound({key: one for key, one in there.items()}) if there[field] else ())
+
+
+@pytest.mark.parametrize(
+    ("role", "there"),
+    [
+        (["kernel", "recurrent", "projection"], {"kernel", "recurrent"}),
+        (["projection", "bias"], {"bias"}),
+        (["projection"], set()),
+    ],
+)
+def test_a_list_of_roles_of_which_one_is_missing_binds_the_others_and_constrains_them(role, there):
+    lstm = nn.LSTM(3, 4)
+    rule = {"target": {"role": role}, "constraint": "max_norm(0.01)", "optional": True}
+    attachment = regkit.attach(lstm, {"rules": [rule]})
+    assert {site.role for site in attachment.plan.bindings[0].sites} == there
+    assert bool(attachment.violations()["rules/0"] > 0) == bool(there)
 
 
 @pytest.mark.parametrize(
@@ -211,9 +241,9 @@ def test_the_table_has_a_row_for_each_site():
          "proximal operator after each step"],
     ]  # fmt: skip
     assert "activity_l1(strength=1.0, reduction=mean) × constant(value=2.0)" in lines[4]
+    assert "(no module 'absent': optional)" in lines[5]
     assert cells(lines[4])[2:4] == ["decoder", "state"]
     assert "penalty()" in lines[4]
-    assert "nothing" in lines[5]
     assert len(lines) == 6 == len(plan.rows())
     starts = [
         line.index(word) for line, word in zip((header, *lines[:2]), ("module", "decoder", "encoder"), strict=True)
