@@ -55,7 +55,7 @@ def call(word: str, *values: Any) -> Call:
 @cache
 def _classes() -> dict[str, type]:
     """The classes that are written as their fields, by their words in pickles."""
-    from regkit import adapters
+    from regkit import adapters, sites
     from regkit.document import context, spec, target
 
     return {
@@ -67,8 +67,8 @@ def _classes() -> dict[str, type]:
         "missing kind": context.MissingKind,
         "weight": adapters.Weight,
         "output": adapters.Output,
-        "weight site": adapters.WeightSite,
-        "output site": adapters.OutputSite,
+        "weight site": sites.WeightSite,
+        "output site": sites.OutputSite,
         "example": adapters.Example,
     }
 

@@ -17,7 +17,7 @@ HOUSE = ROOT / "regkit"
 
 FLOORS = [
     {"_pickled", "buckets", "errors", "fields"},
-    {"activity", "runtime"},
+    {"activity", "runtime", "sites"},
     {"adapters", "kinds"},
     {"registry", "weights"},
     {"document"},
@@ -31,7 +31,7 @@ FLOORS = [
 ]
 """The packages and the rooms that stand beside them, from the ground up."""
 FLOOR_OF = {box: floor for floor, boxes in enumerate(FLOORS) for box in boxes}
-PUBLIC = {"activity", "adapters", "buckets", "errors", "fields", "kinds"}
+PUBLIC = {"activity", "adapters", "buckets", "errors", "fields", "kinds", "sites"}
 """What plugins and their laws import from, beside the top level."""
 
 ROOMS = sorted(path for path in HOUSE.rglob("*.py") if path.parent != HOUSE or not path.stem.startswith("__"))

@@ -136,3 +136,6 @@ class Target(Frozen):
 
     bias: Literal["each", "effective"] = "each"
     """torch has two bias vectors of which the sum acts: penalize each (as weight_decay does), or the sum (as Keras)."""
+
+    ignore: AnyOf[Name] | None = None
+    """Globs over parameters that the modules have beside the weights of any role, and that the rule leaves alone."""

@@ -19,6 +19,7 @@ class Binding:
     key: the rule's name in reports. kind, schedule, via, every, optional: as in the rule, its defaults filled in.
     weights, outputs: the sites on which the kind acts. origin: the plugin that offers the kind.
     absent: each thing that an optional rule asks for and the model lacks.
+    uncovered: the parameters of the rule's modules that no adapter describes, and no rule can reach.
     """
 
     key: str
@@ -31,6 +32,7 @@ class Binding:
     outputs: tuple[OutputSite, ...] = ()
     origin: str = ""
     absent: tuple[str, ...] = ()
+    uncovered: tuple[str, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Final
 
@@ -112,6 +113,25 @@ class ModuleCandidate:
         """The weights of the module, with a pair of biases as one weight where the adapter declares their sum."""
         summed = {name for one in self._weights if one.paired for name in one.weight.parameters}
         return [one for one in self._weights if one.paired or one.weight.parameters[0] not in summed]
+
+    @cached_property
+    def uncovered(self) -> tuple[str, ...]:
+        """The names of the module's own trainable parameters that no weight of the adapter is kept in, nor ignored."""
+        named = self.recurrent.module._parameters
+        kept = {f"{name}{made}" for one in self._weights for name in one.weight.parameters for made in _KEPT_AS}
+        covered = {id(parameter) for name, parameter in named.items() if name in kept}
+        return tuple(
+            name
+            for name, one in named.items()
+            if one is not None
+            and one.requires_grad
+            and id(one) not in covered
+            and not any(fnmatchcase(name, pattern) for pattern in self.recurrent.adapter.ignored)
+        )
+
+
+_KEPT_AS: Final = ("", "_raw", "_orig", "_g", "_v")
+"""What is added to a weight's name where the weight is computed: by dropping, pruning, or the former weight norm."""
 
 
 class Candidates:

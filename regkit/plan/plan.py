@@ -89,8 +89,11 @@ def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:
     for o in binding.outputs:
         layers, directions = ", ".join(map(str, o.layers)), ", ".join(o.directions)
         yield (*head, o.name or "(model)", "", o.role, layers, directions, "", "", tail)
+    for path in binding.uncovered:
+        module, _, name = path.rpartition(".")
+        yield (*head, module or "(model)", name, *[""] * 5, "LEFT ALONE: no adapter describes it")
     for item in binding.absent:
-        yield (*head, f"(no {item}: optional)", "", "", "", "", "", "", "")
+        yield (*head, f"(no {item}: optional)", *[""] * 7)
 
 
 def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, registry: Registry | None = None) -> Plan:

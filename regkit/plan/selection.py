@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -32,13 +33,14 @@ def bind(key: str, rule: Rule, model: Candidates) -> Binding:
     if isinstance(kind, ActivityPenalty):
         binding = replace(binding, outputs=_outputs(rule.target, kind, modules, model, absent))
     else:
-        binding = replace(binding, weights=_weights(rule.target, kind, modules, model, absent))
+        weights = _weights(rule.target, kind, modules, model, absent)
+        binding = replace(binding, weights=weights, uncovered=_uncovered(rule.target, kind, modules))
     return replace(binding, absent=tuple(absent.items))
 
 
 @dataclass
 class _Absent:
-    """What a target asks for and a model lacks.
+    """The items that a target asks for and a model lacks.
 
     optional: whether a rule may ask in vain; then `items` names each thing that is not there.
     """
@@ -151,6 +153,25 @@ def _weights(
             site = weight.site(gate)
             sites.setdefault(weight.part(site), site)  # a tied weight counts once in a rule
     return tuple(sites.values())
+
+
+def _uncovered(target: Target, kind: Penalty | Constraint, modules: list[ModuleCandidate]) -> tuple[str, ...]:
+    """The parameters of the modules that no role covers. Raises DoesNotFit where a rule on every weight omits one."""
+    found = {f"{one.recurrent.name}.{name}".lstrip("."): name for one in modules for name in one.uncovered}
+    for pattern in target.ignore or ():
+        if not any(fnmatchcase(name, pattern) for name in found.values()):
+            raise DoesNotFit(
+                f"ignore names {pattern!r}, and there is no such parameter beside the weights of the roles"
+                f"{hint(pattern, found.values())} Available: {listing(found.values())}"
+            )
+    left_out = [path for path, name in found.items() if not any(fnmatchcase(name, one) for one in target.ignore or ())]
+    if left_out and target.role is None:
+        raise DoesNotFit(
+            f"{kind.kind} without a role is to act on every weight, and would leave out {listing(left_out)}, which no "
+            'adapter describes: name the roles that are meant, or leave it out by name in the target\'s "ignore", or '
+            "describe it in an adapter"
+        )
+    return tuple(found)
 
 
 def _of_fitting_rank(

@@ -107,7 +107,8 @@ def regkit_can_bind_every_weight(case: Case) -> None:
     """
     module = case.module()
     effective = any(len(weight.parameters) == 2 for weight in case.weights(module))
-    rules: list[dict[str, Any]] = [{"penalty": "mark(1)"}]
+    roles = list(dict.fromkeys(weight.role for weight in case.weights(module)))  # a law of its own finds the others
+    rules: list[dict[str, Any]] = [{"target": {"role": roles} if roles else {}, "penalty": "mark(1)"}]
     if effective and not any(weight.separate for weight in case.weights(module)):
         rules.append({"target": {"role": "bias", "bias": "effective"}, "penalty": "mark(1)"})
     is_accepted(partial(regkit.resolve, registry=case.registry), module, {"rules": rules})

@@ -89,6 +89,7 @@ def numbered(adapter: Adapter, module: nn.Module, weights: Sequence[Weight]) -> 
         modules: ClassVar[tuple[type[nn.Module] | str, ...]] = (type(module),)
         gates: ClassVar[tuple[str, ...]] = tuple(adapter.gates)
         roles: ClassVar[tuple[str, ...]] = tuple(adapter.roles)
+        ignored: ClassVar[tuple[str, ...]] = ("*",)
 
         def weights(self, module: nn.Module) -> list[Weight]:
             # Of what is kept, not of a function of it: gradients are to be 1.

@@ -36,8 +36,9 @@ def title(weight: Weight) -> str:
 
 
 def ignored(case: Case, names: Iterable[str]) -> set[str]:
-    """The names that the example declares ignored. Raises Broken for a glob that is for none."""
-    names, found = list(names), set()
+    """The names that the adapter or the example declares ignored. Raises Broken for an example's glob for none."""
+    names = list(names)
+    found = {name for name in names if any(fnmatchcase(name, glob) for glob in case.adapter.ignored)}
     for glob in case.example.ignored:
         numbers = {name for name in names if fnmatchcase(name, glob)}
         hold(numbers, f"ignored has {glob!r}, and the module has no such parameter. It has: {listed(names)}")
