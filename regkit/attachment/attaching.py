@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ def attach(
     loss_scale: for rules via inject, what the loop multiplies its loss by: a number, or a function that is asked.
 
     Raises SpecError for a bad document, ResolveError where a rule does not fit the model, AttachError where a plan was
-    made for another model, a kind acts on the same places already, or a rule acts on no weight of `optimizer`;
-    PluginError where a kind returns something else than its contract says.
+    made for another model, a kind acts on the same places already, or a rule acts on frozen weights alone or on none of
+    `optimizer`; PluginError where a kind returns something else than its contract says.
 
     >>> model = nn.GRU(4, 8)
     >>> regkit.attach(model, {"rules": [{"penalty": "l2(0.01)", "target": {"role": "recurrent"}}]})
@@ -50,7 +50,7 @@ def attach(
         plan.check(model)
     only = None if optimizer is None else _optimizers(optimizer)
     attachments(model)
-    return _put_in_force(model, plan, only, loss_scale)
+    return _put_in_force(model, plan, only, loss_scale, _refuse_frozen)
 
 
 def attachments(model: nn.Module) -> tuple[Attachment, ...]:
@@ -80,17 +80,24 @@ def attachments(model: nn.Module) -> tuple[Attachment, ...]:
 def attach_copy(model: nn.Module, plan: Plan, count: int) -> Listener:
     """Put an attachment's plan in force on a copy of the model. Returns the new attachment's listener."""
     plan.check(model)
-    tracker = _put_in_force(model, plan, None, None)._tracker
+    tracker = _put_in_force(model, plan, None, None, lambda _: None)._tracker  # a copy may well be frozen
     tracker.count.restore(count, ())
     return tracker
 
 
-def _put_in_force(model: nn.Module, plan: Plan, only: list[Optimizer] | None, loss_scale: Scale | None) -> Attachment:
+def _put_in_force(
+    model: nn.Module,
+    plan: Plan,
+    only: list[Optimizer] | None,
+    loss_scale: Scale | None,
+    verify: Callable[[RuleSet], None],
+) -> Attachment:
     keep_clear(*_hook_numbers(model))
     drop_inert_hooks(model)
     reshard(model)
     attachment = Attachment(model, plan, only, loss_scale)
     _refuse_twice(attachment)
+    verify(attachment._rules)
     attachment._try_kinds()
     if only is not None:
         _refuse_idle(attachment._rules, only)
@@ -127,6 +134,17 @@ def _optimizers(given: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
         if not isinstance(one, Optimizer):
             raise TypeError(f"optimizer= takes torch optimizers, got {type(one).__name__}")
     return optimizers
+
+
+def _refuse_frozen(rules: RuleSet) -> None:
+    """Raise AttachError for a rule of which every weight is frozen."""
+    for rule in rules.on_weights:
+        if rule.blocks and not rule.binding.optional and not rule.moving():
+            raise AttachError(
+                f"{rule.binding.label} acts on frozen weights alone, and so on nothing "
+                f"({listing(block.name for block in rule.blocks)}): unfreeze some (requires_grad_(True)) before attach "
+                'or narrow the rule\'s target; a rule with "optional": true may wait until some are unfrozen'
+            )
 
 
 def _refuse_idle(rules: RuleSet, optimizers: list[Optimizer]) -> None:

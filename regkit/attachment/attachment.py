@@ -223,8 +223,7 @@ class Attachment:
             rule.ledger.discard()
 
     def _device(self) -> torch.device:
-        first = next(iter(self._engine.parameters), None)
-        return torch.device("cpu") if first is None else first.device
+        return next((one.device for one in self._engine.parameters), torch.device("cpu"))
 
     def lengths(self, lengths: Tensor | Sequence[int]) -> AbstractContextManager[None]:
         """The context in which padded outputs count up to these lengths.
@@ -272,7 +271,10 @@ class Attachment:
     @uncast
     @torch.no_grad()
     def violations(self) -> dict[str, Tensor]:
-        """For each constraint rule, how far the worst weight is beyond the bound, in the bound's unit.  -> () each."""
+        """For each constraint rule, how far the worst weight is beyond the bound, in the bound's unit.  -> () each.
+
+        Frozen weights are not counted: nothing moves these.
+        """
         return reports.violations(self._rules, self.step_count, self._device())
 
     @uncast

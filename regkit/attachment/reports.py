@@ -32,8 +32,6 @@ def violations(rules: RuleSet, index: int, device: torch.device) -> dict[str, Te
     """
     snapshot = rules.snapshots.fresh()
     zero = torch.zeros((), device=device)
-    found = {
-        rule.binding.key: named(rule, rule.violation, index) if rule.blocks else zero for rule in rules.constraints
-    }
+    found = {rule.binding.key: named(rule, rule.violation, index) for rule in rules.constraints}
     snapshot.forget()
-    return found
+    return {key: zero if worst is None else worst for key, worst in found.items()}

@@ -29,7 +29,7 @@ from regkit.runtime.sharding import refuse_flattened
 from regkit.weights.links import Parameters
 from regkit.weights.snapshot import Snapshot
 
-_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
+_grad = attrgetter("grad")
 _set_grad: Final = torch._C._set_grad_enabled
 
 
@@ -144,7 +144,7 @@ class Engine:
         step.evaluations += 1
         parameters, jobs, failed = step.owned.parameters, step.program.jobs, self.failed_step
         gradients = list(map(_grad, parameters))
-        all_trained = not any(map(is_, gradients, repeat(None))) and all(map(_requires_grad, parameters))
+        all_trained = not any(map(is_, gradients, repeat(None)))
         if (
             jobs is None
             or not (jobs.usual and all_trained)
@@ -173,7 +173,7 @@ class Engine:
         trained = owned.ids
         if not all_trained:
             pairs = zip(owned.parameters, gradients, strict=True)
-            trained = frozenset(id(p) for p, gradient in pairs if gradient is not None and p.requires_grad)
+            trained = frozenset(id(p) for p, gradient in pairs if gradient is not None)
         ascending = frozenset(key for key in trained if owned.groups[key].get("maximize"))
         jobs = program.jobs
         if jobs is None or jobs.trained != trained or jobs.ascending != ascending:

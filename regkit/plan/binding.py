@@ -18,6 +18,7 @@ class Binding:
 
     key: the rule's name in reports. kind, schedule, via, every, optional: as in the rule, its defaults filled in.
     weights, outputs: the sites on which the kind acts. origin: the plugin that offers the kind.
+    frozen: the sites that nothing moved when the rule was bound.
     absent: each thing that an optional rule asks for and the model lacks.
     uncovered: the parameters of the rule's modules that no adapter describes, and no rule can reach.
     """
@@ -31,6 +32,7 @@ class Binding:
     weights: tuple[WeightSite, ...] = ()
     outputs: tuple[OutputSite, ...] = ()
     origin: str = ""
+    frozen: tuple[WeightSite, ...] = ()
     absent: tuple[str, ...] = ()
     uncovered: tuple[str, ...] = ()
 

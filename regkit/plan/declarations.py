@@ -13,6 +13,7 @@ from regkit.errors import AttachError, PluginError, listing
 from regkit.plan.modules import RecurrentModule
 from regkit.plan.statements import fault
 from regkit.runtime.sharding import sharded
+from regkit.runtime.step import moves
 from regkit.weights.locate import MissingError, function_of, mask_of, storage_of
 from regkit.weights.storage import Storage
 
@@ -47,10 +48,12 @@ class Outline(NamedTuple):
 
     shape: the shape that kinds see.
     identity: the ids of the tensors that the weight is made of, equal for one weight under several names.
+    frozen: whether no optimizer moves any of the parameters.
     """
 
     shape: tuple[int, ...]
     identity: tuple[int, ...]
+    frozen: bool
 
 
 def outline(recurrent: RecurrentModule, weight: Weight) -> Outline:
@@ -68,7 +71,8 @@ def outline(recurrent: RecurrentModule, weight: Weight) -> Outline:
     if not rows or rows % (len(weight.gates) or 1):
         into = f"which do not divide into {len(weight.gates)} gates: {listing(weight.gates)}"
         raise broken(recurrent, f"is wrong: {weight.parameters[0]} has {rows} rows, {into}")
-    return Outline(shapes[0], tuple(one for storage, _ in stored for one in storage.identity))
+    frozen = not any(moves(parameter) for storage, _ in stored for parameter in storage.parameters)
+    return Outline(shapes[0], tuple(one for storage, _ in stored for one in storage.identity), frozen)
 
 
 def _stored(recurrent: RecurrentModule, weight: Weight, name: str) -> tuple[Storage, tuple[int, ...]]:

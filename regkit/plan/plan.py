@@ -82,10 +82,10 @@ class Plan:
 
 
 def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:
-    head, tail = (binding.key, binding.title), binding.how_it_acts
+    head, tail, frozen = (binding.key, binding.title), binding.how_it_acts, set(binding.frozen)
     for w in binding.weights:
         place = (w.name or "(model)", w.parameter, w.role, str(w.layer), w.direction, w.gate or "all")
-        yield (*head, *place, " × ".join(map(str, w.shape)), tail)
+        yield (*head, *place, " × ".join(map(str, w.shape)), "frozen: left alone" if w in frozen else tail)
     for o in binding.outputs:
         layers, directions = ", ".join(map(str, o.layers)), ", ".join(o.directions)
         yield (*head, o.name or "(model)", "", o.role, layers, directions, "", "", tail)

@@ -34,7 +34,10 @@ def bind(key: str, rule: Rule, model: Candidates) -> Binding:
         binding = replace(binding, outputs=_outputs(rule.target, kind, modules, model, absent))
     else:
         weights = _weights(rule.target, kind, modules, model, absent)
-        binding = replace(binding, weights=weights, uncovered=_uncovered(rule.target, kind, modules))
+        frozen = tuple(site for site, at in weights.items() if at.outline.frozen)
+        binding = replace(
+            binding, weights=tuple(weights), frozen=frozen, uncovered=_uncovered(rule.target, kind, modules)
+        )
     return replace(binding, absent=tuple(absent.items))
 
 
@@ -128,7 +131,8 @@ def _excluded(out: list[str], choices: list[_Choice[P]]) -> str:
 
 def _weights(
     target: Target, kind: Penalty | Constraint, modules: list[ModuleCandidate], model: Candidates, absent: _Absent
-) -> tuple[WeightSite, ...]:
+) -> dict[WeightSite, WeightCandidate]:
+    """The sites of a rule on weights, each with the weight of which the site is a part."""
     wanted = target.role
     put_out = {o.output.role for m in modules for o in m.outputs} | set(OUTPUT_ROLES)
     if unfit := [role for role in wanted or () if role in put_out]:
@@ -147,12 +151,12 @@ def _weights(
     candidates = _of_fitting_rank(kind, _select(target, model, candidates, choices, absent), wanted, absent)
     if kind.layout == "cell":
         _refuse_scattered(kind, candidates)
-    sites: dict[Hashable, WeightSite] = {}
+    sites: dict[Hashable, tuple[WeightSite, WeightCandidate]] = {}
     for weight in candidates:
         for gate in _gates(weight, target, kind.layout):
             site = weight.site(gate)
-            sites.setdefault(weight.part(site), site)  # a tied weight counts once in a rule
-    return tuple(sites.values())
+            sites.setdefault(weight.part(site), (site, weight))  # a tied weight counts once in a rule
+    return dict(sites.values())
 
 
 def _uncovered(target: Target, kind: Penalty | Constraint, modules: list[ModuleCandidate]) -> tuple[str, ...]:

@@ -70,12 +70,12 @@ class ConstraintRule(WeightRule):
     def project_all(self, index: int) -> None:
         """Project every block that is not frozen."""
         due = set(self.due)
-        self.project(self.work(self.snapshots.now(), self.unfrozen()), index, now=True)
+        self.project(self.work(self.snapshots.now(), self.moving()), index, now=True)
         self.due = due
 
-    def violation(self, index: int) -> Tensor:
-        """The largest violation over the rule's blocks.  -> ()."""
-        constraint, placed = self.at_step(index), self.placed(self.snapshots.now())
-        found = [batch.violation(constraint) for batch in self.at_work(placed.batches)]
-        found += [constraint.violation(block.weight(storages)) for block, storages in self.at_work(placed.lone)]
-        return torch.stack([one.to(found[0].device) for one in found]).amax()
+    def violation(self, index: int) -> Tensor | None:
+        """The largest violation over the blocks that are not frozen, None where all are.  -> ()."""
+        constraint, work = self.at_step(index), self.work(self.snapshots.now(), self.moving())
+        found = [batch.violation(constraint) for batch in self.at_work(batch for batch, _, _ in work.batches)]
+        found += [constraint.violation(block.weight(storages)) for block, storages, _ in self.at_work(work.lone)]
+        return torch.stack([one.to(found[0].device) for one in found]).amax() if found else None

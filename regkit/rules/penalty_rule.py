@@ -44,7 +44,7 @@ class PenaltyRule(WeightRule):
 
     def value(self, index: int) -> Tensor | None:
         """strength · factor · Σ Ω over the blocks that are not frozen, None where all are.  -> ()."""
-        return self._sum(self.unfrozen(), self.binding.amount(index))
+        return self._sum(self.moving(), self.binding.amount(index))
 
     def trained_value(self, step: Step) -> Tensor | None:
         """strength · factor · Σ Ω over the blocks that a step trains, None where there are none.  -> ()."""

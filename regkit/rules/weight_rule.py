@@ -11,6 +11,7 @@ from torch import nn
 
 from regkit.kinds import Constraint, Penalty
 from regkit.plan.binding import Binding
+from regkit.runtime.step import moves
 from regkit.weights.batch import Batch, Kept, Pick, Placed
 from regkit.weights.block import Block
 from regkit.weights.snapshot import Snapshot, Snapshots
@@ -68,9 +69,9 @@ class WeightRule(ABC):
             for storage in snapshot.storages[block]:
                 yield from storage.parameters
 
-    def unfrozen(self) -> frozenset[int]:
-        """The ids of the rule's trainable parameters."""
-        return frozenset(id(parameter) for parameter in self.parameters() if parameter.requires_grad)
+    def moving(self) -> frozenset[int]:
+        """The ids of the rule's parameters that an optimizer may move: the others are frozen, and left alone."""
+        return frozenset(id(parameter) for parameter in self.parameters() if moves(parameter))
 
     # --- where the blocks are ----------------------------------------------------------------------------------------
 

@@ -18,6 +18,14 @@ Groups = Mapping[int, dict[str, Any]]
 """The parameter group of each parameter, by its id."""
 
 
+def moves(parameter: Tensor) -> bool:
+    """Whether an optimizer may move a parameter: one that is trained, or that is frozen and has a gradient nonetheless.
+
+    torch moves all that have a gradient: one that `zero_grad(set_to_none=False)` leaves goes on by its momentum.
+    """
+    return parameter.requires_grad or parameter.grad is not None
+
+
 class OwnedParameters:
     """The parameters of an optimizer that are also regularized parameters of the model.
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from regkit.errors import AttachError
 from regkit.runtime.sharding import sharded, share, whole
+from regkit.runtime.step import moves
 from regkit.weights.storage import Storage, View, Whole, grad_of, weakly
 
 
@@ -38,17 +39,28 @@ class Computed(Whole):
         return self._weight if torch.is_grad_enabled() else self._weight.detach()
 
     def add(self, view: View, gradient: Tensor, amounts: Sequence[tuple[nn.Parameter, float]]) -> None:
-        with torch.enable_grad():
-            weight = self.read()
         placed = self._placed(view, gradient)
         # Backward in the weight's dtype, at unit scale: a loss scale of 2¹⁶ would overflow in float16.
         largest = placed.abs().amax()
         unit = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
-        parameters = [parameter for parameter, _ in amounts]
-        slope = (placed / unit).to(weight.dtype)
-        pulled = torch.autograd.grad(weight, parameters, slope, retain_graph=True, materialize_grads=True)
+        pulled = self._pulled(placed / unit, [parameter for parameter, _ in amounts])
         for (parameter, amount), part in zip(amounts, pulled, strict=True):
             grad_of(parameter).add_(part.to(unit.dtype) * unit, alpha=amount)
+
+    @torch.enable_grad()
+    def _pulled(self, slope: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+        """The slopes by parameters, from one by the weight; by frozen ones that have a gradient, and so move, too."""
+        frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        try:
+            weight = whole(self._compute()) if frozen else self.read()
+            return torch.autograd.grad(
+                weight, parameters, slope.to(weight.dtype), retain_graph=True, materialize_grads=True
+            )
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
 
 class Parametrized(Computed):
@@ -91,11 +103,11 @@ class Parametrized(Computed):
         kept = {key: value.clone() for key, value in self._parametrization.state_dict().items()}
         try:
             for original, new in zip(self._originals, self._inverse(changed), strict=True):
-                if original.requires_grad:
+                if moves(original):
                     original.copy_(share(new, original))
             self._weight = None
             if not self._fits(changed):
-                frozen = "" if all(one.requires_grad for one in self._originals) else ", with a part of it frozen,"
+                frozen = "" if all(map(moves, self._originals)) else ", with a part of it frozen,"
                 raise AttachError(self._cannot(f"makes of right_inverse(point){frozen} another"))
         except BaseException:
             self._parametrization.load_state_dict(kept)
@@ -128,7 +140,7 @@ class Parametrized(Computed):
     def check_writable(self, view: View, points: Sequence[Tensor]) -> None:
         # On a copy: writing may move buffers and draw random numbers, as torch's `orthogonal` does.
         trial = Parametrized(copy.deepcopy(self._parametrization), self._name)
-        if not any(one.requires_grad for one in trial.parameters):
+        if not any(map(moves, trial.parameters)):
             trial._parametrization.requires_grad_(True)  # as when somebody unfreezes the weight
         device = self._originals[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -102,7 +102,7 @@ def test_no_list_is_empty():
     assert [len(one) for one in step_on_ones(model)] == [1]
     other = nn.Linear(1, 1)
     assert step_on_ones(other) == []
-    model.requires_grad_(False)
+    model.requires_grad_(False).zero_grad()
     assert attachment.values()["rules/0"] == 0
 
 

@@ -190,8 +190,10 @@ def test_a_sum_that_is_pruned_in_both_halves_stays_where_it_is_allowed_and_is_an
     attachment.detach()
     model, _ = half_pruned()
     model.bias_hh_l0.requires_grad_(False)
+    regkit.attach(model, {"rules": [{"target": {"role": "bias", "bias": "effective"}, "constraint": "non_negative"}]})
+    model.bias_ih_l0_orig.grad = torch.zeros(16)
     with pytest.raises(regkit.AttachError, match="where it would change, all of it is pruned"):
-        stepped_alone(model, {"constraint": "non_negative"})
+        torch.optim.SGD(model.parameters(), lr=0.5).step()
 
 
 class Norm(regkit.Penalty):

@@ -126,10 +126,15 @@ def put(place: Place, name: str, block: Tensor) -> None:
         for one in reversed(by):
             value = one.right_inverse(value)
         for original, new in zip(kept, [value] if isinstance(value, Tensor) else value, strict=True):
-            if original.requires_grad:
+            if moved(original):
                 original.copy_(new)
     else:
         kept[0].copy_(torch.where(by[0].bool(), wanted, kept[0].double()) if by else wanted)
+
+
+def moved(parameter: Tensor) -> bool:
+    """Whether torch's optimizers move a parameter, which is to say whether it has a gradient, or gets one."""
+    return parameter.requires_grad or parameter.grad is not None
 
 
 def leaves_of(place: Place) -> list[Tensor]:
@@ -193,7 +198,7 @@ class Interpreter:
             self._stepped = set()
         joins = bool(self._stepped) and self._stepped.isdisjoint(owned)
         self._stepped = self._stepped | set(owned) if joins else set(owned)
-        trained = {p: group for p, group in owned.items() if p.grad is not None and p.requires_grad}
+        trained = {p: group for p, group in owned.items() if p.grad is not None}
         step = Step(self.count - joins, not joins, trained)
         self.count += not joins
         self._add_gradients(step)
@@ -209,12 +214,17 @@ class Interpreter:
 
     def _add_gradients(self, step: Step) -> None:
         """Add what autograd says is the slope of the sum of all penalties; a penalty is made small in any case."""
+        frozen = [leaf for leaf in step.groups if not leaf.requires_grad]
+        for leaf in frozen:
+            leaf.requires_grad_(True)
         terms = [scale * penalty_of(penalty, weight_at(place)) for penalty, place, scale in self._via("gradient", step)]
         if terms and step.groups:
             slopes = torch.autograd.grad(sum(terms), list(step.groups), allow_unused=True)
             for (leaf, group), slope in zip(step.groups.items(), slopes, strict=True):
                 if slope is not None:
                     leaf.grad.add_(slope, alpha=-1 if group.get("maximize") else 1)
+        for leaf in frozen:
+            leaf.requires_grad_(False)
 
     @torch.no_grad()
     def after(self, step: Step | None) -> None:
@@ -251,7 +261,7 @@ class Interpreter:
         """Project all that is not frozen."""
         for number, rule in enumerate(self.rules):
             for place in self._distinct(number) if "constraint" in rule else ():
-                free = [name for name in place.names if any(p.requires_grad for p in made_of(place.module, name)[0])]
+                free = [name for name in place.names if any(moved(p) for p in made_of(place.module, name)[0])]
                 if free:
                     self._move(place, free, projected(rule, weight_at(place), self.count, place.gates))
 
@@ -260,12 +270,11 @@ class Interpreter:
         """By the names of rules: the value of a penalty now, how far outside the worst weight of a constraint is."""
         found = {}
         for number, rule in enumerate(self.rules):
-            here = self._distinct(number)
+            free = [place for place in self._distinct(number) if any(moved(leaf) for leaf in leaves_of(place))]
             if "penalty" in rule:
-                free = [place for place in here if any(leaf.requires_grad for leaf in leaves_of(place))]
                 terms = [factor(rule, self.count) * penalty_of(rule["penalty"], weight_at(place)) for place in free]
                 found[rule["name"]] = float(sum(terms))
             else:
-                outside = [violation_of(rule, weight_at(place), self.count, place.gates) for place in here]
+                outside = [violation_of(rule, weight_at(place), self.count, place.gates) for place in free]
                 found[rule["name"]] = float(max(outside, default=0.0))
         return found
