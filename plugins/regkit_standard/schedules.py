@@ -133,10 +133,12 @@ class Exponential(Schedule):
 
     def factor(self, step: int) -> float:
         periods = step / self.steps
+        growth, first = periods * math.log(self.decay), math.log(self.start)
         # Compared as logarithms: a growing power would overflow before it could be cut off.
-        if self.limit is not None and periods * abs(math.log(self.decay)) >= abs(math.log(self.limit / self.start)):
+        if self.limit is not None and abs(growth) >= abs(math.log(self.limit) - first):
             return self.limit
-        return self.start * math.pow(self.decay, periods)
+        # So would the power of a tiny start, of which the product is a number still.
+        return self.start * math.pow(self.decay, periods) if abs(growth) < 700 else math.exp(first + growth)
 
 
 @final

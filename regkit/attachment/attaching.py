@@ -77,10 +77,10 @@ def attachments(model: nn.Module) -> tuple[Attachment, ...]:
     return tuple(found)
 
 
-def attach_copy(model: nn.Module, plan: Plan, count: int) -> Listener:
+def attach_copy(model: nn.Module, plan: Plan, count: int, scale: float | None) -> Listener:
     """Put an attachment's plan in force on a copy of the model. Returns the new attachment's listener."""
     plan.check(model)
-    tracker = _put_in_force(model, plan, None, None, lambda _: None)._tracker  # a copy may well be frozen
+    tracker = _put_in_force(model, plan, None, scale, lambda _: None)._tracker  # a copy may well be frozen
     tracker.count.restore(count, ())
     return tracker
 

@@ -64,7 +64,7 @@ class Attachment:
         self._watchdog = self._engine.watchdog
         self._tracker = StepTracker(self._engine, optimizers)
         self._rules.inject(loss_scale, self._tracker.upcoming)
-        self._companion = ModelCompanion(model, plan, lambda: self.step_count)
+        self._companion = ModelCompanion(model, plan, lambda: self.step_count, loss_scale)
         self._hooked = False
         self._model_end: weakref.finalize[..., nn.Module] | None = None
         self._orphans: OrphanedModules | None = None

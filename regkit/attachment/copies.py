@@ -23,6 +23,7 @@ from regkit import _pickled
 from regkit.adapters import OutputSite, WeightSite
 from regkit.errors import AttachError, StepError
 from regkit.plan.plan import Plan
+from regkit.recording.injector import Scale
 from regkit.runtime.optimizer_hooks import Listener, add_listener, remove_listener
 
 ATTRIBUTE: Final = "_regkit_companions"
@@ -33,8 +34,11 @@ _COMPILED: Final = "_orig_mod"
 
 _Site = TypeVar("_Site", WeightSite, OutputSite)
 
-Attach = Callable[[nn.Module, Plan, int], Listener]
-"""A function that puts a plan in force on a model, from a step count on, and returns the attachment's listener."""
+Attach = Callable[[nn.Module, Plan, int, float | None], Listener]
+"""A function that puts a plan in force on a model, from a step count on and with a loss scale, where there is one.
+
+Returns the attachment's listener.
+"""
 
 _OF_A_COPY: Final = (
     "This model is a copy of one with rules, which are in force on it too: regkit.attachments(model) has its "
@@ -47,25 +51,28 @@ class ModelCompanion:
 
     model: the model of the attachment.
     count: a function that returns the attachment's step count.
+    scale: the loss scale of rules via inject; a copy shares one that is a number.
     """
 
     _attach: Attach
     """The function that attaches the plan to a copy; set as a copy is made."""
 
-    def __init__(self, model: nn.Module, plan: Plan, count: Callable[[], int]) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, count: Callable[[], int], scale: Scale | None = None) -> None:
         *_, host = compiled_from(model)
         self._model: Callable[[], nn.Module | None] = weakref.ref(host)
         self._plan = plan if host is model else _of_original(plan)
         self._count = count
+        self._scale = None if callable(scale) else scale
         self.dormant = False
 
     def __reduce__(self) -> _pickled.Call:
         # The model is in the state, not in the arguments: by then deepcopy and pickle have made the copy of it, empty
         # as yet, and put that in its place.
-        return *_pickled.call("companion"), (self._model(), self._plan, self._count())
+        return *_pickled.call("companion"), (self._model(), self._plan, self._count(), self._scale)
 
-    def __setstate__(self, state: tuple[nn.Module | None, Plan, int]) -> None:
-        model, self._plan, count = state
+    def __setstate__(self, state: tuple[nn.Module | None, Plan, int] | tuple[Any, ...]) -> None:
+        model, self._plan, count, *scale = state
+        self._scale = scale[0] if scale else None
         self._count = lambda: count
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self.dormant = model is not None
@@ -95,7 +102,7 @@ class ModelCompanion:
         if model is None:
             return None
         try:
-            listener = self._attach(model, self._plan, self._count())
+            listener = self._attach(model, self._plan, self._count(), self._scale)
         except AttachError as error:
             raise AttachError(f"{error}. {_OF_A_COPY}") from error
         self.leave()  # the attachment has brought a companion of its own

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
 from regkit.document import shorthand
@@ -55,7 +55,13 @@ class KindField:
         except shorthand.ShorthandError as error:
             raise mistake(str(error)) from None
         # A ValidationError of the kind's own class is put under this field's place by pydantic.
-        return reading.registry.kind(options["kind"], *self.families).model_validate(options, context=info.context)
+        made = reading.registry.kind(options["kind"], *self.families)
+        try:
+            return made.model_validate(options, context=info.context)
+        except ValidationError:
+            raise
+        except Exception as error:  # a kind's author may compute anything with options
+            raise mistake(f"{options['kind']} cannot be made of these options: {error!r}") from error
 
     def _of_family(self, kind: Kind) -> Kind:
         """A kind that Python code has made, which need not be registered to be used, only to be saved."""

@@ -90,8 +90,15 @@ def _mistakes(rule: Rule) -> Iterator[Mistake]:
 
 def _inert_kinds(kinds: Mapping[str, Kind | None]) -> Iterator[Mistake]:
     for key, kind in kinds.items():
-        if kind is not None and (reason := kind.inert()) is not None:
-            yield key, kind, f"{kind.kind} has no effect: {reason}"
+        if kind is None:
+            continue
+        try:
+            reason = kind.inert()
+        except Exception as error:  # a kind's author may compute anything with options
+            yield key, kind, f"{kind.kind} cannot tell whether it has an effect: {error!r}"
+        else:
+            if reason is not None:
+                yield key, kind, f"{kind.kind} has no effect: {reason}"
 
 
 def _penalty_mistakes(rule: Rule) -> Iterator[Mistake]:

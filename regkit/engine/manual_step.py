@@ -75,4 +75,5 @@ class ManualStep:
             try:
                 tracker.engine.after(step)
             finally:
-                tracker.count.advance(step.owned.ids)
+                if step.owned.ids:  # of no weight under a rule, as of none of an optimizer, it is no step here
+                    tracker.count.advance(step.owned.ids)

@@ -81,8 +81,11 @@ class Recorder(ModelHook):
         return module
 
     def install(self) -> None:
-        """Put the hook on the module, and begin to record."""
-        self.handle = self.module.register_forward_hook(self, with_kwargs=True)
+        """Put the hook on the module, and begin to record. Where the module is gone, the next step tells."""
+        module = self.alive()
+        if module is None:
+            return
+        self.handle = module.register_forward_hook(self, with_kwargs=True)
         modes.forget_compiled()
 
     def remove(self) -> None:

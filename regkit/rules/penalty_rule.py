@@ -23,10 +23,9 @@ from regkit.weights.storage import Sharded, Storage
 
 def _lr(step: Step, parameter: Tensor) -> float | Tensor:
     """The learning rate at which a step moves a parameter. Raises StepError where the optimizer has none."""
-    group = step.groups[id(parameter)]
-    if "lr" not in group:
+    lr: float | Tensor | None = step.groups[id(parameter)].get("lr")
+    if lr is None:
         raise StepError(f"{step.by} has no `lr`, which a proximal or decoupled rule multiplies")
-    lr: float | Tensor = group["lr"]
     return lr
 
 

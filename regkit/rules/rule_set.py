@@ -106,12 +106,12 @@ class RuleSet:
                 yield place, f"the {output.role} of {output.name or 'the model'}", activity.binding.key
 
     def inject(self, scale: Scale | None, index: Callable[[], int]) -> None:
-        """Configure the injectors. Raises AttachError where there are injectors and no scale, or the reverse.
+        """Configure the injectors. Raises AttachError where there are injectors and no scale, or a scale for no rule.
 
         scale: the loss scale.
         index: gives the number of the step to come.
         """
-        if (scale is None) == bool(self.injectors):
+        if self.injectors if scale is None else all(rule.binding.via != "inject" for rule in self.activities):
             raise AttachError(
                 'loss_scale= goes with rules via "inject", and they with it: what the loop multiplies its loss by, 1.0 '
                 "for nothing, a function such as scaler.get_scale for what changes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -256,3 +257,24 @@ def test_a_copy_of_a_model_under_ddp_keeps_its_rules(outside, make_model, batche
     assert_equal_weights(decayed, copied.module)
     assert len(regkit.attachments(copied if outside else copied.module)) == 1
     assert attachment.step_count == 0
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickled"]
+)
+def test_a_copy_shares_a_loss_scale_that_is_a_number_and_is_told_of_one_that_is_asked(how):
+    rule = {"penalty": "activity_l2(1)", "via": "inject"}
+    model = nn.GRU(3, 4).double()
+    regkit.attach(model, {"rules": [rule]}, loss_scale=8.0)
+    twin = how(model)
+    assert len(regkit.attachments(twin)) == 1
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    for one in (model, twin):
+        (8.0 * one(x)[0].sum()).backward()
+    torch.testing.assert_close(twin.weight_hh_l0.grad, model.weight_hh_l0.grad)
+    asked = nn.GRU(3, 4)
+    regkit.attach(asked, {"rules": [rule]}, loss_scale=lambda: 8.0)
+    with pytest.raises(
+        regkit.AttachError, match=r"loss_scale= goes with rules via .inject.*This model is a copy of one"
+    ):
+        regkit.attachments(copy.deepcopy(asked))

@@ -267,3 +267,27 @@ def test_frozen_weights_are_left_alone(make_model, batches):
     with attachment.step():
         pass
     assert torch.equal(model.rnn.weight_hh_l0, before)
+
+
+@pytest.mark.parametrize("via", ["proximal", "decoupled"])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_learning_rate_of_none_is_no_learning_rate(via, by_hand):
+    model = nn.RNN(3, 4)
+    attachment = regkit.attach(model, {"rules": [{"penalty": "l2(1)", "via": via}]})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(regkit.StepError, match="has no `lr`, which a proximal or decoupled rule multiplies"):
+        (attachment.step(lr=None).__enter__ if by_hand else optimizer.step)()
+
+
+def test_where_nothing_is_bound_no_step_is_counted_whoever_makes_it():
+    model = nn.RNN(3, 4)
+    attachment = regkit.attach(model, {"rules": [{"target": {"module": "x"}, "penalty": "l2(1)", "optional": True}]})
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with attachment.step():
+        pass
+    assert attachment.step_count == 0

@@ -298,3 +298,15 @@ def test_a_compiled_model_carries_it_through_a_gap(layer):
     assert not torch.allclose(plain[0], in_loss[0])
     for one, other in zip(in_loss, injected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.GRU(3, 4))], ids=["nothing", "something"])
+def test_one_document_with_an_optional_rule_serves_models_with_and_without_a_place_for_it(model):
+    rule = {"target": {"module": "**"}, "penalty": "activity_l2(1)", "via": "inject", "optional": True}
+    attachment = regkit.attach(model, {"rules": [rule]}, loss_scale=2.0)
+    assert bool(attachment.plan.bindings[0].outputs) == isinstance(model, nn.Sequential)
+
+
+def test_a_loss_scale_for_a_document_without_such_a_rule_is_an_error():
+    with pytest.raises(regkit.AttachError, match="loss_scale= goes with rules via"):
+        regkit.attach(nn.GRU(3, 4), {"rules": [{"penalty": "l2(1)"}]}, loss_scale=2.0)
