@@ -81,6 +81,9 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | Non
             uncompiled_given: tuple[Any, Any] | None = _uncompiled(_before, optimizer, args, kwargs)
             return uncompiled_given
         frame = sys._getframe(1)
+        if optimizer._optimizer_step_pre_hooks:
+            _stand_last(optimizer)
+            return None
     if _STATES in sys.modules:  # it rehearses steps, at learning rate 0
         lr = optimizer.param_groups[0].get("lr") if optimizer.param_groups else None
         if (isinstance(lr, Tensor) or not lr) and _rehearsed(frame):
@@ -97,12 +100,26 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | Non
     return given
 
 
-def _after(*_: Any, frame: FrameType | None = None) -> None:
+def _stand_last(optimizer: Optimizer) -> None:
+    """Have a step begin behind the optimizer's own pre-hooks, which torch runs after global ones: these may clip."""
+    own = optimizer._optimizer_step_pre_hooks
+    own.pop(_OURS, None)  # type: ignore[call-overload]  # its keys are numbers
+    own[_OURS] = _behind  # type: ignore[index]
+
+
+def _behind(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """The hook behind an optimizer's own pre-hooks, which is there until the step ends."""
+    return _before(optimizer, args, kwargs, sys._getframe(1))
+
+
+def _after(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | None = None) -> None:
     if frame is None:
         if is_dynamo_compiling() or compiler() is not None:
-            _uncompiled(_after)
+            _uncompiled(_after, optimizer, args, kwargs)
             return
         frame = sys._getframe(1)
+        if optimizer._optimizer_step_pre_hooks:
+            optimizer._optimizer_step_pre_hooks.pop(_OURS, None)  # type: ignore[call-overload]
     listeners = _listeners
     if len(listeners) == 1:
         listeners[0].after(frame)
@@ -135,6 +152,9 @@ def _rehearsed(frame: FrameType) -> bool:
         above = above.f_back
     return False
 
+
+_OURS: Final = "regkit"
+"""The key of the hook that stands behind an optimizer's own pre-hooks during a step."""
 
 _COMPILER: Final = (__name__, "torch._compile", "torch._dynamo.eval_frame")
 _STATES: Final = "torch.distributed.checkpoint.state_dict"

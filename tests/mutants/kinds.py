@@ -137,7 +137,7 @@ class OptionIsAStrictTuple(Ridge):
     """The powers. Range: > 0."""
 
 
-@MUTANTS.caught_by("survives_copies", "pickle", also="survives_json compiles_whole")
+@MUTANTS.caught_by("survives_copies", "local object", also="survives_json compiles_whole")
 class HoldsAFunction(Ridge):
     """A function in a private attribute, which cannot be pickled with the model."""
 
