@@ -83,7 +83,7 @@ def installed() -> list[tuple[metadata.EntryPoint, Origin]]:
 def _origin(point: metadata.EntryPoint) -> Origin:
     # An entry point made by hand, as in a frozen program, has no distribution; one half uninstalled has no name.
     # The name is asked of the metadata: `dist.name` of a nameless one is to raise KeyError in a Python to come.
-    if point.dist is None or not point.dist.metadata.get("Name"):
+    if point.dist is None or "Name" not in point.dist.metadata:
         return Origin(point.value.partition(":")[0], None, point.name)
     return Origin(point.dist.name, point.dist.version, point.name)
 
