@@ -15,7 +15,7 @@ from regkit.registry.entries import Entry
 from regkit.registry.names import Family
 from regkit.registry.registry import Registry
 
-_CALL: Final = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(?:\((.*)\))?\s*", re.DOTALL)
+_CALL: Final = re.compile(r"([A-Za-z_][\w.]*)(?:\s*\((.*)\))?", re.DOTALL)  # linear, whatever it is given
 _WORD: Final = re.compile(r"[A-Za-z_]\w*")
 _SCALAR: Final = re.compile(r"true|false|null|-?(0|[1-9]\d{0,299})(\.\d{1,300})?([eE][+-]?\d{1,4})?", re.ASCII)
 
@@ -75,7 +75,7 @@ def _entry(name: str, families: tuple[Family, ...], registry: Registry) -> Entry
 
 
 def _of_string(text: str, families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:
-    match = _CALL.fullmatch(text)
+    match = _CALL.fullmatch(text.strip())
     if match is None:
         raise ShorthandError(f"{reprlib.repr(text)} is not a shorthand; write {_example(text, families, registry)!r}")
     entry = _entry(match[1], families, registry)

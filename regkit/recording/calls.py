@@ -116,7 +116,14 @@ class Calls:
             yield
         finally:
             self.placed()  # the last call's validity stays: masks stand around one call each, the next compares
-            self.timed, self.validity, self._count, self._longest = outer
+            in_order = self.validity is validity
+            self.timed, self.validity, self._count, self._longest = outer if in_order else (False, None, 0, 0)
+            if not in_order:
+                raise StepError(
+                    "lengths() or mask() were left in another order than they were entered, as where coroutines run "
+                    "one model in turns: what is data cannot be told. Leave the inner one first; give each coroutine a "
+                    "model of its own, or packed sequences, which know their lengths"
+                )
 
     @property
     def longest(self) -> int:

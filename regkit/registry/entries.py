@@ -22,11 +22,23 @@ CONTRACTS: Final[Mapping[Family, type[Kind]]] = {
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
 _LONGEST_NAME: Final = 100
+_DISTRIBUTION: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_VERSION: Final = re.compile(
+    r"([0-9]{1,9}!)?[0-9]{1,9}(\.[0-9]{1,9}){0,9}((a|b|rc)[0-9]{1,9})?(\.post[0-9]{1,9})?(\.dev[0-9]{1,9})?"
+    r"(\+[a-z0-9]{1,40}([._-][a-z0-9]{1,40}){0,9})?"
+)
 
 
 def canonical(distribution: str) -> str:
     """The name of a distribution in the form in which installers compare names  (PEP 503)."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def installable(distribution: str, version: str | None) -> bool:
+    """Whether a name and a version are such as installers take  (PEP 508 and 440): no option, no address, no blank."""
+    return len(distribution) <= _LONGEST_NAME and bool(
+        _DISTRIBUTION.fullmatch(distribution) and (version is None or _VERSION.fullmatch(version))
+    )
 
 
 def full_name(cls: type | str) -> str:

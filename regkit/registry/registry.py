@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from regkit import _pickled
 from regkit.adapters import OUTPUT_ROLES, WEIGHT_ROLES, Adapter
 from regkit.errors import PluginError, PluginWarning, unknown
 from regkit.kinds import Kind
-from regkit.registry.entries import Entry, Origin, canonical, full_name
+from regkit.registry.entries import Entry, Origin, canonical, full_name, installable
 from regkit.registry.names import FAMILIES, Family
 from regkit.registry.plugin import (
     ModuleClass,
@@ -188,7 +189,10 @@ class Registry:
         """
         idle = [plugin for plugin in self._plugins if plugin.state != "loaded"]
         if distribution is not None:
-            saved = f". The document was saved with it from {Origin(distribution, version)}"
+            if not installable(distribution, version):
+                claim = reprlib.repr(" ".join(filter(None, (distribution, version))))
+                return f". The document claims that it was saved with it from {claim}, which is no distribution"
+            saved = f". The document says that it was saved with it from {Origin(distribution, version)}"
             same = [p for p in self._plugins if canonical(p.origin.distribution) == canonical(distribution)]
             unusable = [plugin for plugin in same if plugin in idle]
             if unusable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 
 import pytest
@@ -296,3 +297,43 @@ def test_of_the_penalties_on_a_frozen_module_none_is_kept_for_long():
             optimizer.zero_grad()
     gc.collect()
     assert sum(type(one) is Ticket for one in gc.get_objects()) == 1
+
+
+def test_lengths_that_are_left_out_of_order_are_an_error_and_stay_in_force_nowhere():
+    layer = nn.GRU(3, 4)
+    attachment = regkit.attach(layer, {"rules": [{"name": "ar", "penalty": "activity_l2(1)"}]})
+    outer, inner = attachment.lengths([1, 2]), attachment.mask(torch.ones(3, 2, dtype=torch.bool))
+    outer.__enter__()
+    inner.__enter__()
+    for one in (outer, inner):
+        with pytest.raises(regkit.StepError, match="left in another order than they were entered"):
+            one.__exit__(None, None, None)
+    h, _ = layer(torch.ones(3, 2, 3))
+    torch.testing.assert_close(attachment.penalty(), h.square().mean())
+
+
+def test_coroutines_that_run_one_model_in_turns_within_lengths_are_told():
+    layer = nn.GRU(3, 4)
+    attachment = regkit.attach(layer, {"rules": [{"penalty": "activity_l2(1)"}]})
+
+    async def run(lengths: list[int]) -> None:
+        with attachment.lengths(lengths):
+            await asyncio.sleep(0)
+            layer(torch.ones(3, 2, 3))
+
+    async def both() -> list[BaseException | None]:
+        return await asyncio.gather(run([1, 2]), run([3, 3]), return_exceptions=True)
+
+    assert any(isinstance(one, regkit.StepError) and "coroutines" in str(one) for one in asyncio.run(both()))
+
+
+def test_lengths_within_lengths_hold_each_in_its_place():
+    layer = nn.GRU(3, 4)
+    attachment = regkit.attach(layer, {"rules": [{"penalty": "activity_l2(1)"}]})
+    x = torch.randn(3, 2, 3)
+    with attachment.lengths([1, 2]):
+        with attachment.lengths([3, 3]):
+            whole, _ = layer(x)
+        part, _ = layer(x)
+    rows = torch.cat([whole.flatten(0, 1), part[:1, 0], part[:2, 1]])
+    torch.testing.assert_close(attachment.penalty(), rows.square().mean())

@@ -211,3 +211,12 @@ def test_a_provenance_must_be_an_object():
 def test_an_unknown_option_of_an_activity_regularizer_is_told_with_those_of_the_activity_kind(given):
     with pytest.raises(regkit.SpecError, match=r"did you mean 'reduction'\? Available: kind, strength, reduction$"):
         regkit.load({"layers": [{"module": "rnn", "activity_regularizer": given}]})
+
+
+@pytest.mark.parametrize("middle", [" ", "\t", "\n", "l2 ", "(", " (", "a."], ids=repr)
+def test_a_long_string_is_refused_in_a_time_that_grows_as_the_string_does(middle):
+    """A quadratic matcher would take hours for these."""
+    text = "l2" + middle * 2_000_000 + "!x"
+    with pytest.raises(regkit.SpecError) as told:
+        regkit.load({"rules": [{"penalty": text}]})
+    assert len(str(told.value)) < 2000

@@ -216,3 +216,39 @@ def test_a_namesake_of_a_kind_is_not_saved_as_that_kind():
     spec = regkit.Spec(rules=[regkit.Rule(penalty=Namesake(strength=1))])
     with pytest.raises(regkit.PluginError, match=r"Namesake has the name 'l2' of another kind, regkit_standard\..*L2"):
         spec.to_json()
+
+
+@pytest.mark.parametrize(
+    ("distribution", "version"),
+    [
+        ("evil-package --index-url https://example.org", "1.0"),
+        ("evil-package @ https://example.org/x.whl", "1.0"),
+        ("-r requirements.txt", "1"),
+        ("evil\npip install other", "1.0"),
+        ("evil", "1.0 --index-url https://example.org"),
+        ("evil", "1.0; rm -rf x"),
+        ("evil\u202epackage", "1.0"),
+        ("evil", "1.0\u200b"),
+        ("e" * 10_000, "1"),
+        ("", "1"),
+    ],
+    ids=range(10),
+)
+def test_no_command_is_made_of_what_no_installer_takes_for_a_name_and_a_version(distribution, version):
+    with pytest.raises(SpecError) as caught:
+        regkit.load(saved(nuclear=(distribution, version)))
+    message = str(caught.value)
+    assert "pip install e" not in message
+    assert "; try:" not in message
+    assert len(message) < 2000
+    assert all(one.isprintable() for line in message.splitlines() for one in line)
+    assert sum("evil" in line for line in message.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("version", ["1", "1.2.3", "2!1.0rc1.post2.dev3+local.7"])
+def test_a_command_is_made_of_what_installers_take_and_is_said_to_be_the_documents_claim(version):
+    with pytest.raises(SpecError) as caught:
+        regkit.load(saved(nuclear=("Regkit_Low.Rank", version)))
+    assert f"The document says that it was saved with it from Regkit_Low.Rank {version}; try: pip install" in str(
+        caught.value
+    )
