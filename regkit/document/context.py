@@ -70,4 +70,5 @@ class ReadingContext:
     def absence(self, name: str) -> str:
         """A sentence to append that says why a kind may be missing; empty where nothing is known."""
         saved = self.saved(name) or {}
-        return self.registry.absence(name, saved.get("distribution"), saved.get("version"))
+        version = saved.get("version")
+        return self.registry.absence(name, saved.get("distribution"), version if isinstance(version, str) else None)
