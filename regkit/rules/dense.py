@@ -103,7 +103,9 @@ def gather(entries: Sequence[tuple[Entry, Form]]) -> tuple[list[Group], list[Ent
         alone = last is not None and last[1] is None and not calls.records and calls.validity is None
         records: Sequence[Call] = (last[0],) if alone else calls.placed()  # type: ignore[index]  # `alone` says that there is a call
         if form.before is not None:
-            tensors = _chain(entry, form, records)
+            tensors = _chain(entry.recorder, form, records)
+            if not tensors and not entry.recorder.told_of_mixing and any(kind.sequence for kind in entry.kinds):
+                _tell_of_mixing(entry.recorder, form, records)
         elif len(records) == 1 and records[0].validity is None and records[0].observed:
             h = records[0].observed[form.role]
             still = getattr(entry.recorder.alive(), "batch_first", False) is form.batch_first
@@ -131,17 +133,16 @@ def gather(entries: Sequence[tuple[Entry, Form]]) -> tuple[list[Group], list[Ent
     return groups, others
 
 
-def _chain(entry: Entry, form: Form, records: Sequence[Call]) -> tuple[Tensor, ...]:
+def _chain(recorder: Recorder, form: Form, records: Sequence[Call]) -> tuple[Tensor, ...]:
     """The steps of a cell, if each went on from the one before; else an empty tuple."""
     if len(records) > 1:
-        entry.recorder.verify_together(records)
+        recorder.verify_together(records)
     found: list[Tensor] = []
     for record in records:
         h, before = record.observed[form.role], record.observed[form.before or ""]
         if type(h) is not Tensor or record.validity is not None or not h.requires_grad or h.dim() != 2:
             return ()
         if found and (before is not found[-1] or h.shape != before.shape or h.dtype is not before.dtype):
-            _tell_of_mixing(entry, found[-1], before)
             return ()
         if not found and before is not None and before.requires_grad:
             return ()
@@ -149,18 +150,25 @@ def _chain(entry: Entry, form: Form, records: Sequence[Call]) -> tuple[Tensor, .
     return tuple(found)
 
 
-def _tell_of_mixing(entry: Entry, put_out: Tensor, before: Tensor | None) -> None:
-    """Warn, once for each module, where neighbours in time are compared and the state was changed between two calls."""
-    recorder = entry.recorder
-    changed = before is not None and before.requires_grad and before.data_ptr() != put_out.data_ptr()
-    if changed and not recorder.told_of_mixing and any(kind.sequence for kind in entry.kinds):
-        recorder.told_of_mixing = True
-        warnings.warn(
-            f"the state handed to {recorder.title} is not the one that the call before put out (zoneout, dropout, a "
-            "mask, a reset?): its outputs are compared with the state as handed in",
-            RegkitWarning,
-            stacklevel=2,
-        )
+def _tell_of_mixing(recorder: Recorder, form: Form, records: Sequence[Call]) -> None:
+    """Warn, once for each module, where neighbours in time are compared and a state was changed between two calls."""
+    put_out: set[int] = set()
+    for record in records:
+        h, before = record.observed[form.role], record.observed[form.before or ""]
+        if type(h) is not Tensor:
+            return
+        # A leaf is a learned state, with which another sequence begins.
+        computed = type(before) is Tensor and before.requires_grad and not before.is_leaf
+        if computed and put_out and before.data_ptr() not in put_out:
+            recorder.told_of_mixing = True
+            warnings.warn(
+                f"the state handed to {recorder.title} is none that its calls put out (zoneout, dropout, a mask, a "
+                "reset?): its outputs are compared with the state as handed in",
+                RegkitWarning,
+                stacklevel=2,
+            )
+            return
+        put_out.add(h.data_ptr())
 
 
 @dataclass(frozen=True)

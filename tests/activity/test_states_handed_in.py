@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -253,11 +254,40 @@ def test_a_state_that_is_changed_between_calls_is_compared_as_handed_in_and_told
         return tar(*pairs[1:])
 
     wanted = loop()
-    with pytest.warns(regkit.RegkitWarning, match="the state handed to the model is not the one that the call before"):
+    with pytest.warns(regkit.RegkitWarning, match="the state handed to the model is none that its calls put out"):
         ours = attachment.penalty()
     assert_same(ours, wanted, list(cell.parameters()))
     wanted = loop()
     assert_same(attachment.penalty(), wanted, list(cell.parameters()))
+
+
+@pytest.mark.parametrize("way", ["learned", "computed", "unbatched", "masked", "lengths"])
+def test_a_changed_state_is_told_in_whatever_way_a_cell_is_run(way):
+    cell, x = double(lambda: nn.GRUCell(3, 4)), normal(3, 2, 3)
+    h = normal(2, 4).requires_grad_()
+    h = torch.tanh(h) if way == "computed" else h
+    x, h = (x[:, 0], h[0]) if way == "unbatched" else (x, h)
+    attachment = regkit.attach(cell, TAR)
+
+    def loop(h: Tensor) -> None:
+        for now in x:
+            with attachment.mask(torch.tensor([True, False])) if way == "masked" else nullcontext():
+                h = 0.5 * cell(now, h)
+
+    with attachment.lengths([3, 2]) if way == "lengths" else nullcontext():
+        loop(h)
+    with pytest.warns(regkit.RegkitWarning, match="is none that its calls put out"):
+        attachment.penalty()
+
+
+def test_states_that_go_several_ways_and_sequences_that_begin_alike_are_not_told():
+    cell, first = double(lambda: nn.GRUCell(3, 4)), nn.Parameter(normal(2, 4))
+    attachment = regkit.attach(cell, TAR)
+    for _ in range(2):
+        h = cell(normal(2, 3), first)
+        cell(normal(2, 3), h)
+        cell(normal(2, 3), h)
+    attachment.penalty()  # warnings are errors here
 
 
 # --- no neighbours at all --------------------------------------------------------------------------------------------
