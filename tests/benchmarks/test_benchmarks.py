@@ -81,9 +81,9 @@ def tiny(name: str) -> Workload:
 
 
 def gradients_of(run: Run) -> list[Tensor]:
-    """What the gradients are when the optimizer reads them."""
+    """What the gradients are when the optimizer reads them, which leaves them as they are."""
     seen: list[Tensor] = []
-    handle = run.optimizer.register_step_pre_hook(
+    handle = run.optimizer.register_step_post_hook(
         lambda *_: seen.extend(w.grad.clone() for w in run.weights if w.grad is not None)
     )
     with run.acting():

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.optim import SGD, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import regkit
 from tests.support.counting import prepared
@@ -150,7 +151,7 @@ def test_a_step_that_is_taken_again_has_the_penalties_of_two_attachments_once_on
     optimizer = prepared(cell)
     raw = cell.parametrizations.weight_ih.original
     before = raw.detach().clone()
-    hook = optimizer.register_step_pre_hook(fail)
+    hook = register_optimizer_step_pre_hook(fail)  # behind regkit's
     with pytest.raises(ZeroDivisionError):
         optimizer.step()
     hook.remove()
