@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Final
+
+from torch import nn
 
 from regkit.adapters import Output, OutputSite, Weight, WeightSite
 from regkit.plan.declarations import Outline, outline, outputs_of, weights_of
@@ -116,22 +118,35 @@ class ModuleCandidate:
 
     @cached_property
     def uncovered(self) -> tuple[str, ...]:
-        """The names of the module's own trainable parameters that no weight of the adapter is kept in, nor ignored."""
-        named = self.recurrent.module._parameters
-        kept = {f"{name}{made}" for one in self._weights for name in one.weight.parameters for made in _KEPT_AS}
-        covered = {id(parameter) for name, parameter in named.items() if name in kept}
-        return tuple(
-            name
-            for name, one in named.items()
-            if one is not None
-            and one.requires_grad
-            and id(one) not in covered
-            and not any(fnmatchcase(name, pattern) for pattern in self.recurrent.adapter.ignored)
-        )
+        """The names of the module's own parameters that no weight of the adapter is kept in, nor ignored."""
+        named = list(_own_parameters(self.recurrent.module))
+        plain = self.recurrent.module._parameters
+        names = {name for one in self._weights for name in one.weight.parameters}
+        kept = names | {f"{name}{made}" for name in names if plain.get(name) is None for made in _KEPT_AS}
+        kept |= {one.weight.mask or "" for one in self._weights}
+        covered = {id(parameter) for name, parameter in named if name in kept}
+        left = dict.fromkeys(name for name, parameter in named if id(parameter) not in covered)
+        ignored = self.recurrent.adapter.ignored
+        return tuple(name for name in left if not any(fnmatchcase(name, pattern) for pattern in ignored))
 
 
-_KEPT_AS: Final = ("", "_raw", "_orig", "_g", "_v")
+_KEPT_AS: Final = ("_raw", "_orig", "_g", "_v")
 """What is added to a weight's name where the weight is computed: by dropping, pruning, or the former weight norm."""
+
+
+def _own_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a module keeps itself, in lists, in dicts, or as the originals of a parametrized one.
+
+    Each comes with its name, an original with that of the parametrized parameter.
+    """
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield f"{prefix}{name}", parameter
+    for name, child in module._modules.items():
+        if name == "parametrizations" and isinstance(child, nn.ModuleDict):
+            yield from ((f"{prefix}{one}", p) for one, of in child.items() for p in of.parameters())
+        elif isinstance(child, (nn.ParameterList, nn.ParameterDict)):
+            yield from _own_parameters(child, f"{prefix}{name}.")
 
 
 class Candidates:

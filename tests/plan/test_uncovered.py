@@ -109,11 +109,6 @@ def tied(lstm: nn.LSTM) -> nn.LSTM:
     return lstm
 
 
-def frozen(lstm: nn.LSTM) -> nn.LSTM:
-    lstm.scale = nn.Parameter(torch.ones(4), requires_grad=False)
-    return lstm
-
-
 def with_a_head(lstm: nn.LSTM) -> nn.LSTM:
     """A module of its own kind, which is no weight of the recurrent one."""
     lstm.head = nn.Linear(4, 2)
@@ -130,9 +125,31 @@ def within(lstm: nn.LSTM) -> nn.LSTM:
     [
         lambda one: parametrizations.weight_norm(one, "weight_hh_l0"),
         lambda one: prune.l1_unstructured(one, "weight_hh_l0", 0.5),
-        dropped, tied, frozen, with_a_head, within,
+        dropped, tied, with_a_head, within,
     ],
-    ids=["weight norm", "pruned", "dropped", "tied", "frozen", "with a head", "around another"],
+    ids=["weight norm", "pruned", "dropped", "tied", "with a head", "around another"],
 )  # fmt: skip
 def test_what_a_weight_is_kept_in_and_what_is_no_weight_of_the_module_is_not_told(change):
     assert "LEFT ALONE" not in str(regkit.resolve(change(nn.LSTM(3, 4)), DECAY))
+
+
+def own(name: str, value: nn.Module | nn.Parameter) -> nn.LSTMCell:
+    cell = nn.LSTMCell(3, 4)
+    setattr(cell, name, value)
+    return cell
+
+
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [
+        (parametrizations.weight_norm(own("peep", nn.Parameter(torch.ones(3, 4))), "peep"), "peep"),
+        (own("peeps", nn.ParameterList([nn.Parameter(torch.ones(4))])), r"peeps\.0"),
+        (own("peeps", nn.ParameterDict({"i": nn.Parameter(torch.ones(4))})), r"peeps\.i"),
+        (own("weight_hh_g", nn.Parameter(torch.ones(4))), "weight_hh_g"),
+        (own("peep", nn.Parameter(torch.ones(4), requires_grad=False)), "peep"),
+    ],
+    ids=["parametrized", "in a list", "in a dict", "with a name as of a computed weight", "frozen, for now"],
+)
+def test_a_parameter_of_its_own_is_told_however_it_is_kept(cell, name):
+    with pytest.raises(regkit.ResolveError, match=f"would leave out {name}, which no adapter describes"):
+        regkit.resolve(cell, DECAY)
