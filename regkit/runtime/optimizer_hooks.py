@@ -103,8 +103,8 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | Non
 def _stand_last(optimizer: Optimizer) -> None:
     """Have a step begin behind the optimizer's own pre-hooks, which torch runs after global ones: these may clip."""
     own = optimizer._optimizer_step_pre_hooks
-    own.pop(_OURS, None)  # type: ignore[call-overload]  # its keys are numbers
-    own[_OURS] = _behind  # type: ignore[index]
+    own.pop(_OURS, None)
+    own[_OURS] = _behind
 
 
 def _behind(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -119,7 +119,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | None
             return
         frame = sys._getframe(1)
         if optimizer._optimizer_step_pre_hooks:
-            optimizer._optimizer_step_pre_hooks.pop(_OURS, None)  # type: ignore[call-overload]
+            optimizer._optimizer_step_pre_hooks.pop(_OURS, None)
     listeners = _listeners
     if len(listeners) == 1:
         listeners[0].after(frame)
@@ -153,8 +153,8 @@ def _rehearsed(frame: FrameType) -> bool:
     return False
 
 
-_OURS: Final = "regkit"
-"""The key of the hook that stands behind an optimizer's own pre-hooks during a step."""
+_OURS: Final = -1
+"""The key of the hook that stands behind an optimizer's own pre-hooks during a step; torch counts its own from 0."""
 
 _COMPILER: Final = (__name__, "torch._compile", "torch._dynamo.eval_frame")
 _STATES: Final = "torch.distributed.checkpoint.state_dict"
