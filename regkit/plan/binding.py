@@ -20,7 +20,7 @@ class Binding:
     weights, outputs: the sites on which the kind acts. origin: the plugin that offers the kind.
     frozen: the sites that nothing moved when the rule was bound.
     absent: each thing that an optional rule asks for and the model lacks.
-    uncovered: the parameters of the rule's modules that no adapter describes, and no rule can reach.
+    uncovered: the parameters that no adapter describes, and no rule can reach: the names of module and parameter.
     """
 
     key: str
@@ -34,7 +34,7 @@ class Binding:
     origin: str = ""
     frozen: tuple[WeightSite, ...] = ()
     absent: tuple[str, ...] = ()
-    uncovered: tuple[str, ...] = ()
+    uncovered: tuple[tuple[str, str], ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:

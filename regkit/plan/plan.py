@@ -89,8 +89,7 @@ def _rows(binding: Binding) -> Iterator[tuple[str, ...]]:
     for o in binding.outputs:
         layers, directions = ", ".join(map(str, o.layers)), ", ".join(o.directions)
         yield (*head, o.name or "(model)", "", o.role, layers, directions, "", "", tail)
-    for path in binding.uncovered:
-        module, _, name = path.rpartition(".")
+    for module, name in binding.uncovered:
         yield (*head, module or "(model)", name, *[""] * 5, "LEFT ALONE: no adapter describes it")
     for item in binding.absent:
         yield (*head, f"(no {item}: optional)", *[""] * 7)

@@ -159,19 +159,22 @@ def _weights(
     return dict(sites.values())
 
 
-def _uncovered(target: Target, kind: Penalty | Constraint, modules: list[ModuleCandidate]) -> tuple[str, ...]:
+def _uncovered(
+    target: Target, kind: Penalty | Constraint, modules: list[ModuleCandidate]
+) -> tuple[tuple[str, str], ...]:
     """The parameters of the modules that no role covers. Raises DoesNotFit where a rule on every weight omits one."""
-    found = {f"{one.recurrent.name}.{name}".lstrip("."): name for one in modules for name in one.uncovered}
-    for pattern in target.ignore or ():
-        if not any(fnmatchcase(name, pattern) for name in found.values()):
+    found = [(one.recurrent.name, name) for one in modules for name in one.uncovered]
+    names, ignored = list(dict.fromkeys(name for _, name in found)), target.ignore or ()
+    for pattern in ignored:
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise DoesNotFit(
                 f"ignore names {pattern!r}, and there is no such parameter beside the weights of the roles"
-                f"{hint(pattern, found.values())} Available: {listing(found.values())}"
+                f"{hint(pattern, names)} Available: {listing(names)}"
             )
-    left_out = [path for path, name in found.items() if not any(fnmatchcase(name, one) for one in target.ignore or ())]
-    if left_out and target.role is None:
+    left = [f"{at}.{name}".lstrip(".") for at, name in found if not any(fnmatchcase(name, one) for one in ignored)]
+    if left and target.role is None:
         raise DoesNotFit(
-            f"{kind.kind} without a role is to act on every weight, and would leave out {listing(left_out)}, which no "
+            f"{kind.kind} without a role is to act on every weight, and would leave out {listing(left)}, which no "
             'adapter describes: name the roles that are meant, or leave it out by name in the target\'s "ignore", or '
             "describe it in an adapter"
         )

@@ -153,3 +153,11 @@ def own(name: str, value: nn.Module | nn.Parameter) -> nn.LSTMCell:
 def test_a_parameter_of_its_own_is_told_however_it_is_kept(cell, name):
     with pytest.raises(regkit.ResolveError, match=f"would leave out {name}, which no adapter describes"):
         regkit.resolve(cell, DECAY)
+
+
+def test_the_plan_names_the_module_and_the_parameter_however_deep_they_are():
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": own("peeps", nn.ParameterList([nn.Parameter(torch.ones(4))]))})})
+    (binding,) = regkit.resolve(model, target(role="kernel")).bindings
+    assert binding.uncovered == (("a.b", "peeps.0"),)
+    (row,) = [row for row in regkit.resolve(model, target(role="kernel")).rows() if row[-1].startswith("LEFT ALONE")]
+    assert row[2:4] == ("a.b", "peeps.0")
