@@ -146,8 +146,8 @@ class Packed(Segment):
         earlier = self.h.index_select(0, earlier_rows.to(self.h.device, non_blocking=True))
         later, earlier = (earlier, later) if self.backward else (later, earlier)
         if self.previous is not None:
-            later = torch.cat([later, *(piece[0] for piece in self._first())])
-            earlier = torch.cat([earlier, *(piece[1] for piece in self._first())])
+            firsts, states, _ = zip(*self._first(), strict=True)
+            later, earlier = torch.cat([later, *firsts]), torch.cat([earlier, *states])
         return later, earlier, None
 
     def neighbours(self) -> Sequence[Pairs]:
@@ -233,20 +233,15 @@ def of_output(
     """
     if isinstance(h, PackedSequence) and isinstance(valid, Mask):
         raise StepError("mask() was given for a packed sequence, which knows what is data; leave the mask out")
-    if before is not None and not before.requires_grad:
-        before = None
-    order: Tensor | None = None
+    before = _reachable(before, h)
     if isinstance(h, PackedSequence):
-        data, mask, order = h.data, None, h.sorted_indices
+        data, mask = h.data, None
     else:
         if h.dim() == 2:
             h, batch_first = h.unsqueeze(1), False
-            before = None if before is None else before.unsqueeze(1)
         elif batch_first:
             h = h.transpose(0, 1)
         data, mask = h, None if valid is None else valid.of_sequence(h, batch_first)
-    if before is not None and order is not None:
-        before = before.index_select(1, order)
     halves = data.chunk(len(directions), dim=-1) if len(directions) > 1 else (data,)
     segments: list[Segment] = []
     for at, (name, half) in enumerate(zip(directions, halves, strict=True)):
@@ -258,6 +253,18 @@ def of_output(
                 else Sequenced(half, mask, back, previous)
             )
     return segments
+
+
+def _reachable(before: Tensor | None, h: Tensor | PackedSequence) -> Tensor | None:
+    """The state handed in, in the order of h's rows; None where no gradient reaches the state.
+
+    before: as in `of_output`.  -> (directions, batch, features).
+    """
+    if before is None or not before.requires_grad:
+        return None
+    if isinstance(h, PackedSequence):
+        return before if h.sorted_indices is None else before.index_select(1, h.sorted_indices)
+    return before.unsqueeze(1) if h.dim() == 2 else before
 
 
 def of_step(h: Tensor, previous: Tensor | None, valid: Validity | None, step: int) -> Segment:

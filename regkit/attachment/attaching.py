@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def attach(
         plan.check(model)
     only = None if optimizer is None else _optimizers(optimizer)
     attachments(model)
-    return _put_in_force(model, plan, only, loss_scale, _refuse_frozen)
+    return _put_in_force(model, plan, only, loss_scale)
 
 
 def attachments(model: nn.Module) -> tuple[Attachment, ...]:
@@ -80,7 +80,7 @@ def attachments(model: nn.Module) -> tuple[Attachment, ...]:
 def attach_copy(model: nn.Module, plan: Plan, count: int, scale: float | None) -> Listener:
     """Put an attachment's plan in force on a copy of the model. Returns the new attachment's listener."""
     plan.check(model)
-    tracker = _put_in_force(model, plan, None, scale, lambda _: None)._tracker  # a copy may well be frozen
+    tracker = _put_in_force(model, plan, None, scale, copied=True)._tracker
     tracker.count.restore(count, ())
     return tracker
 
@@ -90,14 +90,16 @@ def _put_in_force(
     plan: Plan,
     only: list[Optimizer] | None,
     loss_scale: Scale | None,
-    verify: Callable[[RuleSet], None],
+    *,
+    copied: bool = False,
 ) -> Attachment:
     keep_clear(*_hook_numbers(model))
     drop_inert_hooks(model)
     reshard(model)
     attachment = Attachment(model, plan, only, loss_scale)
     _refuse_twice(attachment)
-    verify(attachment._rules)
+    if not copied:  # as an average of weights, a copy may well be frozen
+        _refuse_frozen(attachment._rules)
     attachment._try_kinds()
     if only is not None:
         _refuse_idle(attachment._rules, only)

@@ -115,10 +115,11 @@ class Recorder(ModelHook):
         for role, one in observed.items():
             data = one.data if isinstance(one, PackedSequence) else one
             if isinstance(data, Tensor) and data.requires_grad and type(data) is not FakeTensor:
-                carries = torch.is_grad_enabled()  # without, it is a learned state that was handed in
+                carries = True
                 # Compiled code cannot be asked for the versions of tensors: changes in place go unchecked there.
                 if not compiling:
                     versions[role] = data, data._version
+        carries = carries and torch.is_grad_enabled()  # or it is no output, but a learned state that was handed in
         if ordinary:
             self._thread = get_ident()
             if carries:

@@ -104,16 +104,15 @@ def gather(entries: Sequence[tuple[Entry, Form]]) -> tuple[list[Group], list[Ent
         records: Sequence[Call] = (last[0],) if alone else calls.placed()  # type: ignore[index]  # `alone` says that there is a call
         if form.before is not None:
             tensors = _chain(entry.recorder, form, records)
-            if not tensors and not entry.recorder.told_of_mixing and any(kind.sequence for kind in entry.kinds):
-                _tell_of_mixing(entry.recorder, form, records)
         elif len(records) == 1 and records[0].validity is None and records[0].observed:
-            h = records[0].observed[form.role]
+            h, before = records[0].observed[form.role], records[0].observed.get(form.initial or "")
             still = getattr(entry.recorder.alive(), "batch_first", False) is form.batch_first
-            before = records[0].observed.get(form.initial or "")
+            still = still and (before is None or not before.requires_grad)
             if still and type(h) is Tensor and h.dim() == 3 and h.requires_grad:
-                tensors = (h,) if before is None or not before.requires_grad else ()
+                tensors = (h,)
         size = len(tensors) * tensors[0].numel() * max(tensors[0].element_size(), 4) if tensors else 0
         if not tensors or (form.before is not None and size > ROOM[tensors[0].is_cpu]):
+            _tell_of_mixing(entry, form, records)
             others += (entry,) if records else ()
             continue
         for record in records:
@@ -150,11 +149,14 @@ def _chain(recorder: Recorder, form: Form, records: Sequence[Call]) -> tuple[Ten
     return tuple(found)
 
 
-def _tell_of_mixing(recorder: Recorder, form: Form, records: Sequence[Call]) -> None:
+def _tell_of_mixing(entry: Entry, form: Form, records: Sequence[Call]) -> None:
     """Warn, once for each module, where neighbours in time are compared and a state was changed between two calls."""
+    recorder = entry.recorder
+    if form.before is None or recorder.told_of_mixing or not any(kind.sequence for kind in entry.kinds):
+        return
     put_out: set[int] = set()
     for record in records:
-        h, before = record.observed[form.role], record.observed[form.before or ""]
+        h, before = record.observed[form.role], record.observed[form.before]
         if type(h) is not Tensor:
             return
         # A leaf is a learned state, with which another sequence begins.
