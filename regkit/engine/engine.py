@@ -14,7 +14,7 @@ from torch._C import _is_any_autocast_enabled as _casts
 from torch.optim import Optimizer
 
 from regkit.activity.reduction import total
-from regkit.engine.failed_step import FailedStep
+from regkit.engine.failed_step import FailedSteps, PenalizedGradient
 from regkit.engine.finite import EVERY, FiniteCheck
 from regkit.engine.program import ActiveStep, Jobs, Program
 from regkit.engine.watchdog import Watchdog, owned_by_any
@@ -55,8 +55,8 @@ class Engine:
         self._finite_check = FiniteCheck(rules.snapshots)
         self._counting = [rule.binding for rule in rules.on_weights if rule.binding.counts]
         self._checks = bool(self._counting or rules.activities or rules.by_loss or rules.by_prox or rules.by_decay)
-        self.failed_step = FailedStep()
-        self.watchdog = Watchdog(self._parameter_to_watch, self.failed_step)
+        self.failed_steps = FailedSteps()
+        self.watchdog = Watchdog(self._parameter_to_watch, self.failed_steps)
         self._armed_at: Snapshot | None = None
         """The snapshot for which the watchdog was armed."""
 
@@ -142,7 +142,7 @@ class Engine:
                 self.at_gradients(step)
             return
         step.evaluations += 1
-        parameters, jobs, failed = step.owned.parameters, step.program.jobs, self.failed_step
+        parameters, jobs, failed = step.owned.parameters, step.program.jobs, self.failed_steps
         gradients = list(map(_grad, parameters))
         all_trained = not any(map(is_, gradients, repeat(None)))
         if (
@@ -152,8 +152,11 @@ class Engine:
         ):
             jobs = self._jobs(step, gradients, all_trained)
         step.jobs, step.trained = jobs, jobs.trained
-        if failed.gradient is not None and step.evaluations == 1 and failed.is_retried_by(step):
-            return  # the optimizer failed, and the step is taken again: all is in the gradients
+        failed.last = None
+        if failed.begun and step.evaluations == 1:
+            failed.last = step.penalized = failed.retried_by(step)
+            if step.penalized is not None:
+                return  # the optimizer failed, and the step is taken again: all is in the gradients
         differentiated = torch.is_grad_enabled()
         _set_grad(False)
         try:
@@ -161,7 +164,6 @@ class Engine:
                 self._check(step, jobs)
             if step.index % EVERY == 0:
                 self._finite_check.look(step.index)
-            failed.gradient = None
             if jobs.gradients or jobs.decays:
                 self._add(step, jobs, gradients)
         finally:
@@ -182,7 +184,7 @@ class Engine:
 
     def _add(self, step: ActiveStep, jobs: Jobs, gradients: list[Tensor]) -> None:
         """Add gradients and decay, and remember the first gradient in case that the step fails."""
-        failed, snapshot = self.failed_step, jobs.snapshot
+        snapshot = jobs.snapshot
         rule: PenaltyRule | None = None
         complete = False
         try:
@@ -200,15 +202,20 @@ class Engine:
             raise_named(rule, error)
         finally:
             if (first := jobs.first_changed) is not None:
-                failed.parameter, failed.gradient = step.owned.parameters[first], gradients[first]
-                failed.version, failed.renewed, failed.complete = failed.gradient._version, False, complete
-                failed.trained = jobs.trained
+                one = step.penalized
+                if one is None:
+                    one = step.penalized = PenalizedGradient()
+                    self.failed_steps.begun.append(one)
+                one.parameter, one.gradient = step.owned.parameters[first], gradients[first]
+                one.version, one.renewed, one.complete = one.gradient._version, False, complete
+                one.trained, self.failed_steps.last = jobs.trained, one
             if snapshot.cached:
                 snapshot.forget()  # or what was gathered would stay until the next step
 
     def release(self) -> None:
         """Hold no parameter and no gradient any more."""
-        self.failed_step.parameter = self.failed_step.gradient = self._armed_at = self._owned_now = None
+        self._armed_at = self._owned_now = None
+        self.failed_steps.release()
         self.snapshots.release()
 
     @plain
@@ -223,7 +230,10 @@ class Engine:
     def after(self, step: ActiveStep) -> None:
         """Apply proximal operators, then constraints in the document's order."""
         watchdog, jobs = self.watchdog, step.jobs
-        self.failed_step.parameter = self.failed_step.gradient = None
+        if step.penalized is not None:
+            begun, self.failed_steps.last = self.failed_steps.begun, None
+            if step.penalized in begun:  # or it was renewed within the step
+                begun.remove(step.penalized)
         if jobs is None:  # the optimizer never called its closure
             return
         if self._armed_at is not jobs.snapshot or watchdog.parameter is None or not watchdog.parameter.requires_grad:

@@ -57,7 +57,7 @@ class ManualStep:
                 "that is where penalties are added, and what says which weights are trained"
             )
         engine.at_gradients(step)
-        engine.failed_step.gradients_final()
+        engine.failed_steps.gradients_final()
         running.append(step)
         tracker.open_steps.add(weakref.ref(step, tracker.open_steps.discard))
         return step

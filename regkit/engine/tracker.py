@@ -47,7 +47,7 @@ class StepTracker(Listener):
     def __init__(self, engine: Engine, optimizers: Iterable[Optimizer] | None) -> None:
         self.count = StepCount()
         self.engine = engine
-        self.gradients_final = engine.failed_step.gradients_final
+        self.gradients_final = engine.failed_steps.gradients_final
         self._only = None if optimizers is None else weakref.WeakSet(optimizers)
         self._thread = _Thread()
         self.open_steps: set[weakref.ref[ActiveStep]] = set()
@@ -214,7 +214,7 @@ class _Closure:
             step.owned = step.owned.restrict_to_parameters(snapshot.parameters)
             step.program = Program(step.optimizer, snapshot, step.owned)
         engine.at_gradients(step)
-        engine.failed_step.gradients_final()
+        engine.failed_steps.gradients_final()
         if isinstance(step.optimizer, torch.optim.LBFGS) and loss is not None:
             with torch.no_grad():
                 return loss + engine.value(step)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from regkit.engine.failed_step import FailedStep
+from regkit.engine.failed_step import FailedSteps
 from regkit.errors import StepError
 from regkit.runtime.inert_hook import ModelHook
 from regkit.runtime.modes import compiler, is_capturing, is_dynamo_compiling, uncompiled
@@ -42,13 +42,13 @@ class Watchdog:
     """The watch over one parameter, from its backward passes.
 
     find: looks for the parameter to watch: its name, its module, itself; None where there is none.
-    failed_step: is told of backward passes.
+    failed_steps: is told of backward passes.
     open_steps: the steps that may be running. step_runs: whether one does.
     """
 
-    def __init__(self, find: Callable[[], tuple[str, nn.Module, nn.Parameter] | None], failed_step: FailedStep) -> None:
+    def __init__(self, find: Callable[[], tuple[str, nn.Module, nn.Parameter] | None], failed_steps: FailedSteps) -> None:
         self._find = find
-        self._failed_step = failed_step
+        self._failed_steps = failed_steps
         self.open_steps: Collection[object] = ()
         self.step_runs: Callable[[], bool] = bool  # never, until there are steps
         # torch converts no sharded parameter that has a weak reference
@@ -114,8 +114,8 @@ class Watchdog:
 
     def look(self) -> None:
         """Compare the parameter with the backward pass before. Raises StepError once too many moves have no step."""
-        if self._failed_step.gradient is not None:
-            self._failed_step.backward_begins()
+        if self._failed_steps.begun:
+            self._failed_steps.backward_begins()
         parameter = self.parameter
         if self.accepted:
             self._version = self._numbers = None
