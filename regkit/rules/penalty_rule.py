@@ -140,8 +140,8 @@ class PenaltyRule(WeightRule):
     def shrink(self, work: Work, step: Step) -> None:
         """w = prox(w, lr · strength · factor), after the update.
 
-        For a sum of n trained parameters the step counts n times: moving each by δ/n costs ½‖δ‖²/n. Where a number is
-        pruned in one of them, that one does not count.
+        For a sum of n trained parameters the step counts n times: moving each by δ/n costs ½‖δ‖²/n. One parameter that
+        is both of two biases counts four times: moving it by δ/2 costs ½‖δ‖²/4. A number that is pruned does not count.
         """
         amount = self.binding.amount(step.index)
         if not amount:
@@ -150,8 +150,8 @@ class PenaltyRule(WeightRule):
             for parameter, w in batch.each():
                 w.copy_(self.kind.prox(w, _lr(step, parameter) * amount))
         for block, storages, acted_on in self.at_work(work.lone):
-            shares = block.shares(acted_on) if len(storages) > 1 else 1
-            size = _lr(step, _trained(step, acted_on)[0]) * amount * shares
+            reach = block.reach(acted_on) if len(storages) > 1 else 1
+            size = _lr(step, _trained(step, acted_on)[0]) * amount * reach
             block.move(storages, acted_on, self.kind.prox(block.weight(storages), size))
 
 
