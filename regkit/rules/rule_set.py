@@ -10,7 +10,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 from torch import Tensor, nn
 
 from regkit.adapters import WeightSite
-from regkit.errors import AttachError, RegkitError, StepError
+from regkit.errors import AttachError, PluginError, RegkitError, StepError
 from regkit.kinds import ActivityPenalty, Layout, Penalty, Via
 from regkit.plan.plan import Plan
 from regkit.recording.injector import Injector, Scale
@@ -41,12 +41,14 @@ def raise_named(rule: WeightRule | ActivityRule | At, error: Exception) -> NoRet
     binding = rule.binding
     if isinstance(error, AttachError):
         raise AttachError(f"{binding.label}: {error}") from error
-    if isinstance(error, RegkitError):
+    told = str(error).startswith(f"rule {binding.key!r}")  # as a trial of the kind does
+    if isinstance(error, RegkitError) and (told or not isinstance(error, PluginError)):
         raise error
     where = "" if rule.at is None else f" on {rule.at.name or 'the model'}"
-    raise StepError(
-        f"rule {binding.key!r}: {binding.title}, of plugin {binding.origin}, failed{where}: {error!r}"
-    ) from error
+    failed = f"rule {binding.key!r}: {binding.title}, of plugin {binding.origin}, failed{where}: "
+    if isinstance(error, PluginError):
+        raise PluginError(f"{failed}{error}") from error
+    raise StepError(f"{failed}{error!r}") from error
 
 
 @dataclass(eq=False)
