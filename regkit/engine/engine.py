@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from itertools import chain, repeat
@@ -17,7 +18,7 @@ from regkit.activity.reduction import total
 from regkit.engine.failed_step import FailedSteps, PenalizedGradient
 from regkit.engine.finite import EVERY, FiniteCheck
 from regkit.engine.program import ActiveStep, Jobs, Program
-from regkit.engine.watchdog import Watchdog, owned_by_any
+from regkit.engine.watchdog import Watchdog, owned_by_any, some_are_hidden
 from regkit.errors import StepError, listing
 from regkit.recording.recorder import all_in_the_loss
 from regkit.recording.tickets import settle
@@ -31,6 +32,10 @@ from regkit.weights.snapshot import Snapshot
 
 _grad = attrgetter("grad")
 _set_grad: Final = torch._C._set_grad_enabled
+_HIDDEN: Final = (
+    "no optimizer that can be seen owns {}, though its neighbours are being trained: if none does, a rule on it can "
+    "never act. It cannot be told, for gc.freeze() hides optimizers that were made before it; freeze after the first steps"
+)
 
 
 class Engine:
@@ -45,11 +50,9 @@ class Engine:
         self.parameters = Parameters(model)
         self.snapshots, self.recorders = rules.snapshots, rules.recorders
         self._restricted = restricted
-        self.stepped_by_hand = False
-        """Whether there was a manual step, which may train weights that no optimizer owns."""
         self._optimizers_seen: set[weakref.ref[Optimizer]] = set()
         self._owned: set[int] = set()
-        """The ids of parameters that optimizers were found to own."""
+        """The ids of parameters that optimizers were found to own, or that a manual step has trained."""
         self._owned_now: tuple[Snapshot, set[int]] | None = None
         """The ids of the parameters that optimizers owned when a snapshot was taken."""
         self._finite_check = FiniteCheck(rules.snapshots)
@@ -114,11 +117,15 @@ class Engine:
         for recorder in self.recorders:
             if recorder.calls.last is not None or recorder.calls.records:
                 recorder.skip_step(groups)
-        if self._restricted or self.stepped_by_hand or weakref.ref(optimizer) in self._optimizers_seen:
+        if self._restricted or weakref.ref(optimizer) in self._optimizers_seen:
             return
         if any(id(p) in groups for p in self.parameters):
             self._refuse_unowned(program.snapshot, groups)
         self._optimizers_seen.add(weakref.ref(optimizer, self._optimizers_seen.discard))
+
+    def trained_by_hand(self, ids: frozenset[int]) -> None:
+        """Take note that a manual step has trained the parameters of these ids, which need no optimizer then."""
+        self._owned |= ids
 
     def _refuse_unowned(self, snapshot: Snapshot, groups: Mapping[int, Any]) -> None:
         blocks = chain.from_iterable(rule.blocks for rule in self._rules.on_weights if not rule.binding.optional)
@@ -128,7 +135,9 @@ class Engine:
         if any(id(p) not in self._owned for _, p in trainable):
             self._owned |= owned_by_any()
         names = [block.name for block, p in trainable if id(p) not in self._owned]
-        if names:
+        if names and some_are_hidden():
+            warnings.warn(_HIDDEN.format(listing(names)), stacklevel=2)
+        elif names:
             raise StepError(
                 f"no optimizer owns {listing(names)}, though its neighbours are being trained: a rule on it can never "
                 "act. Give it to an optimizer, freeze it (requires_grad_(False)), update it inside `with "

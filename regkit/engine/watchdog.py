@@ -30,6 +30,9 @@ _CLOSELY: Final = 256
 """How many of the first backward passes compare the numbers themselves, until a first step is seen: a change through
 `.data` does not count as a new version. The comparison waits for a GPU."""
 
+_FROZEN: Final = gc.get_freeze_count()
+"""How many objects Python itself has hidden from the garbage collector."""
+
 _UNHEARD: Final = (
     "changed from one backward pass to the next, and no torch optimizer that owns it was heard to step: the rules are "
     "not in force. Put the update into `with attachment.step(lr=...):`, which does all that is done at a step; or, for "
@@ -46,7 +49,9 @@ class Watchdog:
     open_steps: the steps that may be running. step_runs: whether one does.
     """
 
-    def __init__(self, find: Callable[[], tuple[str, nn.Module, nn.Parameter] | None], failed_steps: FailedSteps) -> None:
+    def __init__(
+        self, find: Callable[[], tuple[str, nn.Module, nn.Parameter] | None], failed_steps: FailedSteps
+    ) -> None:
         self._find = find
         self._failed_steps = failed_steps
         self.open_steps: Collection[object] = ()
@@ -181,7 +186,13 @@ class _Hook(ModelHook):
 def owned_by_any() -> set[int]:
     """The ids of all parameters of all optimizers in the process.
 
-    torch keeps no list of optimizers; the garbage collector does, and is asked at most once for each optimizer.
+    torch keeps no list of optimizers; the garbage collector does, and is asked at most once for each optimizer. It shows
+    none that was made before `gc.freeze()`: see `some_are_hidden`.
     """
     optimizers = [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
     return {id(p) for one in optimizers for group in getattr(one, "param_groups", ()) for p in group["params"]}
+
+
+def some_are_hidden() -> bool:
+    """Whether `gc.freeze()` was called, so that `owned_by_any` may have missed optimizers that live."""
+    return gc.get_freeze_count() > _FROZEN
