@@ -34,7 +34,7 @@ _grad = attrgetter("grad")
 _set_grad: Final = torch._C._set_grad_enabled
 _HIDDEN: Final = (
     "no optimizer that can be seen owns {}, though its neighbours are being trained: if none does, a rule on it can "
-    "never act. It cannot be told, for gc.freeze() hides optimizers that were made before it; freeze after the first steps"
+    "never act. It cannot be told, for gc.freeze() hides optimizers made before it; freeze after the first steps"
 )
 
 

@@ -26,7 +26,7 @@ class PenalizedGradient:
 
 
 class FailedSteps:
-    """The memory of steps that have added penalties and have not ended, so that a retry after a failure adds none twice.
+    """The memory of steps that have added penalties and not ended, so that a retry after a failure adds none again.
 
     Several optimizers may have failed, or run within one another: each step has a memory of its own.
 

@@ -186,8 +186,8 @@ class _Hook(ModelHook):
 def owned_by_any() -> set[int]:
     """The ids of all parameters of all optimizers in the process.
 
-    torch keeps no list of optimizers; the garbage collector does, and is asked at most once for each optimizer. It shows
-    none that was made before `gc.freeze()`: see `some_are_hidden`.
+    torch keeps no list of optimizers; the garbage collector does, and is asked at most once for each optimizer. It
+    shows none that was made before `gc.freeze()`: see `some_are_hidden`.
     """
     optimizers = [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
     return {id(p) for one in optimizers for group in getattr(one, "param_groups", ()) for p in group["params"]}

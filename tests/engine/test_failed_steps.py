@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,10 +39,10 @@ def ones(module: nn.Module) -> None:
 
 
 @pytest.fixture
-def optimizers(cells: nn.ModuleList) -> Iterator[list[Failing]]:
+def optimizers(cells: nn.ModuleList) -> list[Failing]:
     SGD([torch.zeros(1, requires_grad=True)])  # torch hooks a class when one of it is first made
     ones(cells)
-    yield [Failing(cell.parameters(), lr=0.0) for cell in cells]
+    return [Failing(cell.parameters(), lr=0.0) for cell in cells]
 
 
 def failed(optimizer: Failing) -> None:

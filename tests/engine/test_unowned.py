@@ -112,7 +112,7 @@ def test_a_failed_step_that_is_taken_again_by_hand_makes_nothing_unowned_silent(
         pass
     del optimizer
     model.rnn.weight_hh_l0 = nn.Parameter(model.rnn.weight_hh_l0.detach().clone())
-    with pytest.raises(regkit.StepError, match="no optimizer owns rnn.weight_hh_l0"):
+    with pytest.raises(regkit.StepError, match=r"no optimizer owns rnn.weight_hh_l0"):
         stepped(model, [p for p in model.parameters() if p is not model.rnn.weight_hh_l0], batches)
 
 
