@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Mapping
 from itertools import chain, repeat
 from operator import attrgetter, is_
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +15,10 @@ from torch.optim import Optimizer
 from regkit.activity.reduction import total
 from regkit.engine.failed_step import FailedSteps, PenalizedGradient
 from regkit.engine.finite import EVERY, FiniteCheck
+from regkit.engine.ownership import Ownership
 from regkit.engine.program import ActiveStep, Jobs, Program
-from regkit.engine.watchdog import Watchdog, owned_by_any, some_are_hidden
-from regkit.errors import StepError, listing
+from regkit.engine.watchdog import Watchdog
+from regkit.errors import StepError
 from regkit.recording.recorder import all_in_the_loss
 from regkit.recording.tickets import settle
 from regkit.rules.penalty_rule import PenaltyRule
@@ -32,10 +31,6 @@ from regkit.weights.snapshot import Snapshot
 
 _grad = attrgetter("grad")
 _set_grad: Final = torch._C._set_grad_enabled
-_HIDDEN: Final = (
-    "no optimizer that can be seen owns {}, though its neighbours are being trained: if none does, a rule on it can "
-    "never act. It cannot be told, for gc.freeze() hides optimizers made before it; freeze after the first steps"
-)
 
 
 class Engine:
@@ -50,11 +45,7 @@ class Engine:
         self.parameters = Parameters(model)
         self.snapshots, self.recorders = rules.snapshots, rules.recorders
         self._restricted = restricted
-        self._optimizers_seen: set[weakref.ref[Optimizer]] = set()
-        self._owned: set[int] = set()
-        """The ids of parameters that optimizers were found to own, or that a manual step has trained."""
-        self._owned_now: tuple[Snapshot, set[int]] | None = None
-        """The ids of the parameters that optimizers owned when a snapshot was taken."""
+        self.ownership = Ownership(rules, self.parameters)
         self._finite_check = FiniteCheck(rules.snapshots)
         self._counting = [rule.binding for rule in rules.on_weights if rule.binding.counts]
         self._checks = bool(self._counting or rules.activities or rules.by_loss or rules.by_prox or rules.by_decay)
@@ -76,11 +67,7 @@ class Engine:
 
     def expected(self) -> set[int]:
         """The ids of the model's trainable parameters that any optimizer owns."""
-        snapshot = self.snapshots.now()
-        if self._owned_now is None or self._owned_now[0] is not snapshot:
-            self._owned_now = snapshot, owned_by_any() | self._owned
-        owned = self._owned_now[1]
-        return {key for key, parameter in snapshot.parameters.items() if key in owned and parameter.requires_grad}
+        return self.ownership.expected(self.snapshots.now())
 
     def check_weights(self) -> None:
         """Raise AttachError where a weight is not finite, or FSDP1 has flattened a parameter that a rule needs."""
@@ -117,32 +104,8 @@ class Engine:
         for recorder in self.recorders:
             if recorder.calls.last is not None or recorder.calls.records:
                 recorder.skip_step(groups)
-        if self._restricted or weakref.ref(optimizer) in self._optimizers_seen:
-            return
-        if any(id(p) in groups for p in self.parameters):
-            self._refuse_unowned(program.snapshot, groups)
-        self._optimizers_seen.add(weakref.ref(optimizer, self._optimizers_seen.discard))
-
-    def trained_by_hand(self, ids: frozenset[int]) -> None:
-        """Take note that a manual step has trained the parameters of these ids, which need no optimizer then."""
-        self._owned |= ids
-
-    def _refuse_unowned(self, snapshot: Snapshot, groups: Mapping[int, Any]) -> None:
-        blocks = chain.from_iterable(rule.blocks for rule in self._rules.on_weights if not rule.binding.optional)
-        kept = ((block, storage) for block in blocks for storage in snapshot.storages[block])
-        trainable = [(block, p) for block, storage in kept for p in storage.parameters if p.requires_grad]
-        self._owned |= set(groups)
-        if any(id(p) not in self._owned for _, p in trainable):
-            self._owned |= owned_by_any()
-        names = [block.name for block, p in trainable if id(p) not in self._owned]
-        if names and some_are_hidden():
-            warnings.warn(_HIDDEN.format(listing(names)), stacklevel=2)
-        elif names:
-            raise StepError(
-                f"no optimizer owns {listing(names)}, though its neighbours are being trained: a rule on it can never "
-                "act. Give it to an optimizer, freeze it (requires_grad_(False)), update it inside `with "
-                'attachment.step():`, or narrow the rule\'s target; a rule with "optional": true may act on nothing'
-            )
+        if not self._restricted and weakref.ref(optimizer) not in self.ownership.seen:
+            self.ownership.verify(optimizer, program)
 
     def at_gradients(self, step: ActiveStep) -> None:
         """Add gradients and decay. Raises StepError first where a rule would be left out of this step."""
@@ -223,7 +186,8 @@ class Engine:
 
     def release(self) -> None:
         """Hold no parameter and no gradient any more."""
-        self._armed_at = self._owned_now = None
+        self._armed_at = None
+        self.ownership.release()
         self.failed_steps.release()
         self.snapshots.release()
 

@@ -56,7 +56,7 @@ class ManualStep:
                 "that is where penalties are added, and what says which weights are trained"
             )
         engine.at_gradients(step)
-        engine.trained_by_hand(step.trained)
+        engine.ownership.trained_by_hand(step.trained)
         engine.failed_steps.gradients_final()
         running.append(step)
         tracker.open_steps.add(weakref.ref(step, tracker.open_steps.discard))

@@ -7,14 +7,12 @@ it moves from one backward pass to the next while no step was seen.
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Collection
 from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from regkit.engine.failed_step import FailedSteps
@@ -29,9 +27,6 @@ accumulation and finite differences move weights before each step."""
 _CLOSELY: Final = 256
 """How many of the first backward passes compare the numbers themselves, until a first step is seen: a change through
 `.data` does not count as a new version. The comparison waits for a GPU."""
-
-_FROZEN: Final = gc.get_freeze_count()
-"""How many objects Python itself has hidden from the garbage collector."""
 
 _UNHEARD: Final = (
     "changed from one backward pass to the next, and no torch optimizer that owns it was heard to step: the rules are "
@@ -181,18 +176,3 @@ class _Hook(ModelHook):
         watchdog = self._watchdog()
         if watchdog is not None:
             watchdog.weights_changed()
-
-
-def owned_by_any() -> set[int]:
-    """The ids of all parameters of all optimizers in the process.
-
-    torch keeps no list of optimizers; the garbage collector does, and is asked at most once for each optimizer. It
-    shows none that was made before `gc.freeze()`: see `some_are_hidden`.
-    """
-    optimizers = [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
-    return {id(p) for one in optimizers for group in getattr(one, "param_groups", ()) for p in group["params"]}
-
-
-def some_are_hidden() -> bool:
-    """Whether `gc.freeze()` was called, so that `owned_by_any` may have missed optimizers that live."""
-    return gc.get_freeze_count() > _FROZEN
