@@ -9,7 +9,7 @@ from regkit.runtime.step import Step
 
 
 class PenalizedGradient:
-    """The first gradient that a step has added penalties to, which stands for all of them.
+    """The first gradient to which a step has added penalties, which stands for all gradients of the step.
 
     parameter: the parameter of that gradient.
     version: the gradient's version once penalties were added.
@@ -55,7 +55,7 @@ class FailedSteps:
                 one.renewed = True
 
     def retried_by(self, step: Step) -> PenalizedGradient | None:
-        """The memory of a step whose penalties a step finds in the gradients already; None where they are not there.
+        """The memory of a failed step that a step takes again, so that all penalties are added; None for no such step.
 
         Raises StepError where they are there in a part. What was renewed since is forgotten.
         """

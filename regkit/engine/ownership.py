@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regkit.engine.program import Program
-from regkit.errors import StepError, listing
+from regkit.errors import RegkitWarning, StepError, listing
 from regkit.rules.rule_set import RuleSet
 from regkit.weights.snapshot import Snapshot
 
@@ -68,7 +68,7 @@ class Ownership:
             self._owned |= owned_by_any()
         names = [block.name for block, p in trainable if id(p) not in self._owned]
         if names and gc.get_freeze_count() > _FROZEN:
-            warnings.warn(_HIDDEN.format(listing(names)), stacklevel=2)
+            warnings.warn(_HIDDEN.format(listing(names)), RegkitWarning, stacklevel=2)
         elif names:
             raise StepError(
                 f"no optimizer owns {listing(names)}, though its neighbours are being trained: a rule on it can never "
