@@ -1,4 +1,4 @@
-"""Ownership: which parameters optimizers own, and the error that a weight under a rule belongs to none of them."""
+"""Ownership: which parameters optimizers own, and the error that no optimizer owns a weight under a rule."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ from regkit.errors import RegkitWarning, StepError, listing
 from regkit.rules.rule_set import RuleSet
 from regkit.weights.snapshot import Snapshot
 
-_FROZEN: Final = gc.get_freeze_count()
-"""How many objects Python itself has hidden from the garbage collector."""
-
 _HIDDEN: Final = (
     "no optimizer that can be seen owns {}, though its neighbours are being trained: if none does, a rule on it can "
     "never act. It cannot be told, for gc.freeze() hides optimizers made before it; freeze after the first steps"
@@ -27,7 +24,7 @@ _HIDDEN: Final = (
 
 
 class Ownership:
-    """What is known of the owners of a model's parameters.
+    """The knowledge of the owners of a model's parameters.
 
     parameters: the model's.
     seen: the optimizers that have stepped.
@@ -53,7 +50,7 @@ class Ownership:
         self._owned |= ids
 
     def verify(self, optimizer: Optimizer, program: Program) -> None:
-        """At an optimizer's first step, raise StepError for a weight beside those it trains that no optimizer owns."""
+        """At an optimizer's first step, raise StepError for a weight of the trained model that no optimizer owns."""
         groups = program.owned.all_groups
         if any(id(p) in groups for p in self._parameters):
             self._owned |= set(groups)
@@ -66,10 +63,11 @@ class Ownership:
         trainable = [(block, p) for block, storage in kept for p in storage.parameters if p.requires_grad]
         if any(id(p) not in self._owned for _, p in trainable):
             self._owned |= owned_by_any()
-        names = [block.name for block, p in trainable if id(p) not in self._owned]
-        if names and gc.get_freeze_count() > _FROZEN:
+        unowned = [(block, p) for block, p in trainable if id(p) not in self._owned]
+        names = [block.name for block, _ in unowned]
+        if unowned and all(_hidden(p for _, p in unowned)):
             warnings.warn(_HIDDEN.format(listing(names)), RegkitWarning, stacklevel=2)
-        elif names:
+        elif unowned:
             raise StepError(
                 f"no optimizer owns {listing(names)}, though its neighbours are being trained: a rule on it can never "
                 "act. Give it to an optimizer, freeze it (requires_grad_(False)), update it inside `with "
@@ -85,7 +83,13 @@ def owned_by_any() -> set[int]:
     """The ids of all parameters of all optimizers in the process.
 
     torch keeps no list of optimizers; the garbage collector does, and is asked at most once for each optimizer. It
-    shows none that was made before `gc.freeze()`.
+    shows none that was made before `gc.freeze()`: see `_hidden`.
     """
     optimizers = [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
     return {id(p) for one in optimizers for group in getattr(one, "param_groups", ()) for p in group["params"]}
+
+
+def _hidden(parameters: Iterable[nn.Parameter]) -> list[bool]:
+    """Whether `gc.freeze()` hides each parameter, and so any optimizer that was made of the parameter before."""
+    shown = set(map(id, gc.get_objects()))
+    return [id(parameter) not in shown for parameter in parameters]

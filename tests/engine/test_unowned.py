@@ -130,3 +130,15 @@ def test_optimizers_that_gc_freeze_has_hidden_are_a_warning_and_no_error(make_mo
         gc.unfreeze()
     optimizers[1].step()
     assert attachment.step_count == 1
+
+
+def test_weights_made_after_gc_freeze_can_be_told_to_have_no_owner(make_model, batches):
+    """An optimizer from before it cannot have been made of them. Many programs freeze before they begin."""
+    gc.freeze()
+    try:
+        model = make_model()
+        regkit.attach(model, L2)
+        with pytest.raises(regkit.StepError, match=r"no optimizer owns rnn.bias_ih_l0"):
+            stepped(model, [p for p in model.parameters() if p.dim() == 2], batches)
+    finally:
+        gc.unfreeze()
