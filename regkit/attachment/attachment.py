@@ -110,17 +110,19 @@ class Attachment:
         _attached.pop(self, None)
 
     def _model_gone(self) -> None:
-        self._end()
-        self._orphans = OrphanedModules(self._rules.modules())
+        with self._watchdog.ending():
+            self._end()
+            self._orphans = OrphanedModules(self._rules.modules())
 
     def detach(self) -> None:
         """Take every hook off the model. May be called again; afterwards the attachment can only be read."""
-        self._end()
-        if self._model_end is not None:
-            self._model_end.detach()
-        if self._orphans is not None:
-            optimizer_hooks.remove_listener(self._orphans)
-        optimizer_hooks.remove_hooks()
+        with self._watchdog.ending():
+            self._end()
+            if self._model_end is not None:
+                self._model_end.detach()
+            if self._orphans is not None:
+                optimizer_hooks.remove_listener(self._orphans)
+            optimizer_hooks.remove_hooks()
 
     @contextmanager
     def detached(self) -> Iterator[None]:
@@ -216,11 +218,7 @@ class Attachment:
 
     def discard(self) -> None:
         """Drop recorded outputs, and penalties returned since the last step: for a batch that is skipped."""
-        for recorder in self._rules.recorders:
-            recorder.clear()
-            recorder.ledger.discard()
-        for rule in self._rules.by_loss:
-            rule.ledger.discard()
+        self._rules.discard()
 
     def _device(self) -> torch.device:
         return next((one.device for one in self._engine.parameters), torch.device("cpu"))

@@ -92,7 +92,7 @@ class PenaltyRule(WeightRule):
                     raise StepError(f"rule {self.binding.key!r} is {self.binding.via}, but {_TWO_RATES}")
 
     def _once(self, block: Block, acted_on: Sequence[Storage], step: Step) -> list[Storage]:
-        """The storages, less those that another optimizer has shrunk whole in this step: of a g and a v, say.
+        """The storages without any that another optimizer has shrunk whole in this step: of a g and a v, say.
 
         Raises StepError where the learning rate of that one was another.
         """

@@ -123,6 +123,14 @@ class RuleSet:
             consume = Intake(rules, [injector], raise_named).consume
             injector.configure(consume, index, 1.0 if scale is None else scale)
 
+    def discard(self) -> None:
+        """Drop recorded outputs, and the tickets of penalties that were not backpropagated."""
+        for recorder in self.recorders:
+            recorder.clear()
+            recorder.ledger.discard()
+        for rule in self.by_loss:
+            rule.ledger.discard()
+
     def loss_terms(self, index: int) -> list[Tensor]:
         """The penalties of weights that go through the loss at a step."""
         snapshot = self.snapshots.fresh()
