@@ -51,6 +51,8 @@ class Engine:
         self._checks = bool(self._counting or rules.activities or rules.by_loss or rules.by_prox or rules.by_decay)
         self.failed_steps = FailedSteps()
         self.watchdog = Watchdog(self._parameter_to_watch, self.failed_steps)
+        self.steps = 0
+        """The number of steps that optimizers have taken, however many of these make up one."""
         self._armed_at: Snapshot | None = None
         """The snapshot for which the watchdog was armed."""
 
@@ -207,6 +209,7 @@ class Engine:
             begun, self.failed_steps.last = self.failed_steps.begun, None
             if step.penalized in begun:  # or it was renewed within the step
                 begun.remove(step.penalized)
+        self.steps += 1
         if jobs is None:  # the optimizer never called its closure
             return
         if self._armed_at is not jobs.snapshot or watchdog.parameter is None or not watchdog.parameter.requires_grad:
@@ -261,5 +264,26 @@ class Engine:
             reason = rule.ledger.missing(ids)
             if reason is not None:
                 raise StepError(f"{rule.binding.label} {reason}")
+        if self._rules.scheduled:
+            self._verify_scheduled(step, jobs)
         for rule, work in (*jobs.proximal, *jobs.decays):
             rule.verify_applicable(work, step)
+
+    def _verify_scheduled(self, step: ActiveStep, jobs: Jobs) -> None:
+        """Raise StepError where a penalty in the loss was computed for a step at which its factor is another."""
+        recorders = dict(jobs.recorders)
+        activities = self._rules.activities
+        owners = [(rule.binding, one.ledger) for rule in activities for _, one in rule.places if one in recorders]
+        owners += [(rule.binding, rule.ledger) for rule, _ in jobs.by_loss]
+        for binding, ledger in owners:
+            now = step.index
+            for index in ledger.of_other_steps(now, self.steps) if binding.schedule is not None else ():
+                if binding.factor(index) != binding.factor(now):
+                    for _, told in owners:
+                        told.forget(index)
+                    raise StepError(
+                        f"{binding.label} is in the loss with the factor of step {index}, {binding.factor(index):.6g}, "
+                        f"and {step.by} takes step {now}, of which it is {binding.factor(now):.6g}: which optimizer "
+                        "steps next was not known. Tell it, attachment.penalty(optimizer), and take the penalty right "
+                        "before the backward pass for that step, into gradients that are zero"
+                    )

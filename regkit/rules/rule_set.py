@@ -123,6 +123,20 @@ class RuleSet:
             consume = Intake(rules, [injector], raise_named).consume
             injector.configure(consume, index, 1.0 if scale is None else scale)
 
+    def in_the_loss(self) -> frozenset[int]:
+        """The ids of the trainable parameters that the next penalty is of: of modules with recorded outputs, if any."""
+        recorded = (one for one in self.recorders if one.calls.last is not None or one.calls.records)
+        found = [p for recorder in recorded for p in recorder.parameters]
+        found = found or [p for rule in self.by_loss for p in rule.parameters()]
+        return frozenset(id(p) for p in found if p.requires_grad)
+
+    def project_all(self, index: int) -> None:
+        """Project every constrained weight that is not frozen, as at the step of a number."""
+        snapshot = self.snapshots.fresh()
+        for rule in self.constraints:
+            named(rule, rule.project_all, index)
+            snapshot.forget()
+
     def discard(self) -> None:
         """Drop recorded outputs, and the tickets of penalties that were not backpropagated."""
         for recorder in self.recorders:

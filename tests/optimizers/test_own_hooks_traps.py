@@ -63,7 +63,7 @@ def assert_close(one: nn.Module, other: nn.Module) -> None:
 @pytest.mark.parametrize("attachments", [1, 2])
 @pytest.mark.parametrize("first", ["hook", "rules"])
 @pytest.mark.parametrize("how", ["plain", "scaled"])
-def test_clipping_in_a_hook_of_the_optimizer_leaves_the_penalty_alone(how, first, attachments, make_model, batches):
+def test_clipping_in_such_a_hook_leaves_all_penalties_alone(how, first, attachments, make_model, batches):
     wanted, model = make_model(), make_model()
     by_hand(wanted, batches, 0.1)
     optimizer = SGD(model.parameters(), lr=0.1)
