@@ -27,7 +27,7 @@ from regkit.errors import RegkitError
 from regkit.plan.plan import Plan
 from regkit.recording.injector import Scale
 from regkit.recording.tickets import Ticket
-from regkit.rules.rule_set import named, rules_of
+from regkit.rules.rule_set import rules_of
 from regkit.rules.trials import try_kinds
 from regkit.runtime import optimizer_hooks
 from regkit.runtime.modes import eager, uncast
@@ -63,7 +63,7 @@ class Attachment:
         self._engine = Engine(self._rules, model, optimizers is not None)
         self._watchdog = self._engine.watchdog
         self._tracker = StepTracker(self._engine, optimizers)
-        self._rules.inject(loss_scale, self._tracker.upcoming)
+        self._rules.inject(loss_scale, lambda: self._tracker.upcoming(self._rules.in_the_loss))
         self._companion = ModelCompanion(model, plan, lambda: self.step_count, loss_scale)
         self._hooked = False
         self._model_end: weakref.finalize[..., nn.Module] | None = None
@@ -110,17 +110,19 @@ class Attachment:
         _attached.pop(self, None)
 
     def _model_gone(self) -> None:
-        self._end()
-        self._orphans = OrphanedModules(self._rules.modules())
+        with self._watchdog.ending():
+            self._end()
+            self._orphans = OrphanedModules(self._rules.modules())
 
     def detach(self) -> None:
         """Take every hook off the model. May be called again; afterwards the attachment can only be read."""
-        self._end()
-        if self._model_end is not None:
-            self._model_end.detach()
-        if self._orphans is not None:
-            optimizer_hooks.remove_listener(self._orphans)
-        optimizer_hooks.remove_hooks()
+        with self._watchdog.ending():
+            self._end()
+            if self._model_end is not None:
+                self._model_end.detach()
+            if self._orphans is not None:
+                optimizer_hooks.remove_listener(self._orphans)
+            optimizer_hooks.remove_hooks()
 
     @contextmanager
     def detached(self) -> Iterator[None]:
@@ -180,18 +182,21 @@ class Attachment:
     # --- the loss ----------------------------------------------------------------------------------------------------
 
     @eager
-    def penalty(self) -> Tensor:
+    def penalty(self, optimizer: Optimizer | None = None) -> Tensor:
         """Σ strength · factor · penalty of all that goes through the loss: activity rules, and weight rules via loss.
 
         Consumes the activity recorded since the last call. The result, in float32 or better, belongs to the loss once:
         `loss = criterion(...) + attachment.penalty()`. Zero where no rule goes through the loss.  -> ()
+
+        optimizer: the one that steps next, for schedules where several take turns; left out, what is known tells it.
 
         Raises RegkitError after detach.
         """
         if self not in _attached:
             self._refuse_dead("nothing to add to the loss")
         rules = self._rules
-        index = self._tracker.upcoming() if rules.scheduled else self._tracker.count.count
+        tracker = self._tracker
+        index = tracker.upcoming(rules.in_the_loss, optimizer) if rules.scheduled else tracker.count.count
         terms = rules.intake.consume(index) if rules.activities else []
         if rules.by_loss:
             terms += rules.loss_terms(index)
@@ -200,6 +205,8 @@ class Attachment:
         else:
             result = total(terms, terms[0].device if terms else self._device())
         ticket = Ticket()
+        if rules.scheduled:
+            ticket.index, ticket.behind = index, self._engine.steps
         if result.requires_grad:
             result.register_hook(ticket)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         for recorder in rules.loss_recorders:
@@ -216,11 +223,7 @@ class Attachment:
 
     def discard(self) -> None:
         """Drop recorded outputs, and penalties returned since the last step: for a batch that is skipped."""
-        for recorder in self._rules.recorders:
-            recorder.clear()
-            recorder.ledger.discard()
-        for rule in self._rules.by_loss:
-            rule.ledger.discard()
+        self._rules.discard()
 
     def _device(self) -> torch.device:
         return next((one.device for one in self._engine.parameters), torch.device("cpu"))
@@ -265,7 +268,7 @@ class Attachment:
         An activity rule gives the value of the recorded outputs, or else of those that `penalty()` last consumed; NaN
         before there were any. Frozen weights are not counted: nothing optimizes them.
         """
-        found = reports.values(self._rules, self.step_count, self._device())
+        found = reports.values(self._rules, self._tracker, self._device())
         return {binding.key: found[binding.key] for binding in self.plan.bindings if binding.key in found}
 
     @uncast
@@ -275,7 +278,7 @@ class Attachment:
 
         Frozen weights are not counted: nothing moves these.
         """
-        return reports.violations(self._rules, self.step_count, self._device())
+        return reports.violations(self._rules, self._tracker, self._device())
 
     @uncast
     @torch.no_grad()
@@ -284,10 +287,7 @@ class Attachment:
         model = self._model()
         if model is not None:
             reshard(model)
-        snapshot = self._rules.snapshots.fresh()
-        for rule in self._rules.constraints:
-            named(rule, rule.project_all, self.step_count)
-            snapshot.forget()
+        self._rules.project_all(self.step_count)
 
     # --- state -------------------------------------------------------------------------------------------------------
 

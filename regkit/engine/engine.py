@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from itertools import chain, repeat
 from operator import attrgetter, is_
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,12 @@ from torch._C import _is_any_autocast_enabled as _casts
 from torch.optim import Optimizer
 
 from regkit.activity.reduction import total
-from regkit.engine.failed_step import FailedStep
+from regkit.engine.failed_step import FailedSteps, PenalizedGradient
 from regkit.engine.finite import EVERY, FiniteCheck
+from regkit.engine.ownership import Ownership
 from regkit.engine.program import ActiveStep, Jobs, Program
-from regkit.engine.watchdog import Watchdog, owned_by_any
-from regkit.errors import StepError, listing
+from regkit.engine.watchdog import Watchdog
+from regkit.errors import StepError
 from regkit.recording.recorder import all_in_the_loss
 from regkit.recording.tickets import settle
 from regkit.rules.penalty_rule import PenaltyRule
@@ -45,18 +45,14 @@ class Engine:
         self.parameters = Parameters(model)
         self.snapshots, self.recorders = rules.snapshots, rules.recorders
         self._restricted = restricted
-        self.stepped_by_hand = False
-        """Whether there was a manual step, which may train weights that no optimizer owns."""
-        self._optimizers_seen: set[weakref.ref[Optimizer]] = set()
-        self._owned: set[int] = set()
-        """The ids of parameters that optimizers were found to own."""
-        self._owned_now: tuple[Snapshot, set[int]] | None = None
-        """The ids of the parameters that optimizers owned when a snapshot was taken."""
+        self.ownership = Ownership(rules, self.parameters)
         self._finite_check = FiniteCheck(rules.snapshots)
         self._counting = [rule.binding for rule in rules.on_weights if rule.binding.counts]
         self._checks = bool(self._counting or rules.activities or rules.by_loss or rules.by_prox or rules.by_decay)
-        self.failed_step = FailedStep()
-        self.watchdog = Watchdog(self._parameter_to_watch, self.failed_step)
+        self.failed_steps = FailedSteps()
+        self.watchdog = Watchdog(self._parameter_to_watch, self.failed_steps)
+        self.steps = 0
+        """The number of steps that optimizers have taken, however many of these make up one."""
         self._armed_at: Snapshot | None = None
         """The snapshot for which the watchdog was armed."""
 
@@ -73,11 +69,7 @@ class Engine:
 
     def expected(self) -> set[int]:
         """The ids of the model's trainable parameters that any optimizer owns."""
-        snapshot = self.snapshots.now()
-        if self._owned_now is None or self._owned_now[0] is not snapshot:
-            self._owned_now = snapshot, owned_by_any() | self._owned
-        owned = self._owned_now[1]
-        return {key for key, parameter in snapshot.parameters.items() if key in owned and parameter.requires_grad}
+        return self.ownership.expected(self.snapshots.now())
 
     def check_weights(self) -> None:
         """Raise AttachError where a weight is not finite, or FSDP1 has flattened a parameter that a rule needs."""
@@ -114,26 +106,8 @@ class Engine:
         for recorder in self.recorders:
             if recorder.calls.last is not None or recorder.calls.records:
                 recorder.skip_step(groups)
-        if self._restricted or self.stepped_by_hand or weakref.ref(optimizer) in self._optimizers_seen:
-            return
-        if any(id(p) in groups for p in self.parameters):
-            self._refuse_unowned(program.snapshot, groups)
-        self._optimizers_seen.add(weakref.ref(optimizer, self._optimizers_seen.discard))
-
-    def _refuse_unowned(self, snapshot: Snapshot, groups: Mapping[int, Any]) -> None:
-        blocks = chain.from_iterable(rule.blocks for rule in self._rules.on_weights if not rule.binding.optional)
-        kept = ((block, storage) for block in blocks for storage in snapshot.storages[block])
-        trainable = [(block, p) for block, storage in kept for p in storage.parameters if p.requires_grad]
-        self._owned |= set(groups)
-        if any(id(p) not in self._owned for _, p in trainable):
-            self._owned |= owned_by_any()
-        names = [block.name for block, p in trainable if id(p) not in self._owned]
-        if names:
-            raise StepError(
-                f"no optimizer owns {listing(names)}, though its neighbours are being trained: a rule on it can never "
-                "act. Give it to an optimizer, freeze it (requires_grad_(False)), update it inside `with "
-                'attachment.step():`, or narrow the rule\'s target; a rule with "optional": true may act on nothing'
-            )
+        if not self._restricted and weakref.ref(optimizer) not in self.ownership.seen:
+            self.ownership.verify(optimizer, program)
 
     def at_gradients(self, step: ActiveStep) -> None:
         """Add gradients and decay. Raises StepError first where a rule would be left out of this step."""
@@ -142,7 +116,7 @@ class Engine:
                 self.at_gradients(step)
             return
         step.evaluations += 1
-        parameters, jobs, failed = step.owned.parameters, step.program.jobs, self.failed_step
+        parameters, jobs, failed = step.owned.parameters, step.program.jobs, self.failed_steps
         gradients = list(map(_grad, parameters))
         all_trained = not any(map(is_, gradients, repeat(None)))
         if (
@@ -152,8 +126,11 @@ class Engine:
         ):
             jobs = self._jobs(step, gradients, all_trained)
         step.jobs, step.trained = jobs, jobs.trained
-        if failed.gradient is not None and step.evaluations == 1 and failed.is_retried_by(step):
-            return  # the optimizer failed, and the step is taken again: all is in the gradients
+        failed.last = None
+        if failed.begun and step.evaluations == 1:
+            failed.last = step.penalized = failed.retried_by(step)
+            if step.penalized is not None:
+                return  # the optimizer failed, and the step is taken again: all is in the gradients
         differentiated = torch.is_grad_enabled()
         _set_grad(False)
         try:
@@ -161,7 +138,6 @@ class Engine:
                 self._check(step, jobs)
             if step.index % EVERY == 0:
                 self._finite_check.look(step.index)
-            failed.gradient = None
             if jobs.gradients or jobs.decays:
                 self._add(step, jobs, gradients)
         finally:
@@ -182,7 +158,7 @@ class Engine:
 
     def _add(self, step: ActiveStep, jobs: Jobs, gradients: list[Tensor]) -> None:
         """Add gradients and decay, and remember the first gradient in case that the step fails."""
-        failed, snapshot = self.failed_step, jobs.snapshot
+        snapshot = jobs.snapshot
         rule: PenaltyRule | None = None
         complete = False
         try:
@@ -200,15 +176,21 @@ class Engine:
             raise_named(rule, error)
         finally:
             if (first := jobs.first_changed) is not None:
-                failed.parameter, failed.gradient = step.owned.parameters[first], gradients[first]
-                failed.version, failed.renewed, failed.complete = failed.gradient._version, False, complete
-                failed.trained = jobs.trained
+                one = step.penalized
+                if one is None:
+                    one = step.penalized = PenalizedGradient()
+                    self.failed_steps.begun.append(one)
+                one.parameter, one.gradient = step.owned.parameters[first], gradients[first]
+                one.version, one.renewed, one.complete = one.gradient._version, False, complete
+                one.trained, self.failed_steps.last = jobs.trained, one
             if snapshot.cached:
                 snapshot.forget()  # or what was gathered would stay until the next step
 
     def release(self) -> None:
         """Hold no parameter and no gradient any more."""
-        self.failed_step.parameter = self.failed_step.gradient = self._armed_at = self._owned_now = None
+        self._armed_at = None
+        self.ownership.release()
+        self.failed_steps.release()
         self.snapshots.release()
 
     @plain
@@ -223,7 +205,11 @@ class Engine:
     def after(self, step: ActiveStep) -> None:
         """Apply proximal operators, then constraints in the document's order."""
         watchdog, jobs = self.watchdog, step.jobs
-        self.failed_step.parameter = self.failed_step.gradient = None
+        if step.penalized is not None:
+            begun, self.failed_steps.last = self.failed_steps.begun, None
+            if step.penalized in begun:  # or it was renewed within the step
+                begun.remove(step.penalized)
+        self.steps += 1
         if jobs is None:  # the optimizer never called its closure
             return
         if self._armed_at is not jobs.snapshot or watchdog.parameter is None or not watchdog.parameter.requires_grad:
@@ -278,5 +264,26 @@ class Engine:
             reason = rule.ledger.missing(ids)
             if reason is not None:
                 raise StepError(f"{rule.binding.label} {reason}")
+        if self._rules.scheduled:
+            self._verify_scheduled(step, jobs)
         for rule, work in (*jobs.proximal, *jobs.decays):
             rule.verify_applicable(work, step)
+
+    def _verify_scheduled(self, step: ActiveStep, jobs: Jobs) -> None:
+        """Raise StepError where a penalty in the loss was computed for a step at which its factor is another."""
+        recorders = dict(jobs.recorders)
+        activities = self._rules.activities
+        owners = [(rule.binding, one.ledger) for rule in activities for _, one in rule.places if one in recorders]
+        owners += [(rule.binding, rule.ledger) for rule, _ in jobs.by_loss]
+        for binding, ledger in owners:
+            now = step.index
+            for index in ledger.of_other_steps(now, self.steps) if binding.schedule is not None else ():
+                if binding.factor(index) != binding.factor(now):
+                    for _, told in owners:
+                        told.forget(index)
+                    raise StepError(
+                        f"{binding.label} is in the loss with the factor of step {index}, {binding.factor(index):.6g}, "
+                        f"and {step.by} takes step {now}, of which it is {binding.factor(now):.6g}: which optimizer "
+                        "steps next was not known. Tell it, attachment.penalty(optimizer), and take the penalty right "
+                        "before the backward pass for that step, into gradients that are zero"
+                    )

@@ -49,7 +49,6 @@ class ManualStep:
         owned = OwnedParameters(parameters, dict.fromkeys(parameters, {} if self.lr is None else {"lr": self.lr}))
         program = Program(None, snapshot, owned)
         step = ActiveStep(None, owned, None, False, tracker.count.index(owned.ids), None, program=program)
-        engine.stepped_by_hand = True
         trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
         if trainable and all(parameter.grad is None for parameter in trainable):
             raise StepError(
@@ -57,7 +56,8 @@ class ManualStep:
                 "that is where penalties are added, and what says which weights are trained"
             )
         engine.at_gradients(step)
-        engine.failed_step.gradients_final()
+        engine.ownership.trained_by_hand(step.trained)
+        engine.failed_steps.gradients_final()
         running.append(step)
         tracker.open_steps.add(weakref.ref(step, tracker.open_steps.discard))
         return step

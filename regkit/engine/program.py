@@ -14,6 +14,7 @@ from operator import is_, itemgetter
 
 from torch.optim import Optimizer
 
+from regkit.engine.failed_step import PenalizedGradient
 from regkit.rules.penalty_rule import PenaltyRule
 from regkit.rules.rule_set import RuleSet
 from regkit.rules.weight_rule import Work
@@ -106,7 +107,9 @@ class ActiveStep(Step):
 
     program: the work of the optimizer's steps.
     jobs: the work of this step, once gradients are complete.
+    penalized: the gradient that stands for those with penalties in them, once there are.
     """
 
     program: Program
     jobs: Jobs | None = None
+    penalized: PenalizedGradient | None = None

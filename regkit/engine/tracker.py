@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -47,7 +48,7 @@ class StepTracker(Listener):
     def __init__(self, engine: Engine, optimizers: Iterable[Optimizer] | None) -> None:
         self.count = StepCount()
         self.engine = engine
-        self.gradients_final = engine.failed_step.gradients_final
+        self.gradients_final = engine.failed_steps.gradients_final
         self._only = None if optimizers is None else weakref.WeakSet(optimizers)
         self._thread = _Thread()
         self.open_steps: set[weakref.ref[ActiveStep]] = set()
@@ -143,9 +144,22 @@ class StepTracker(Listener):
             raise StepError("the optimizer that attach(optimizer=...) was restricted to is gone; attach anew")
         return optimizer in self._only
 
-    def upcoming(self) -> int:
-        """The number of the step to come, before the optimizer that makes the step is known."""
-        return self.count.upcoming(self.engine.expected)
+    def upcoming(self, trained: Callable[[], AbstractSet[int]], optimizer: Optimizer | None = None) -> int:
+        """The number of the step that a loss is for: of an optimizer, or of the one that is likely to step next.
+
+        trained: returns the ids of the parameters that the loss is of.
+
+        Raises StepError where the given optimizer trains nothing here.
+        """
+        parameters = self.engine.snapshots.now().parameters
+        self.count.keep(parameters)
+        self.count.asked = frozenset(trained() & self.engine.expected())
+        if optimizer is None:
+            return self.count.upcoming(self.engine.expected, trained)
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}.intersection(parameters)
+        if not owned:
+            raise StepError(f"penalty(optimizer): {type(optimizer).__name__} owns no parameter that rules are about")
+        return self.count.index(owned)
 
     def after(self, frame: FrameType) -> None:
         """End the step of a frame that the attachment acts in. Another of the same optimizer may run within."""
@@ -162,6 +176,7 @@ class StepTracker(Listener):
                 finally:  # whatever fails behind the update, the weights are updated
                     if count.stepped is ids and not count.history:
                         count.count += 1
+                        count.asked = None
                     else:
                         count.advance(ids)
 
@@ -214,7 +229,7 @@ class _Closure:
             step.owned = step.owned.restrict_to_parameters(snapshot.parameters)
             step.program = Program(step.optimizer, snapshot, step.owned)
         engine.at_gradients(step)
-        engine.failed_step.gradients_final()
+        engine.failed_steps.gradients_final()
         if isinstance(step.optimizer, torch.optim.LBFGS) and loss is not None:
             with torch.no_grad():
                 return loss + engine.value(step)

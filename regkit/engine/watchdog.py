@@ -7,25 +7,26 @@ it moves from one backward pass to the next while no step was seen.
 
 from __future__ import annotations
 
-import gc
+import atexit
+import warnings
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from regkit.engine.failed_step import FailedStep
-from regkit.errors import StepError
+from regkit.engine.failed_step import FailedSteps
+from regkit.errors import RegkitWarning, StepError
 from regkit.runtime.inert_hook import ModelHook
 from regkit.runtime.modes import compiler, is_capturing, is_dynamo_compiling, uncompiled
 from regkit.runtime.sharding import sharded
 
 _TIMES: Final = 8
-"""How many times the weights may move with no step seen between: sharpness-aware minimization, weight noise under
-accumulation and finite differences move weights before each step."""
+"""How many times the weights may move with no step seen between: sharpness-aware minimization, weight noise and
+finite differences move weights before each step."""
 _CLOSELY: Final = 256
 """How many of the first backward passes compare the numbers themselves, until a first step is seen: a change through
 `.data` does not count as a new version. The comparison waits for a GPU."""
@@ -36,19 +37,59 @@ _UNHEARD: Final = (
     "constraints alone, call attachment.apply_constraints() and attachment.weights_changed() after it. Call "
     "attachment.weights_changed() where the change was meant, as a new initialization is"
 )
+_NEVER_HEARD: Final = (
+    "changed {} after backward passes, and no torch optimizer that owns it was ever heard to step: the rules end, and "
+    "were not in force. Put updates into `with attachment.step(lr=...):`; call attachment.weights_changed() where the "
+    "change was meant"
+)
+_armed: Final[weakref.WeakSet[Watchdog]] = weakref.WeakSet()
+"""Every watchdog that may have something to tell as Python ends."""
+
+
+class Noise:
+    """The places of the watched parameter under accumulation, which tell noise on weights from training.
+
+    Noise on weights moves them before each pass and puts them back after it, while gradients add up. An update uses
+    gradients up, so that they are zeroed or made anew; one that does not goes further at each pass.
+    """
+
+    def __init__(self) -> None:
+        self._stamp: tuple[int, int] | None = None
+        """The gradient's id and version before the last pass; None where there was no gradient."""
+        self._adds_up = True
+        self._places: list[Tensor] = []
+
+    def look(self, parameter: Tensor, moved: bool) -> None:
+        """See the parameter in a backward pass, which adds to its gradient afterwards."""
+        gradient, before = parameter.grad, self._stamp
+        self._stamp = None if gradient is None else (id(gradient), gradient._version)
+        if moved:
+            after = None if before is None else (before[0], before[1] + 1)
+            self._adds_up &= self._stamp is not None and (after is None or self._stamp == after)
+            if self._adds_up and len(self._places) < 2:
+                self._places.append(parameter.detach().clone())
+
+    def is_all(self, parameter: Tensor) -> bool:
+        """Whether the parameter has gone nowhere: not much further from its first place than its second place is."""
+        if not self._adds_up or len(self._places) < 2 or parameter.is_meta or is_capturing():
+            return False
+        first, second, now = (one.double() for one in (*self._places, parameter.detach()))
+        return first.shape == now.shape and bool((now - first).norm() < 3 * (second - first).norm())
 
 
 class Watchdog:
     """The watch over one parameter, from its backward passes.
 
     find: looks for the parameter to watch: its name, its module, itself; None where there is none.
-    failed_step: is told of backward passes.
+    failed_steps: is told of backward passes.
     open_steps: the steps that may be running. step_runs: whether one does.
     """
 
-    def __init__(self, find: Callable[[], tuple[str, nn.Module, nn.Parameter] | None], failed_step: FailedStep) -> None:
+    def __init__(
+        self, find: Callable[[], tuple[str, nn.Module, nn.Parameter] | None], failed_steps: FailedSteps
+    ) -> None:
         self._find = find
-        self._failed_step = failed_step
+        self._failed_steps = failed_steps
         self.open_steps: Collection[object] = ()
         self.step_runs: Callable[[], bool] = bool  # never, until there are steps
         # torch converts no sharded parameter that has a weak reference
@@ -60,6 +101,10 @@ class Watchdog:
         self._off = False
         self._version: int | None = None
         self._numbers: Tensor | None = None
+        self._first: Tensor | None = None
+        """The numbers at the first backward pass, until a step is seen."""
+        self._noise: Noise | None = None
+        """Since the first move."""
         self._moves = self._comparisons = 0
         self.step_ever_seen = False
         """Whether any optimizer step that owns the parameter was seen."""
@@ -74,6 +119,7 @@ class Watchdog:
         self._name, module, parameter = found
         hook = self._hook_on(module)
         self.parameter = parameter
+        _armed.add(self)
         handle = parameter.register_hook(hook.look)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self._gradient_handles = [handle]
         if sharded(parameter):  # FSDP2 puts gradients where they belong past autograd, and calls these hooks itself
@@ -98,7 +144,8 @@ class Watchdog:
             handle.remove()
         if self._loading is not None:
             self._loading[1].remove()
-        self._gradient_handles, self._loading, self.parameter, self._numbers = [], None, None, None
+        self._gradient_handles, self._loading, self.parameter = [], None, None
+        self._numbers = self._first = self._noise = None
         self.accepted = True
 
     def give_up(self) -> None:
@@ -114,11 +161,11 @@ class Watchdog:
 
     def look(self) -> None:
         """Compare the parameter with the backward pass before. Raises StepError once too many moves have no step."""
-        if self._failed_step.gradient is not None:
-            self._failed_step.backward_begins()
+        if self._failed_steps.begun:
+            self._failed_steps.backward_begins()
         parameter = self.parameter
         if self.accepted:
-            self._version = self._numbers = None
+            self._version = self._numbers = self._first = self._noise = None
             self._moves = self._comparisons = 0
             self.accepted = False
         if parameter is None or (self.open_steps and self.step_runs()):
@@ -128,8 +175,20 @@ class Watchdog:
         newer = before is not None and before != self._version
         if newer:
             self._numbers = None
-        self._moves += (not self.step_ever_seen and self._differs(parameter)) or newer
-        if self._moves >= _TIMES:
+        moved = (not self.step_ever_seen and self._differs(parameter)) or newer
+        if moved or self._noise is not None:
+            self._count(parameter, moved)
+
+    def _count(self, parameter: Tensor, moved: bool) -> None:
+        """Count a move. Raises StepError once there are too many, unless all of these are noise."""
+        noise = self._noise = self._noise or Noise()
+        noise.look(parameter, moved)
+        self._moves += moved
+        if self._moves < _TIMES:
+            return
+        if noise.is_all(parameter):
+            self._moves, self._noise = 0, None
+        else:
             self.accepted = True
             raise StepError(f"{self._name} {_UNHEARD}")
 
@@ -140,9 +199,30 @@ class Watchdog:
             return False
         shard = parameter.to_local() if sharded(parameter) else parameter
         before, self._numbers = self._numbers, shard.detach().clone()
+        if self._first is None:
+            self._first = self._numbers
         if before is None or before.dtype != shard.dtype or before.device != shard.device:
             return False
         return not torch.equal(before, self._numbers)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """The context in which rules end. Warns at last where weights have moved and no step was ever seen."""
+        words = self._last_words()
+        yield
+        if words is not None:
+            warnings.warn(words, RegkitWarning, stacklevel=4)
+
+    def _last_words(self) -> str | None:
+        """The sentence that the parameter has moved since the first backward pass, though no step was seen."""
+        parameter, moves = self.parameter, self._moves
+        if parameter is None or self._first is None or self.accepted or self.step_ever_seen:
+            return None
+        moves += self._differs(parameter)
+        self._numbers, self._first = self._first, None
+        if not self._differs(parameter):
+            return None
+        return f"{self._name} {_NEVER_HEARD.format(f'{moves} times' if moves > 1 else 'once')}"
 
 
 class _Hook(ModelHook):
@@ -178,10 +258,8 @@ class _Hook(ModelHook):
             watchdog.weights_changed()
 
 
-def owned_by_any() -> set[int]:
-    """The ids of all parameters of all optimizers in the process.
-
-    torch keeps no list of optimizers; the garbage collector does, and is asked at most once for each optimizer.
-    """
-    optimizers = [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
-    return {id(p) for one in optimizers for group in getattr(one, "param_groups", ()) for p in group["params"]}
+@atexit.register
+def _tell_at_exit() -> None:
+    for one in list(_armed):
+        with one.ending():
+            pass

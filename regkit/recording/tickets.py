@@ -12,9 +12,15 @@ from regkit.runtime.step import joins
 
 
 class Ticket:
-    """A hook on a penalty, which learns whether the penalty's gradient was ever asked for."""
+    """A hook on a penalty, which learns whether the penalty's gradient was ever asked for.
+
+    index: the number of the step that the penalty is of; None where nothing in it has a schedule.
+    behind: how many steps had been taken before, by any optimizer.
+    """
 
     backpropagated = False
+    index: int | None = None
+    behind = 0
 
     def __call__(self, gradient: Tensor) -> None:
         self.backpropagated = True
@@ -50,6 +56,18 @@ class Tickets:
         if not tickets:
             return "was not part of the loss in this step; add attachment.penalty() to the loss"
         return None if all(ticket.backpropagated for ticket in tickets) else _UNSTAMPED
+
+    def of_other_steps(self, index: int, behind: int) -> list[int]:
+        """The numbers of steps, other than `index`, that penalties for the step to come were computed for.
+
+        A penalty that was there at the step of another optimizer may be of that one's loss, but for the last.
+        """
+        now = [one for one in self.tickets if one is self.tickets[-1] or one.behind == behind]
+        return [one.index for one in now if one.index is not None and one.index != index]
+
+    def forget(self, index: int) -> None:
+        """Forget the tickets for the step of this number, which have led to an error: their gradients are wrong."""
+        self.tickets = [ticket for ticket in self.tickets if ticket.index != index]
 
     def discard(self) -> None:
         """Forget every ticket that was not backpropagated. The gradients of the others have been accumulated."""

@@ -5,8 +5,9 @@ Nothing is decided here: a rule's kind, its sites and its factor come from the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from torch import Tensor, nn
 from torch.optim import LBFGS
@@ -19,6 +20,8 @@ from regkit.runtime.step import Step
 from regkit.weights.batch import Batch, Shards
 from regkit.weights.block import Block
 from regkit.weights.storage import Sharded, Storage
+
+_TWO_RATES: Final = "what makes up one weight has different learning rates"
 
 
 def _lr(step: Step, parameter: Tensor) -> float | Tensor:
@@ -40,6 +43,10 @@ class PenaltyRule(WeightRule):
     kind: Penalty
     addends: tuple[Penalty, ...] = ()
     ledger: Tickets = field(default_factory=Tickets)
+    _shrunk: dict[Hashable, tuple[float | Tensor, set[int]]] = field(default_factory=dict)
+    """Of weights of several parameters: the rate at which the last step shrunk each, and the ids of what it trained."""
+    _last: int = -1
+    """The number of that step."""
 
     def value(self, index: int) -> Tensor | None:
         """strength · factor · Σ Ω over the blocks that are not frozen, None where all are.  -> ()."""
@@ -77,14 +84,36 @@ class PenaltyRule(WeightRule):
                     f"rule {self.binding.key!r} is proximal, on a sum of which a part is pruned, and "
                     f"{self.kind.kind} does not act on each number alone. Use via gradient"
                 )
+            self._once(block, acted_on, step)
             # A decoupled rule decays each of two biases at its own rate; behind one weight there can be but one.
             for together in [acted_on] if self.binding.via == "proximal" else [[storage] for storage in acted_on]:
                 first, *others = [_lr(step, parameter) for parameter in _trained(step, together)]
                 if any(other is not first and bool(other != first) for other in others):
-                    raise StepError(
-                        f"rule {self.binding.key!r} is {self.binding.via}, but what makes up one weight has different "
-                        "learning rates"
-                    )
+                    raise StepError(f"rule {self.binding.key!r} is {self.binding.via}, but {_TWO_RATES}")
+
+    def _once(self, block: Block, acted_on: Sequence[Storage], step: Step) -> list[Storage]:
+        """The storages without any that another optimizer has shrunk whole in this step: of a g and a v, say.
+
+        Raises StepError where the learning rate of that one was another.
+        """
+        if step.index != self._last:
+            self._last, self._shrunk = step.index, {}
+        found = []
+        for storage in acted_on:
+            rate, by = self._shrunk.get((block, storage.identity), (0.0, None))
+            trained = _trained(step, [storage])
+            if by is None or not by.isdisjoint(map(id, trained)):  # or the step is taken again
+                found.append(storage)
+            elif any(rate is not lr and bool(rate != lr) for lr in (_lr(step, one) for one in trained)):
+                raise StepError(f"rule {self.binding.key!r} is {self.binding.via}, but {_TWO_RATES}")
+        return found
+
+    def _remember(self, block: Block, acted_on: Sequence[Storage], step: Step) -> None:
+        """Remember weights that were shrunk and belong to several parameters, which other optimizers may own."""
+        for storage in acted_on:
+            if len(storage.parameters) > 1:
+                trained = _trained(step, [storage])
+                self._shrunk[block, storage.identity] = _lr(step, trained[0]), set(map(id, trained))
 
     def add_gradient(self, work: Work, step: Step, found: Sequence[Tensor]) -> None:
         """grad += strength · factor · ∇Ω(w), times the loss scale that is in the gradients.  found: the gradients."""
@@ -133,15 +162,16 @@ class PenaltyRule(WeightRule):
                 w.copy_(w - self.kind.gradient(w) * (_lr(step, parameter) * amount))
         for block, storages, acted_on in self.at_work(work.lone):
             gradient = self.kind.gradient(block.weight(storages))
-            for storage in acted_on:
+            for storage in self._once(block, acted_on, step):
                 lr = _lr(step, _trained(step, [storage])[0])
                 block.write(storage, block.view(storage.read()) - gradient * (lr * amount))
+                self._remember(block, [storage], step)
 
     def shrink(self, work: Work, step: Step) -> None:
         """w = prox(w, lr · strength · factor), after the update.
 
-        For a sum of n trained parameters the step counts n times: moving each by δ/n costs ½‖δ‖²/n. Where a number is
-        pruned in one of them, that one does not count.
+        For a sum of n trained parameters the step counts n times: moving each by δ/n costs ½‖δ‖²/n. One parameter that
+        is both of two biases counts four times: moving it by δ/2 costs ½‖δ‖²/4. A number that is pruned does not count.
         """
         amount = self.binding.amount(step.index)
         if not amount:
@@ -149,10 +179,12 @@ class PenaltyRule(WeightRule):
         for batch in self.at_work(batch for batch, _, _ in work.batches):
             for parameter, w in batch.each():
                 w.copy_(self.kind.prox(w, _lr(step, parameter) * amount))
-        for block, storages, acted_on in self.at_work(work.lone):
-            shares = block.shares(acted_on) if len(storages) > 1 else 1
-            size = _lr(step, _trained(step, acted_on)[0]) * amount * shares
-            block.move(storages, acted_on, self.kind.prox(block.weight(storages), size))
+        for block, storages, trained in self.at_work(work.lone):
+            if acted_on := self._once(block, trained, step):
+                reach = block.reach(acted_on) if len(storages) > 1 else 1
+                size = _lr(step, _trained(step, acted_on)[0]) * amount * reach
+                block.move(storages, acted_on, self.kind.prox(block.weight(storages), size))
+                self._remember(block, acted_on, step)
 
 
 def _trained(step: Step, storages: Sequence[Storage]) -> list[nn.Parameter]:

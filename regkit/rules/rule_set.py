@@ -10,7 +10,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 from torch import Tensor, nn
 
 from regkit.adapters import WeightSite
-from regkit.errors import AttachError, RegkitError, StepError
+from regkit.errors import AttachError, PluginError, RegkitError, StepError
 from regkit.kinds import ActivityPenalty, Layout, Penalty, Via
 from regkit.plan.plan import Plan
 from regkit.recording.injector import Injector, Scale
@@ -41,12 +41,14 @@ def raise_named(rule: WeightRule | ActivityRule | At, error: Exception) -> NoRet
     binding = rule.binding
     if isinstance(error, AttachError):
         raise AttachError(f"{binding.label}: {error}") from error
-    if isinstance(error, RegkitError):
+    told = str(error).startswith(f"rule {binding.key!r}")  # as a trial of the kind does
+    if isinstance(error, RegkitError) and (told or not isinstance(error, PluginError)):
         raise error
     where = "" if rule.at is None else f" on {rule.at.name or 'the model'}"
-    raise StepError(
-        f"rule {binding.key!r}: {binding.title}, of plugin {binding.origin}, failed{where}: {error!r}"
-    ) from error
+    failed = f"rule {binding.key!r}: {binding.title}, of plugin {binding.origin}, failed{where}: "
+    if isinstance(error, PluginError):
+        raise PluginError(f"{failed}{error}") from error
+    raise StepError(f"{failed}{error!r}") from error
 
 
 @dataclass(eq=False)
@@ -120,6 +122,28 @@ class RuleSet:
             rules = [rule for rule in self.activities if any(one is injector for _, one in rule.places)]
             consume = Intake(rules, [injector], raise_named).consume
             injector.configure(consume, index, 1.0 if scale is None else scale)
+
+    def in_the_loss(self) -> frozenset[int]:
+        """The ids of the trainable parameters that the next penalty is of: of modules with recorded outputs, if any."""
+        recorded = (one for one in self.recorders if one.calls.last is not None or one.calls.records)
+        found = [p for recorder in recorded for p in recorder.parameters]
+        found = found or [p for rule in self.by_loss for p in rule.parameters()]
+        return frozenset(id(p) for p in found if p.requires_grad)
+
+    def project_all(self, index: int) -> None:
+        """Project every constrained weight that is not frozen, as at the step of a number."""
+        snapshot = self.snapshots.fresh()
+        for rule in self.constraints:
+            named(rule, rule.project_all, index)
+            snapshot.forget()
+
+    def discard(self) -> None:
+        """Drop recorded outputs, and the tickets of penalties that were not backpropagated."""
+        for recorder in self.recorders:
+            recorder.clear()
+            recorder.ledger.discard()
+        for rule in self.by_loss:
+            rule.ledger.discard()
 
     def loss_terms(self, index: int) -> list[Tensor]:
         """The penalties of weights that go through the loss at a step."""

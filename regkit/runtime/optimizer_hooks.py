@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
@@ -41,6 +42,8 @@ class Listener:
 
 _listeners: tuple[Listener, ...] = ()
 _handles: list[RemovableHandle] = []
+_waiting: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""The optimizers with a hook of regkit's behind their own: in a step, and until the next where that failed before."""
 _lock = threading.RLock()
 
 
@@ -65,6 +68,8 @@ def remove_hooks() -> None:
     with _lock:
         while _handles and not _listeners:
             _handles.pop().remove()
+        while _waiting and not _listeners:
+            _leave(next(iter(_waiting)))
 
 
 def keep_clear(*numbers: int) -> None:
@@ -75,15 +80,43 @@ def keep_clear(*numbers: int) -> None:
     RemovableHandle.next_id = max(RemovableHandle.next_id, *(number + 1 for number in numbers), 0)
 
 
+def _behind_own(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """See a step begin behind the optimizer's own pre-hooks, which may clip gradients or make gradients anew."""
+    if is_dynamo_compiling() or compiler() is not None:
+        uncompiled_given: tuple[Any, Any] | None = _uncompiled(_leave_and_begin, optimizer, args, kwargs)
+        return uncompiled_given
+    return _leave_and_begin(optimizer, args, kwargs, sys._getframe(1))
+
+
+def _leave_and_begin(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> tuple[Any, Any] | None:
+    _leave(optimizer)  # the last hook may, while torch goes through the hooks
+    return _before(optimizer, args, kwargs, frame)
+
+
+def _wait_behind_own(optimizer: Optimizer) -> None:
+    """Put a hook behind the optimizer's own, for one step: torch runs global hooks first and own ones then."""
+    _leave(optimizer)  # a step that failed in a hook before ours has left it there
+    optimizer._optimizer_step_pre_hooks[_LAST] = _behind_own
+    _waiting.add(optimizer)
+
+
+def _leave(optimizer: Optimizer) -> None:
+    optimizer._optimizer_step_pre_hooks.pop(_LAST, None)
+    _waiting.discard(optimizer)
+
+
 def _before(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | None = None) -> tuple[Any, Any] | None:
     if frame is None:
         if is_dynamo_compiling() or compiler() is not None:
+            if optimizer._optimizer_step_pre_hooks:
+                uncompiled(_wait_behind_own)(optimizer)
+                return None
             uncompiled_given: tuple[Any, Any] | None = _uncompiled(_before, optimizer, args, kwargs)
             return uncompiled_given
-        frame = sys._getframe(1)
         if optimizer._optimizer_step_pre_hooks:
-            _stand_last(optimizer)
+            _wait_behind_own(optimizer)
             return None
+        frame = sys._getframe(1)
     if _STATES in sys.modules:  # it rehearses steps, at learning rate 0
         lr = optimizer.param_groups[0].get("lr") if optimizer.param_groups else None
         if (isinstance(lr, Tensor) or not lr) and _rehearsed(frame):
@@ -100,26 +133,12 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | Non
     return given
 
 
-def _stand_last(optimizer: Optimizer) -> None:
-    """Have a step begin behind the optimizer's own pre-hooks, which torch runs after global ones: these may clip."""
-    own = optimizer._optimizer_step_pre_hooks
-    own.pop(_OURS, None)
-    own[_OURS] = _behind
-
-
-def _behind(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """The hook behind an optimizer's own pre-hooks, which is there until the step ends."""
-    return _before(optimizer, args, kwargs, sys._getframe(1))
-
-
-def _after(optimizer: Optimizer, args: Any, kwargs: Any, frame: FrameType | None = None) -> None:
+def _after(*_: Any, frame: FrameType | None = None) -> None:
     if frame is None:
         if is_dynamo_compiling() or compiler() is not None:
-            _uncompiled(_after, optimizer, args, kwargs)
+            _uncompiled(_after)
             return
         frame = sys._getframe(1)
-        if optimizer._optimizer_step_pre_hooks:
-            optimizer._optimizer_step_pre_hooks.pop(_OURS, None)
     listeners = _listeners
     if len(listeners) == 1:
         listeners[0].after(frame)
@@ -153,8 +172,7 @@ def _rehearsed(frame: FrameType) -> bool:
     return False
 
 
-_OURS: Final = -1
-"""The key of the hook that stands behind an optimizer's own pre-hooks during a step; torch counts its own from 0."""
-
+_LAST: Final = -1
+"""The key of the hook that stands behind an optimizer's own for one step; torch counts its own from 0."""
 _COMPILER: Final = (__name__, "torch._compile", "torch._dynamo.eval_frame")
 _STATES: Final = "torch.distributed.checkpoint.state_dict"

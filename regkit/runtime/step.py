@@ -104,25 +104,37 @@ class StepCount:
         self.stepped: AbstractSet[int] = frozenset()
         self.history: list[frozenset[int]] = []
         """The ids of the parameters of each remembered step, in order; empty while one optimizer makes all steps."""
+        self.asked: frozenset[int] | None = None
+        """The ids of the parameters that the loss of the step to come is of, once that was asked."""
+        self.followed: dict[frozenset[int], set[frozenset[int]]] = {}
+        """For the parameters that losses were of, the ids of the parameters of steps that followed."""
 
     def index(self, parameters: AbstractSet[int]) -> int:
         """The number, from 0, of the step that an optimizer of these parameters is about to take part in."""
         return self.count - 1 if joins(parameters, self.stepped) else self.count
 
-    def upcoming(self, expected: Callable[[], AbstractSet[int]]) -> int:
+    def upcoming(self, expected: Callable[[], AbstractSet[int]], trained: Callable[[], AbstractSet[int]]) -> int:
         """The number of the step to come, before any optimizer has begun a step: a loss may be computed so early.
 
-        The optimizer that is likely to step next is the one that did the last time that optimizers had stepped in the
-        same order; where they never had, any that has not stepped yet.
+        A step of parameters that have all been stepped begins the next count; one of others joins the present count.
+        Where a loss is of both, the optimizer that is likely to step next is the one that followed a loss of just these
+        before, if that tells one loss from another; else the one that did the last time that optimizers had stepped in
+        the same order; where they never had, any that has not stepped yet.
 
         expected: returns the ids of the parameters that any optimizer owns.
+        trained: returns the ids of the parameters that the loss is of.
         """
         if not self.stepped:
             return self.count
-        likely = self._likely()
-        if likely is None:
-            return self.count if expected() <= self.stepped else self.count - 1
-        return self.index(likely)
+        owned = expected()
+        ids = trained() & owned
+        if ids and ids <= self.stepped:
+            return self.count
+        after = self.followed.get(frozenset(ids), set())
+        likely = next(iter(after)) if len(after) == 1 < len(self.followed) else self._likely()
+        if likely is not None and not (joins(ids, self.stepped) and ids.isdisjoint(likely)):
+            return self.index(likely)
+        return self.count if owned <= self.stepped else self.count - 1
 
     def _likely(self) -> frozenset[int] | None:
         """The parameters of the step that followed the longest past stretch like the present one; None without any."""
@@ -138,6 +150,9 @@ class StepCount:
     def advance(self, parameters: AbstractSet[int]) -> None:
         """Count a step of an optimizer of these parameters."""
         parameters = frozenset(parameters)  # mostly no copy
+        if self.asked is not None and len(self.followed) < _REMEMBERED:
+            self.followed.setdefault(self.asked, set()).add(parameters)
+        self.asked = None
         if self.stepped and self.stepped != parameters and not self.history:
             self.history.append(frozenset(self.stepped))
         if self.history:
@@ -152,10 +167,14 @@ class StepCount:
 
     def keep(self, parameters: Mapping[int, object]) -> None:
         """Tell which parameters exist. If all stepped ones were replaced, the next step begins the next count."""
-        if self.stepped.isdisjoint(parameters):
-            self.stepped, self.history = frozenset(), []
+        if self.stepped and self.stepped.isdisjoint(parameters):
+            self.forget()
 
     def restore(self, count: int, stepped: Iterable[int]) -> None:
         """Go on from a saved count, in which these parameters have been stepped."""
-        self.count = count
-        self.stepped, self.history = frozenset(stepped), []
+        self.forget()
+        self.count, self.stepped = count, frozenset(stepped)
+
+    def forget(self) -> None:
+        """Forget which optimizers have stepped, and after which losses."""
+        self.stepped, self.history, self.asked, self.followed = frozenset(), [], None, {}

@@ -118,6 +118,17 @@ class Block:
         first = next(one for one in free if one is not None)
         return sum((torch.ones_like(first) if one is None else one).double() for one in free)
 
+    def reach(self, owned: Sequence[Storage]) -> int | Tensor:
+        """The square of the weight's change for a change of the parameters by 1: Σ m², of parameters in m storages.
+
+        The change of a sum Σ m·x by δ costs least, ½‖δ‖² / Σ m², where each x changes by m·δ / Σ m².
+        """
+        tied: dict[Hashable, list[Storage]] = {}
+        for storage in owned:
+            tied.setdefault(tuple(map(id, storage.parameters)), []).append(storage)
+        first, *others = [self.shares(group) ** 2 for group in tied.values()]
+        return sum(others, first)
+
     def move(self, storages: Sequence[Storage], owned: Sequence[Storage], point: Tensor) -> None:
         """Make the weight that acts equal to a point, by changing the storages in `owned`.
 

@@ -104,3 +104,25 @@ def test_a_forgotten_penalty_is_told_in_a_compiled_step_too(batches):
     with pytest.raises(regkit.StepError, match="not consumed"):
         step()
     assert attachment.step_count == 0
+
+
+@pytest.mark.works_with("torch.compile: optimizers")
+def test_a_compiled_step_adds_the_penalty_behind_a_hook_of_the_optimizer_that_clips_and_is_compiled_once():
+    cell = nn.RNNCell(3, 4).double()
+    attachment = regkit.attach(cell, {"rules": [{"penalty": "l2(0.1)"}]})
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.0)
+
+    def clip(*_: object) -> None:
+        nn.utils.clip_grad_norm_(list(cell.parameters()), 0.1)
+
+    optimizer.register_step_pre_hook(clip)
+    step = COMPILED(optimizer)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            for p in cell.parameters():
+                p.grad = torch.ones_like(p)
+            step()
+    clipped = 0.1 / sum(p.numel() for p in cell.parameters()) ** 0.5
+    for p in cell.parameters():
+        torch.testing.assert_close(p.grad, clipped + 0.2 * p.detach(), rtol=1e-5, atol=1e-7)
+    assert attachment.step_count == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -162,3 +163,47 @@ def test_what_waits_is_projected_once_by_a_resumed_run_too():
     push([cell.weight_hh], recurrent)
     assert attachment.step_count == 4
     assert bool((cell.weight_hh.detach().norm(dim=1) > 0.51).all())
+
+
+def thirds(kind: str) -> tuple[nn.Module, dict[str, Any], list[list[nn.Parameter]]]:
+    """As `halves`, with the second of the two parameters apart from the rest."""
+    cell, document, (first, rest) = halves(kind)
+    weight = cell.parametrizations.weight_hh.original1 if kind == "weight_norm" else cell.bias_hh
+    return cell, document, [first, [weight], [p for p in rest if p is not weight]]
+
+
+def outside(cell: nn.Module, kind: str) -> float:
+    """How far the weight is outside the ball of 0.5: of each row, or of the sum of the two biases."""
+    if kind == "weight_norm":
+        g, v = cell.parametrizations.weight_hh.original0.detach(), cell.parametrizations.weight_hh.original1.detach()
+        return float((g * v / v.norm(dim=1, keepdim=True)).norm(dim=1).max()) - 0.5
+    return float((cell.bias_ih + cell.bias_hh).detach().norm()) - 0.5
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+@pytest.mark.parametrize("kind", ["weight_norm", "effective bias"])
+def test_a_constraint_on_what_two_of_three_optimizers_make_up_holds_after_each_nth_round(kind, order, every):
+    cell, document, parts = thirds(kind)
+    document["rules"][0]["every"] = every
+    attachment = regkit.attach(cell, document)
+    optimizers = [(parts[number], SGD(parts[number], lr=0.7)) for number in order]
+    for turn in range(2 * every):
+        for part, optimizer in optimizers:
+            push(part, optimizer)
+        is_nth = (turn + 1) % every == 0
+        assert (outside(cell, kind) < 1e-9) == is_nth
+        assert attachment.step_count == turn + 1
+        assert attachment.state_dict()["due"] == {}
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "effective bias"])
+def test_a_constraint_holds_whenever_one_of_three_optimizers_has_stepped_alone(kind: str):
+    """A rhythm of no pattern: what a step has moved is projected behind it, joined or not."""
+    cell, document, parts = thirds(kind)
+    regkit.attach(cell, document)
+    optimizers = [(part, SGD(part, lr=0.7)) for part in parts]
+    for number in (0, 0, 1, 2, 2, 1, 0, 1, 1, 0, 2):
+        push(*optimizers[number])
+        if number < 2:
+            assert outside(cell, kind) < 1e-9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -80,3 +81,64 @@ def test_an_optimizer_of_something_else_is_not_asked(make_model):
     regkit.attach(model, L2)
     other(torch.randn(1, 2)).sum().backward()
     SGD(other.parameters(), lr=RATE).step()
+
+
+def test_what_is_updated_by_hand_needs_no_optimizer_and_the_rest_does(make_model, batches):
+    model = make_model()
+    attachment = regkit.attach(model, L2)
+    biases = [p for p in model.parameters() if p.dim() == 1]
+    for p in biases[:1]:
+        p.grad = torch.zeros_like(p)
+    with attachment.step():
+        pass
+    with pytest.raises(regkit.StepError, match=r"no optimizer owns rnn.bias_hh_l0, though"):
+        stepped(model, [p for p in model.parameters() if p.dim() == 2], batches)
+
+
+def test_a_failed_step_that_is_taken_again_by_hand_makes_nothing_unowned_silent(make_model, batches):
+    """An optimizer that owns too little and comes afterwards is told all the same."""
+
+    class Failing(SGD):
+        def step(self, closure: Any = None) -> None:
+            raise ZeroDivisionError
+
+    model = make_model()
+    attachment = regkit.attach(model, L2)
+    loss_of(model, *batches[0]).backward()
+    optimizer = Failing(model.parameters(), lr=RATE)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    with attachment.step():
+        pass
+    del optimizer
+    model.rnn.weight_hh_l0 = nn.Parameter(model.rnn.weight_hh_l0.detach().clone())
+    with pytest.raises(regkit.StepError, match=r"no optimizer owns rnn.weight_hh_l0"):
+        stepped(model, [p for p in model.parameters() if p is not model.rnn.weight_hh_l0], batches)
+
+
+def test_optimizers_that_gc_freeze_has_hidden_are_a_warning_and_no_error(make_model, batches):
+    """The garbage collector does not show them, and nothing else knows of them before their first step."""
+    model = make_model()
+    attachment = regkit.attach(model, L2)
+    optimizers = [SGD([p for p in model.parameters() if p.dim() == rank], lr=RATE) for rank in (1, 2)]
+    loss_of(model, *batches[0]).backward()
+    gc.freeze()
+    try:
+        with pytest.warns(regkit.RegkitWarning, match=r"no optimizer that can be seen owns rnn.*gc.freeze\(\) hid"):
+            optimizers[0].step()
+    finally:
+        gc.unfreeze()
+    optimizers[1].step()
+    assert attachment.step_count == 1
+
+
+def test_weights_made_after_gc_freeze_can_be_told_to_have_no_owner(make_model, batches):
+    """An optimizer from before it cannot have been made of them. Many programs freeze before they begin."""
+    gc.freeze()
+    try:
+        model = make_model()
+        regkit.attach(model, L2)
+        with pytest.raises(regkit.StepError, match=r"no optimizer owns rnn.bias_ih_l0"):
+            stepped(model, [p for p in model.parameters() if p.dim() == 2], batches)
+    finally:
+        gc.unfreeze()

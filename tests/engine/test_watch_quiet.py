@@ -293,3 +293,25 @@ def test_the_watch_costs_next_to_nothing():
     attachment._watchdog._off = True
     assert called(OURS) == 0
     assert 0 < armed - called(everywhere) <= 8
+
+
+@pytest.mark.parametrize("way", ["in place", "through data"])
+@pytest.mark.parametrize("accumulation", [9, 40])
+def test_noise_on_weights_under_accumulation(accumulation, way, make_model, batches):
+    """Weights are moved before each forward pass and put back behind its backward pass; gradients add up."""
+    with equal_to_decay(make_model, batches) as models:
+        for model in models:
+            optimizer, source = sgd(model, models), torch.Generator().manual_seed(5)
+            for _ in range(3):
+                optimizer.zero_grad()
+                for x, y in (batches * accumulation)[:accumulation]:
+                    kept = [p.detach().clone() for p in model.parameters()]
+                    with torch.no_grad():
+                        for p in model.parameters():
+                            noise = 0.05 * torch.randn(p.shape, generator=source, dtype=p.dtype)
+                            (p if way == "in place" else p.data).add_(noise)
+                    loss_of(model, x, y).backward()
+                    with torch.no_grad():
+                        for p, old in zip(model.parameters(), kept, strict=True):
+                            (p if way == "in place" else p.data).copy_(old)
+                optimizer.step()

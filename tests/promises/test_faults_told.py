@@ -87,3 +87,28 @@ def test_an_adapter_that_fails_when_its_records_are_read_is_told_with_the_rule_a
         attachment.penalty()
     Fault.after.clear()
     torch.testing.assert_close(attachment.penalty(), 0.1 * h.square().mean())
+
+
+def test_a_broken_contract_that_shows_in_a_step_is_told_with_rule_kind_plugin_and_weight(make_model, batches):
+    """A kind may keep its contract at attach, and call what it does not offer for other weights."""
+    model = make_model()
+    step = stepping(model, attached(model, RULES["gradient"]), batches)
+    told = (
+        rf"^rule 'mine': squares\(.*, of plugin .*{mine.__name__}.*, failed on rnn.weight_ih_l0: squares offers no prox"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mine.Squares, "gradient", lambda kind, w: regkit.Penalty.prox(kind, w, 0.1))
+        with pytest.raises(regkit.PluginError, match=told):
+            step()
+
+
+@pytest.mark.parametrize("ask", ["penalty", "values"])
+def test_a_broken_contract_of_an_activity_rule_is_told_with_rule_and_module(ask, make_model, batches):
+    """`reduce` refuses a function that changes the shape, which is known only once there are outputs."""
+    model = make_model()
+    attachment = attached(model, RULES["activity"])
+    model(batches[0][0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mine.Mean, "value", lambda kind, activity: activity.reduce(lambda h: h.sum(), "mean"))
+        with pytest.raises(regkit.PluginError, match=r"^rule 'mine': mean.*failed on rnn: reduce\(\) was given"):
+            getattr(attachment, ask)()

@@ -188,3 +188,53 @@ def test_two_sums_that_share_one_half_are_two_weights():
     model.two.bias_ih = model.one.bias_ih
     plan = regkit.resolve(model, {"rules": [{"penalty": "l2(1)", "target": {"role": "bias", "bias": "effective"}}]})
     assert [site.name for site in plan.bindings[0].weights] == ["one", "two"]
+
+
+def tied_biases() -> tuple[nn.RNNCell, Tensor]:
+    """A cell of which the two biases are one parameter x, so that b = 2x acts; and x as it is."""
+    torch.manual_seed(3)
+    cell = nn.RNNCell(3, 5).double()
+    cell.bias_hh = cell.bias_ih
+    with torch.no_grad():
+        cell.bias_ih.uniform_(-1, 1)
+    return cell, cell.bias_ih.detach().clone()
+
+
+def stepped_at_zero_gradient(cell: nn.RNNCell, rate: float) -> Tensor:
+    for parameter in cell.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.SGD(cell.parameters(), lr=rate).step()
+    return cell.bias_ih.detach()
+
+
+def least(x: Tensor, f) -> Tensor:
+    """The number among many, for each number of x, at which f(number, x) is least: as slow and sure as can be."""
+    tries = torch.linspace(-1.5, 1.5, 300_001, dtype=torch.float64)
+    return torch.stack([tries[f(tries, one).argmin()] for one in x])
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_a_proximal_step_on_a_bias_that_is_both_of_two_is_that_of_twice_the_parameter(kind):
+    """The next x is the one at which (x' - x)² / 2·lr + strength · Ω(2x') is least."""
+    cell, x = tied_biases()
+    target = {"role": "bias", "bias": "effective"}
+    regkit.attach(cell, {"rules": [{"penalty": f"{kind}(0.7)", "via": "proximal", "target": target}]})
+    omega = {"l1": torch.abs, "l2": torch.square}[kind]
+    wanted = least(x, lambda new, old: (new - old).square() / (2 * 0.2) + 0.7 * omega(2 * new))
+    torch.testing.assert_close(stepped_at_zero_gradient(cell, 0.2), wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("via", ["gradient", "decoupled"])
+def test_a_gradient_of_a_bias_that_is_both_of_two_is_that_of_twice_the_parameter(via):
+    """Ω(2x) = Σ(2x)², of which the slope by x is 8x."""
+    cell, x = tied_biases()
+    target = {"role": "bias", "bias": "effective"}
+    regkit.attach(cell, {"rules": [{"penalty": "l2(0.7)", "via": via, "target": target}]})
+    torch.testing.assert_close(stepped_at_zero_gradient(cell, 0.01), x - 0.01 * 0.7 * 8 * x, rtol=1e-12, atol=0)
+
+
+def test_a_constraint_on_a_bias_that_is_both_of_two_holds_for_twice_the_parameter():
+    cell, x = tied_biases()
+    ball = {"kind": "max_norm", "max_value": 0.5, "per": "matrix"}
+    regkit.attach(cell, {"rules": [{"constraint": ball, "target": {"role": "bias", "bias": "effective"}}]})
+    torch.testing.assert_close(stepped_at_zero_gradient(cell, 0.1), 0.25 * x / x.norm(), rtol=1e-6, atol=0)
