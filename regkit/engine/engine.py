@@ -13,6 +13,7 @@ from torch._C import _is_any_autocast_enabled as _casts
 from torch.optim import Optimizer
 
 from regkit.activity.reduction import total
+from regkit.engine.averaging import at_base, averages, verify
 from regkit.engine.failed_step import FailedSteps, PenalizedGradient
 from regkit.engine.finite import EVERY, FiniteCheck
 from regkit.engine.ownership import Ownership
@@ -153,7 +154,10 @@ class Engine:
         ascending = frozenset(key for key in trained if owned.groups[key].get("maximize"))
         jobs = program.jobs
         if jobs is None or jobs.trained != trained or jobs.ascending != ascending:
-            jobs = program.jobs = Jobs(self._rules, program.snapshot, owned, trained, ascending)
+            jobs = Jobs(self._rules, program.snapshot, owned, trained, ascending)
+            verify(step, jobs)
+            jobs.averaged = bool(jobs.proximal or jobs.projections) and any(map(averages, owned.groups.values()))
+            program.jobs = jobs
         return jobs
 
     def _add(self, step: ActiveStep, jobs: Jobs, gradients: list[Tensor]) -> None:
@@ -222,7 +226,10 @@ class Engine:
             settle((recorder, jobs.trained) for recorder in jobs.untrained_recorders if recorder.frozen)
         if jobs.by_loss:
             settle(jobs.by_loss)
-        if jobs.proximal or jobs.projections:
+        if jobs.averaged:
+            with at_base(step, jobs):
+                self._project(step, jobs)
+        elif jobs.proximal or jobs.projections:
             self._project(step, jobs)
 
     def _project(self, step: ActiveStep, jobs: Jobs) -> None:

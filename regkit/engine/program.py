@@ -34,7 +34,10 @@ class Jobs:
     by_loss: the rules via loss, each with the ids of its parameters that are trained.
     recorders: of modules that are trained, each with the ids of its parameters that are.
     untrained_recorders: all others.
+    averaged: whether weights are changed behind the update of a schedule-free optimizer.
     """
+
+    averaged = False
 
     def __init__(
         self, rules: RuleSet, snapshot: Snapshot, owned: OwnedParameters, trained: frozenset[int], up: frozenset[int]

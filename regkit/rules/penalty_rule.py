@@ -26,7 +26,8 @@ _TWO_RATES: Final = "what makes up one weight has different learning rates"
 
 def _lr(step: Step, parameter: Tensor) -> float | Tensor:
     """The learning rate at which a step moves a parameter. Raises StepError where the optimizer has none."""
-    lr: float | Tensor | None = step.groups[id(parameter)].get("lr")
+    group = step.groups[id(parameter)]
+    lr: float | Tensor | None = group.get("scheduled_lr", group.get("lr"))  # a schedule-free one warms up by itself
     if lr is None:
         raise StepError(f"{step.by} has no `lr`, which a proximal or decoupled rule multiplies")
     return lr
