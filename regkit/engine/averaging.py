@@ -21,13 +21,13 @@ from regkit.rules.weight_rule import WeightRule, Work
 _Group = Mapping[str, Any]
 
 _SHOWN: Final = frozenset(("train_mode", "scheduled_lr", "k", "r", "lr_max", "weight_lr_power", "weight_sum"))
-"""What a group shows where c and the learning rate can be told by the group."""
+"""Keys of a group from which c and the learning rate can be told."""
 
 _ESTIMATED: Final = frozenset(("d0", "d_coef", "growth_rate"))
-"""What a group shows, one of these at least, where its `d` is an estimate by which `lr` is multiplied."""
+"""Keys of a group, of which there is one where `d` is an estimate by which the optimizer multiplies `lr`."""
 
 _WRAPPED: Final = frozenset("xyz")
-"""What a schedule-free wrapper keeps in the state of the optimizer in it, before that takes its first step."""
+"""Keys that a schedule-free wrapper puts into the state of its optimizer, before the first step of that."""
 
 
 def averages(group: _Group) -> bool:
