@@ -57,7 +57,7 @@ def verify(step: ActiveStep, jobs: Jobs) -> None:
 
 
 def _verify_averaged(rule: WeightRule, work: Work, step: ActiveStep, group: _Group) -> None:
-    """Raise StepError where an average of what a rule makes of weights need not be what the rule is for."""
+    """Raise StepError where an average of weights that are right by a rule need not be right itself."""
     if any(storage.computed or len(storage.parameters) > 1 for storage in work.storages()):
         _refuse(rule, step, "averages parameters, of which the weight is no linear function")
     if not isinstance(rule.kind, Constraint):
@@ -76,7 +76,7 @@ def _refuse(rule: WeightRule, step: ActiveStep, reason: str) -> NoReturn:
 
 @contextmanager
 def at_base(step: ActiveStep, jobs: Jobs) -> Iterator[None]:
-    """The context in which parameters hold the base iterate z. What is changed of z comes to x and y at the end."""
+    """The context in which parameters hold the base iterate z. Changes of z come to x and y at the end."""
     assert step.optimizer is not None
     touched = {key for _, work in chain(jobs.proximal, jobs.projections) for key in work.parameter_ids()}
     kept = []
