@@ -189,11 +189,11 @@ def _companion() -> ModelCompanion:
 
 def _inert_hook(of: str, number: int) -> Any:
     from regkit.engine import watchdog
-    from regkit.recording import recorder
+    from regkit.recording import recorder, witness
     from regkit.runtime import optimizer_hooks
 
     optimizer_hooks.keep_clear(number)
-    return {"recorder": recorder.Recorder, "watch": watchdog._Hook}[of]()
+    return {"recorder": recorder.Recorder, "watch": watchdog._Hook, "witness": witness.Witness}[of]()
 
 
 _READERS: Final[dict[str, Callable[..., Any]]] = {

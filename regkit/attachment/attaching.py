@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from regkit.attachment.attachment import Attachment, _attached
 from regkit.attachment.copies import companions, compiled_from
+from regkit.attachment.growth import Growth
 from regkit.document.spec import Spec
 from regkit.errors import AttachError, listing
 from regkit.plan.plan import Plan, resolve
@@ -97,6 +98,7 @@ def _put_in_force(
     drop_inert_hooks(model)
     reshard(model)
     attachment = Attachment(model, plan, only, loss_scale)
+    attachment._tracker.growth = Growth(model, plan, attachment._rules.modules).verify
     _refuse_twice(attachment)
     if not copied:  # as an average of weights, a copy may well be frozen
         _refuse_frozen(attachment._rules)

@@ -22,6 +22,7 @@ from regkit.engine.watchdog import Watchdog
 from regkit.errors import StepError
 from regkit.recording.recorder import all_in_the_loss
 from regkit.recording.tickets import settle
+from regkit.recording.witness import watch
 from regkit.rules.penalty_rule import PenaltyRule
 from regkit.rules.rule_set import RuleSet, raise_named
 from regkit.rules.weight_rule import WeightRule
@@ -44,7 +45,7 @@ class Engine:
         self._rules = rules
         self.model = weakref.ref(model)
         self.parameters = Parameters(model)
-        self.snapshots, self.recorders = rules.snapshots, rules.recorders
+        self.snapshots, self.recorders, self.modules = rules.snapshots, rules.recorders, rules.modules
         self._restricted = restricted
         self.ownership = Ownership(rules, self.parameters)
         self._finite_check = FiniteCheck(rules.snapshots)
@@ -139,6 +140,7 @@ class Engine:
                 self._check(step, jobs)
             if step.index % EVERY == 0:
                 self._finite_check.look(step.index)
+                watch(self.recorders)
             if jobs.gradients or jobs.decays:
                 self._add(step, jobs, gradients)
         finally:

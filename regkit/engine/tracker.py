@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import chain
 from types import CodeType, FrameType
 from typing import Any
 
@@ -49,6 +50,8 @@ class StepTracker(Listener):
         self.count = StepCount()
         self.engine = engine
         self.gradients_final = engine.failed_steps.gradients_final
+        self.growth: Callable[[nn.Module, Optimizer], None] | None = None
+        """Raises StepError where the optimizer trains modules that have joined the model since."""
         self._only = None if optimizers is None else weakref.WeakSet(optimizers)
         self._thread = _Thread()
         self.open_steps: set[weakref.ref[ActiveStep]] = set()
@@ -120,7 +123,7 @@ class StepTracker(Listener):
     def _program(self, model: nn.Module, optimizer: Optimizer) -> Program | None:
         """The work of an optimizer's steps on the model of now; None if a bound module has moved.
 
-        Raises AttachError if a bound module has moved and the optimizer trains the model.
+        Raises AttachError if a bound module has moved and the optimizer trains it, or the model.
         """
         if distributed() and any(sharded(p) for group in optimizer.param_groups for p in group["params"]):
             reshard(model)  # or what it owns might not be in the model at the moment
@@ -130,10 +133,13 @@ class StepTracker(Listener):
             self.count.keep(snapshot.parameters)
             program = snapshot.programs.get(id(optimizer))
             if program is None or not program.holds(optimizer):
+                if self.growth is not None:
+                    self.growth(model, optimizer)
                 program = snapshot.programs[id(optimizer)] = Program(optimizer, snapshot)
             return program
         owned_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) in owned_ids for p in model.parameters()):
+        taken_out = (module.parameters() for _, module in self.engine.modules())
+        if any(id(p) in owned_ids for p in chain(model.parameters(), *taken_out)):
             raise replaced(moved)
         return None
 

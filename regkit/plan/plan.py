@@ -49,6 +49,9 @@ class Plan:
     registry: Registry = field(repr=False, compare=False)
     """The registry of the rules' kinds and of the modules' adapters."""
 
+    spec: Spec | None = field(default=None, repr=False, compare=False)
+    """The spec that was resolved; None for a plan that was unpickled."""
+
     def rows(self) -> list[tuple[str, ...]]:
         """The cells of the table, a row for each site."""
         return [row for binding in self.bindings for row in _rows(binding)]
@@ -119,7 +122,7 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
             problems.append(Problem(key, _reason(str(error), model, candidates, registry)))
     if problems:
         raise ResolveError("the spec", problems)
-    return Plan(tuple(bindings), registry)
+    return Plan(tuple(bindings), registry, spec)
 
 
 def _reason(reason: str, model: nn.Module, candidates: Candidates, registry: Registry) -> str:

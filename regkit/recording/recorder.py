@@ -53,6 +53,7 @@ class Recorder(ModelHook):
     left: how many records there were at a step of other parameters, which has left them to a later one.
     waiting: of an injector, the forward passes that no backward pass has reached.
     told_of_mixing: whether a warning told that states were changed between two calls.
+    told_of_hooks: whether a warning told of a hook that changes recorded outputs.
     """
 
     word = "recorder"
@@ -69,7 +70,9 @@ class Recorder(ModelHook):
         self.calls = Calls()
         self.left = 0
         self.waiting: list[Any] = []
-        self.told_of_mixing = False
+        self.told_of_mixing = self.told_of_hooks = False
+        self._ahead: frozenset[int] | None = None
+        """The numbers of the hooks that stood before this one when it was last taken off."""
         self._thread: int | None = None  # in which the module ran last
 
     @property
@@ -81,15 +84,23 @@ class Recorder(ModelHook):
         return module
 
     def install(self) -> None:
-        """Put the hook on the module, and begin to record. Where the module is gone, the next step tells."""
+        """Put the hook on the module, in its old place if any. Where the module is gone, the next step tells."""
         module = self.alive()
         if module is None:
             return
+        hooks = module._forward_hooks
+        behind = [] if self._ahead is None else [number for number in hooks if number not in self._ahead]
         self.handle = module.register_forward_hook(self, with_kwargs=True)
+        for number in behind:
+            hooks[number] = hooks.pop(number)  # to the end
         modes.forget_compiled()
 
     def remove(self) -> None:
         """Take the hook off the module, and drop all records. May be called again."""
+        module, handle = self.alive(), self.handle
+        if module is not None and handle is not None and handle.id in module._forward_hooks:
+            numbers = list(module._forward_hooks)
+            self._ahead = frozenset(numbers[: numbers.index(handle.id)])
         super().remove()
         self.clear()
 
