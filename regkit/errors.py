@@ -146,6 +146,10 @@ class AttachError(RegkitError, ValueError):
     """
 
 
+class _CopyError(RegkitError, TypeError):
+    """A copy of an attachment, which belongs to one model: a TypeError, as of all that Python cannot pickle."""
+
+
 class StepError(RegkitError, RuntimeError):
     """A training step in which something the document demands would not have been optimized.
 

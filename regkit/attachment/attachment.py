@@ -23,7 +23,7 @@ from regkit.attachment.orphans import OrphanedModules
 from regkit.engine.engine import Engine
 from regkit.engine.manual_step import ManualStep
 from regkit.engine.tracker import StepTracker
-from regkit.errors import RegkitError
+from regkit.errors import RegkitError, _CopyError
 from regkit.plan.plan import Plan
 from regkit.recording.injector import Scale
 from regkit.recording.tickets import Ticket
@@ -156,7 +156,7 @@ class Attachment:
         return f"<regkit.Attachment of {len(self.plan.bindings)} rules, {standing}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        raise RegkitError(
+        raise _CopyError(
             "an attachment cannot be copied or pickled; its model can, with the rules in force on the copy "
             "(regkit.attachments(copy)); what a resumed run needs is attachment.state_dict()"
         )

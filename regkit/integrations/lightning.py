@@ -13,12 +13,13 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 import regkit
+from regkit.integrations.copies import Lineage, take_over
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,12 +31,17 @@ else:
     Callback = type("Callback", tuple(import_module(name).Callback for name in _names), {})
 
 
+_OF_THE_MODULE: Final = ("log", "log_dict")
+"""Methods of the module that is trained, which Lightning gives to each of its callbacks."""
+
+
 class RegularizationCallback(Callback):
     """A callback that attaches a document as a fit starts, adds the penalty to every loss, and keeps the state.
 
     The losses are those that Lightning backpropagates: what `training_step` returns, or gives to `manual_backward`.
     What is logged as "prefix/rule" is the value of a penalty, or the violation of a constraint. Each fit attaches anew;
-    one of the same model counts steps from where the last one stopped, one from a checkpoint from the count in it.
+    one of the same model, or a copy of it, counts steps from where the last one stopped, one from a checkpoint from the
+    count in it. A copied or pickled callback has the document, and nothing of a fit.
 
     divided_by: where a manual `training_step` backpropagates several forward passes before a step, what it divides each
         loss by; 1 where it adds them up. Automatic optimization divides by `accumulate_grad_batches` on its own.
@@ -79,6 +85,7 @@ class RegularizationCallback(Callback):
         self.divided_by = divided_by
         self.prefix = prefix
         self.detach = detach
+        self._lineage = Lineage()
         self._attachment: regkit.Attachment | None = None
         self._module: LightningModule | None = None
         self._loaded: Mapping[str, Any] | None = None
@@ -87,10 +94,15 @@ class RegularizationCallback(Callback):
 
     @property
     def attachment(self) -> regkit.Attachment:
-        """The rules of the last fit. Raises RegkitError before the first has started."""
-        if self._attachment is None:
+        """The rules of the last fit, also of a copy of the callback. Raises RegkitError before any has started."""
+        attachment = self._attachment or self._lineage.attachment
+        if attachment is None:
             raise regkit.RegkitError("nothing is attached yet: the callback attaches as Trainer.fit starts")
-        return self._attachment
+        return attachment
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {key: one for key, one in vars(self).items() if key not in _OF_THE_MODULE}
+        return {**kept, "_attachment": None, "_module": None, "_loaded": None, "_undo": [], "_has_penalty": False}
 
     # --- from the start of a fit to its end, good or bad -------------------------------------------------------------
 
@@ -99,7 +111,10 @@ class RegularizationCallback(Callback):
             if self._loaded is None and self._module is pl_module:
                 self._loaded = self._attachment.state_dict()
             self._attachment.detach()
-        self._attachment = regkit.attach(pl_module, self.spec, registry=self.registry)
+        plan = regkit.resolve(pl_module, self.spec, registry=self.registry)
+        copied = take_over(pl_module, plan)
+        self._loaded = copied if self._loaded is None else self._loaded
+        self._attachment = self._lineage.attachment = regkit.attach(pl_module, plan)
         self._module = pl_module
         self._join(trainer, pl_module)
         self._restore()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import regkit
+from regkit.integrations.copies import Lineage, take_over
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -35,7 +36,7 @@ class RegularizationCallback(TrainerCallback):
 
     Each `train()` attaches anew and counts steps from 0, as the Trainer and its learning rate do; one that resumes from
     a checkpoint goes on from the count in it. The state lies in `trainer_state.json`. One callback for each Trainer: a
-    document has room for all rules.
+    document has room for all rules. A copied or pickled callback has the document, and nothing of a training.
 
     detach: take the rules off the model when training has ended. Left out, they stay for loops of your own.
 
@@ -64,21 +65,29 @@ class RegularizationCallback(TrainerCallback):
         self.spec = regkit.load(spec, registry=registry)
         self.registry = registry
         self.detach = detach
+        self._lineage = Lineage()
         self._attachment: regkit.Attachment | None = None
 
     @property
     def attachment(self) -> regkit.Attachment:
-        """The rules in force. Raises RegkitError before training has begun."""
-        if self._attachment is None:
+        """The rules in force, also of a copy of the callback. Raises RegkitError before training has begun."""
+        attachment = self._attachment or self._lineage.attachment
+        if attachment is None:
             raise regkit.RegkitError("nothing is attached yet: the Trainer attaches as train() begins")
-        return self._attachment
+        return attachment
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_attachment": None}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._attachment is not None:
             self._attachment.detach()
-        self._attachment = regkit.attach(kwargs["model"], self.spec, registry=self.registry)
+        model: nn.Module = kwargs["model"]
+        plan = regkit.resolve(model, self.spec, registry=self.registry)
+        take_over(model, plan)
+        self._attachment = self._lineage.attachment = regkit.attach(model, plan)
         saved = _states(state).get(_KEY)
         if saved is not None:
             self._attachment.load_state_dict(saved)
