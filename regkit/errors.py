@@ -7,15 +7,44 @@ them are told: such an error carries one `Problem` for each.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 _MOST_PROBLEMS = 100
 _MOST_NAMES = 24  # an error that lists hundreds of names hides the one that matters
+_LONGEST_LINE: Final = 4000
+_LONGEST_NAME: Final = 200
+_echo: Final = reprlib.Repr()
+_echo.maxstring = _echo.maxother = _echo.maxlong = 80
+_hints_left: ContextVar[list[int] | None] = ContextVar("hints_left", default=None)
 
 
-class RegkitError(Exception):
+def printable(text: str, longest: int = _LONGEST_LINE) -> str:
+    """A text as one line of a terminal, with the escapes of `repr` for all characters that are not printed as such.
+
+    These are controls, line ends, changes of the direction of writing, and characters that take no room. Names come
+    from documents, models, files and plugins: none may write lines of its own, or look like another.
+
+    longest: the number of characters to which the text is cut.
+    """
+    line = text if len(text) <= longest else f"{text[:longest]}…"
+    if line.isprintable():
+        return line
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
+
+
+class _Lines(Exception):  # noqa: N818  # the common base of errors and warnings
+    """An error or a warning told in lines, of which each argument is one."""
+
+    def __str__(self) -> str:
+        return "\n".join(printable(str(line)) for line in self.args)
+
+
+class RegkitError(_Lines):
     """The root of all errors that regkit raises as documents are read, resolved, attached and trained with.
 
     Models of the document that Python code makes by hand, such as `Rule(...)`, raise pydantic's ValidationError.
@@ -47,7 +76,7 @@ class Problem:
 
     def __str__(self) -> str:
         place = "" if self.line is None else f"line {self.line}, column {self.column}: "
-        return f"{place}{self.where or '(document)'}: {self.message}"
+        return f"{place}{printable(self.where, _LONGEST_NAME) or '(document)'}: {printable(self.message)}"
 
 
 class _ProblemsError(RegkitError):
@@ -64,7 +93,7 @@ class _ProblemsError(RegkitError):
         told = list(map(str, self.problems[:_MOST_PROBLEMS]))
         if len(told) < len(self.problems):
             told.append(f"and {len(self.problems) - len(told)} more (all are in .problems)")
-        super().__init__("\n  ".join([f"{origin} {self.verb}: {count}", *told]))
+        super().__init__(f"{printable(origin, _LONGEST_NAME)} {self.verb}: {count}", *(f"  {one}" for one in told))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.origin, self.problems), vars(self)
@@ -107,7 +136,7 @@ class PluginError(RegkitError):
     """
 
 
-class RegkitWarning(UserWarning):
+class RegkitWarning(_Lines, UserWarning):
     """A fact that is no error and that a user should know: rules act on something else than one may expect.
 
     >>> import warnings
@@ -164,12 +193,39 @@ class StepError(RegkitError, RuntimeError):
     """
 
 
+@contextmanager
+def few_hints() -> Iterator[None]:
+    """A context in which a hundred nearest names are looked for at most.
+
+    A document may hold a hundred thousand mistakes. To look for a name takes a while, and a hundred are told.
+    """
+    token = _hints_left.set([_MOST_PROBLEMS])
+    try:
+        yield
+    finally:
+        _hints_left.reset(token)
+
+
+def hints_left() -> bool:
+    """Whether a name may still be looked for. Sentences for thousands of mistakes are brief without."""
+    left = _hints_left.get()
+    return left is None or left[0] > 0
+
+
+def _spend_hint() -> None:
+    if (left := _hints_left.get()) is not None:
+        left[0] -= 1
+
+
 def nearest(given: str, known: Iterable[str]) -> str | None:
     """The known name most like the given one, None where all are too different.
 
     >>> nearest("unitnorm", ["l1", "max_norm", "unit_norm"])
     'unit_norm'
     """
+    if not hints_left() or len(given) > _LONGEST_NAME:
+        return None
+    _spend_hint()
     names = sorted(name for name in known if len(name) > 1 or len(given) == 1)  # a letter is like everything
     by_fold = {name.casefold(): name for name in names}
     close = difflib.get_close_matches(given.casefold(), list(by_fold), n=1, cutoff=0.5)
@@ -182,14 +238,26 @@ def hint(given: object, known: Iterable[str], otherwise: str = ".") -> str:
     >>> hint("kernal", ["kernel", "bias"])
     "; did you mean 'kernel'?"
     """
-    near = nearest(given, known) if isinstance(given, str) else None
+    if not isinstance(given, str):
+        _spend_hint()
+        return otherwise
+    near = nearest(given, known)
     return f"; did you mean {near!r}?" if near else otherwise
+
+
+def quoted(value: object) -> str:
+    """A value as Python writes values, shortened.
+
+    >>> len(quoted("x" * 10**6))
+    80
+    """
+    return _echo.repr(value)
 
 
 def listing(names: Iterable[str]) -> str:
     """Names in order, for a sentence: at most a few dozen, then how many more."""
     ordered = list(dict.fromkeys(names))
-    shown = ", ".join(ordered[:_MOST_NAMES]) or "none"
+    shown = ", ".join(name[:_LONGEST_NAME] for name in ordered[:_MOST_NAMES]) or "none"
     return shown if len(ordered) <= _MOST_NAMES else f"{shown} and {len(ordered) - _MOST_NAMES} more"
 
 
@@ -199,5 +267,7 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
     >>> unknown("role", "kernal", ["kernel", "bias"])
     "unknown role 'kernal'; did you mean 'kernel'? Available: kernel, bias"
     """
-    names = list(known)
-    return f"unknown {what} {given!r}{hint(given, names)} Available: {listing(names)}"
+    names = list(known) if hints_left() else []
+    if not names:
+        return f"unknown {what} {quoted(given)}"
+    return f"unknown {what} {quoted(given)}{hint(given, names)} Available: {listing(names)}"

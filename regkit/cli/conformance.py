@@ -12,7 +12,7 @@ from typing import Final
 from regkit import Adapter, PluginError, Registry
 from regkit.cli.layout import as_json, fill
 from regkit.cli.plugins import why
-from regkit.errors import unknown
+from regkit.errors import printable, unknown
 from regkit.kinds import Kind
 from regkit.registry.entries import canonical
 from regkit.registry.plugin import Plugin, installed, loaded
@@ -131,7 +131,7 @@ def _summary_of_subject(subject: str, results: Sequence[Result]) -> str:
     failures = [result for result in results if not result.passed]
     count = len(results)
     laws = "law holds" if count == 1 else "laws hold"
-    lines = [f"{subject}: {count - len(failures)} of {count} {laws}"]
+    lines = [f"{printable(subject)}: {count - len(failures)} of {count} {laws}"]
     for failure in failures:
         lines += [fill(f"FAILED {failure.law}: {failure.seen}", "  ", "  "), fill(failure.why, "    ")]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from torch import nn
 import regkit
 from regkit import PluginError, Registry, RegkitError
 from regkit.cli.layout import as_json, counted
+from regkit.errors import printable
 
 
 def check(options: argparse.Namespace) -> int:
@@ -28,7 +29,7 @@ def _checked(path: str, registry: Registry, strict: bool) -> int:
     except RegkitError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{path}: valid, {counted(len(spec.rules), 'rule')}")
+    print(f"{printable(str(path))}: valid, {counted(len(spec.rules), 'rule')}")
     return 0
 
 
@@ -73,5 +74,5 @@ def schema(options: argparse.Namespace) -> int:
         print(as_json(made))
     else:
         Path(options.output).write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"wrote {options.output}")
+        print(f"wrote {printable(str(options.output))}")
     return 0

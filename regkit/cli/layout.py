@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from regkit.errors import printable
+
 WIDTH: Final = 100
 """The width of everything printed, in columns."""
 
@@ -18,7 +20,7 @@ _MOST_NAMES: Final = 3
 def fill(text: str, indent: str = "", hang: str = "") -> str:
     """The text in lines of the terminal's width; only spaces are broken at."""
     return textwrap.fill(
-        text,
+        printable(text),
         WIDTH,
         initial_indent=indent,
         subsequent_indent=indent + hang,
@@ -42,10 +44,13 @@ def counted(count: int, what: str) -> str:
 def listed(items: Mapping[str, str]) -> str:
     """A line for each name, with its text beside the name."""
     widest = max(map(len, items), default=0)
-    return "\n".join(f"  {name.ljust(widest)}  {text}" for name, text in items.items())
+    return "\n".join(f"  {printable(name).ljust(widest)}  {printable(text)}" for name, text in items.items())
 
 
 def as_json(value: Any) -> str:
-    """JSON for standard output, with escapes where that has another encoding than UTF-8."""
+    """JSON for standard output, with escapes where its encoding is not UTF-8, or a character would not be shown."""
     encoding = codecs.lookup(sys.stdout.encoding or "utf-8").name
-    return json.dumps(value, indent=2, ensure_ascii=encoding != "utf-8")
+    shown = json.dumps(value, indent=2, ensure_ascii=False)
+    if encoding == "utf-8" and shown.replace("\n", "").isprintable():
+        return shown
+    return json.dumps(value, indent=2).replace("\x7f", "\\u007f")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Sequence
 from typing import Any, Final
 
 from regkit import Registry
 from regkit.cli.layout import WIDTH, as_json, few, fill
 from regkit.cli.plugin_warnings import plugin_warnings
+from regkit.errors import printable
 from regkit.plan.table import table
 from regkit.registry.entries import Entry, canonical
 from regkit.registry.plugin import Plugin
@@ -26,7 +26,7 @@ def plugins(options: argparse.Namespace) -> int:
     if options.json:
         print(as_json([_as_json_object(plugin, registry) for plugin in registry.plugins]))
     elif options.requirements:
-        print("".join(f"{pin}\n" for pin in requirements(registry.plugins)), end="")
+        print("".join(f"{printable(pin)}\n" for pin in requirements(registry.plugins)), end="")
     elif options.broken:
         print("\n".join(map(_traceback, registry.broken)) or "no plugin is broken")
     else:
@@ -62,7 +62,8 @@ def why(plugin: Plugin) -> str:
 
 
 def _traceback(plugin: Plugin) -> str:
-    return f"{why(plugin)}\n\n{textwrap.indent(plugin.report, '  ')}"
+    report = (f"  {printable(line)}".rstrip() for line in plugin.report.splitlines())
+    return "\n".join([printable(why(plugin)), "", *report])
 
 
 def requirements(plugins: Sequence[Plugin]) -> list[str]:

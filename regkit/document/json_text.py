@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from regkit.errors import Problem, SpecError
+from regkit.errors import Problem, SpecError, quoted
 
 LARGEST_TEXT: Final = 4 * 2**20
 """The number of characters in a document. A rule takes some 200: there is room for 20,000 rules."""
@@ -182,7 +181,7 @@ def _refuse_foreign(source: Source) -> None:
             deepest[id(item)] = len(path)
         if type(item) is dict:
             bad = [key for key in item if type(key) is not str]
-            problems += [source.problem(pointer(path), f"key {reprlib.repr(key)} is not a string") for key in bad]
+            problems += [source.problem(pointer(path), f"key {quoted(key)} is not a string") for key in bad]
             pending += [((*path, key), inner) for key, inner in item.items() if type(key) is str]
         elif type(item) in (list, tuple):
             pending += [((*path, index), inner) for index, inner in enumerate(item)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import reprlib
 from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
@@ -28,14 +27,10 @@ _IN_WORDS_OF_JSON: Final = {
 }
 
 
-_echo: Final = reprlib.Repr()
-_echo.maxstring = _echo.maxother = _echo.maxlong = 80
-
-
 def problems(error: ValidationError, source: json_text.Source, registry: Registry) -> list[Problem]:
     """The problems that pydantic's errors tell, each once, in the order of the text."""
     found: list[tuple[str, str]] = []
-    for one in error.errors():
+    for one in error.errors(include_url=False):
         place = _place(one["loc"], source.value)
         sentence = _sentence(dict(one), source, registry)
         if place != one["loc"] and isinstance(one["loc"][-1], str) and one["type"] != "missing":
@@ -86,7 +81,7 @@ def _sentence(error: dict[str, Any], source: json_text.Source, registry: Registr
 
 def _shown(value: Any) -> str:
     """A value, shortened: the words null, true and false as in JSON, others as in Python."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else _echo.repr(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else errors.quoted(value)
 
 
 def _known_keys(path: tuple[str | int, ...], value: Any, registry: Registry) -> list[str]:

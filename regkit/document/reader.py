@@ -12,7 +12,7 @@ from regkit.document import json_text
 from regkit.document.context import MissingKind, ReadingContext, Unknown
 from regkit.document.problems import problems
 from regkit.document.spec import Spec
-from regkit.errors import SpecError
+from regkit.errors import SpecError, few_hints
 from regkit.registry.entries import Origin, canonical
 from regkit.registry.registry import Registry, default
 
@@ -51,9 +51,11 @@ def _validated(source: json_text.Source, registry: Registry, strict: bool, unkno
     given = source.value.get("provenance")
     reading = ReadingContext(registry, given if isinstance(given, dict) else {}, unknown)
     try:
-        spec = Spec.model_validate(source.value, context={"reading": reading})
+        with few_hints():
+            spec = Spec.model_validate(source.value, context={"reading": reading})
     except ValidationError as error:
-        raise SpecError(source.origin, problems(error, source, registry)) from None
+        with few_hints():
+            raise SpecError(source.origin, problems(error, source, registry)) from None
     if moved := [source.problem(*one) for one in _moved_kinds(spec, reading, strict)]:
         raise SpecError(source.origin, moved)
     return spec

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from typing import Any, Final
 
-from regkit.errors import listing, nearest, unknown
+from regkit.errors import listing, nearest, quoted, unknown
 from regkit.registry.entries import Entry
 from regkit.registry.names import Family
 from regkit.registry.registry import Registry
@@ -48,7 +47,7 @@ def canonical(value: Any, families: tuple[Family, ...], registry: Registry) -> d
     if "kind" not in value:
         return _of_object(value, families, registry)
     if not isinstance(value["kind"], str):
-        raise KindError(f"must be the name of a kind, got {reprlib.repr(value['kind'])}")
+        raise KindError(f"must be the name of a kind, got {quoted(value['kind'])}")
     return {**value, "kind": _entry(value["kind"], families, registry).name}
 
 
@@ -77,7 +76,7 @@ def _entry(name: str, families: tuple[Family, ...], registry: Registry) -> Entry
 def _of_string(text: str, families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:
     match = _CALL.fullmatch(text.strip())
     if match is None:
-        raise ShorthandError(f"{reprlib.repr(text)} is not a shorthand; write {_example(text, families, registry)!r}")
+        raise ShorthandError(f"{quoted(text)} is not a shorthand; write {_example(text, families, registry)!r}")
     entry = _entry(match[1], families, registry)
     options: dict[str, Any] = {"kind": entry.name}
     arguments = (match[2] or "").strip()
@@ -86,13 +85,13 @@ def _of_string(text: str, families: tuple[Family, ...], registry: Registry) -> d
         key, equals, word = argument.rpartition("=")
         if not equals:
             if named:
-                raise ShorthandError(f"{reprlib.repr(text)}: an option without a name comes before those with one")
+                raise ShorthandError(f"{quoted(text)}: an option without a name comes before those with one")
             if not positional:
-                raise ShorthandError(f"{text!r}: {entry.name} takes {_positional(entry)} without a name")
+                raise ShorthandError(f"{quoted(text)}: {entry.name} takes {_positional(entry)} without a name")
             key = positional.pop(0)
         named = bool(equals)
         if key.strip() in options:
-            raise ShorthandError(f"{text!r} gives {key.strip()!r} twice")
+            raise ShorthandError(f"{quoted(text)} gives {quoted(key.strip())} twice")
         options[key.strip()] = _scalar(text, word.strip())
     return options
 
@@ -107,7 +106,7 @@ def _scalar(text: str, word: str) -> Any:
         return json.loads(word)
     if _WORD.fullmatch(word) and word not in ("NaN", "Infinity"):
         return word
-    raise ShorthandError(f"{reprlib.repr(text)}: {reprlib.repr(word)} is neither a number nor a word")
+    raise ShorthandError(f"{quoted(text)}: {quoted(word)} is neither a number nor a word")
 
 
 def _of_object(value: dict[str, Any], families: tuple[Family, ...], registry: Registry) -> dict[str, Any]:

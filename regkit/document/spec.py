@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from regkit.document.context import MissingKind
 from regkit.document.kind_field import AnyConstraint, AnyPenalty, AnySchedule, OutputPenalty, WeightPenalty
 from regkit.document.target import AnyOf, Frozen, Name, Pattern, Target
-from regkit.errors import PluginError
+from regkit.errors import PluginError, listing, quoted
 from regkit.fields import Count, mistake, mistakes_at
 from regkit.kinds import ActivityPenalty, Constraint, Kind, Penalty, Schedule, Via
 from regkit.registry.entries import Entry
@@ -205,7 +205,7 @@ class Spec(Frozen):
     @classmethod
     def _known_version(cls, version: Any) -> Any:
         if type(version) is not int or version != VERSION:
-            raise mistake(f"version {version!r} is unknown; this regkit reads version {VERSION}")
+            raise mistake(f"version {quoted(version)} is unknown; this regkit reads version {VERSION}")
         return version
 
     @model_validator(mode="after")
@@ -217,7 +217,7 @@ class Spec(Frozen):
             raise mistake("it has no rules, so it would regularize nothing")
         names = Counter(rule.name or f"rules/{index}" for index, rule in enumerate(self.rules))
         if twice := [name for name, count in names.items() if count > 1]:
-            raise mistake(f"two rules have the name {', '.join(map(repr, twice))}")
+            raise mistake(f"two rules have the name {listing(map(repr, twice))}")
         return self
 
     def __hash__(self) -> int:  # `provenance`, always empty by now, is a dict

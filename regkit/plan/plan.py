@@ -18,8 +18,8 @@ from regkit import _pickled
 from regkit.adapters import WeightSite, oriented
 from regkit.document import reader
 from regkit.document.context import MissingKind
-from regkit.document.spec import Spec
-from regkit.errors import AttachError, Problem, ResolveError, listing
+from regkit.document.spec import Rule, Spec
+from regkit.errors import AttachError, Problem, ResolveError, few_hints, listing
 from regkit.plan.binding import Binding
 from regkit.plan.candidates import Candidates
 from regkit.plan.modules import class_name, named_modules, recurrent_modules
@@ -110,24 +110,30 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
     candidates = Candidates(recurrent_modules(model, registry))
     bindings: list[Binding] = []
     problems: list[Problem] = []
-    for key, rule in spec.keyed_rules().items():
-        if missing := [kind for kind in (rule.kind, rule.schedule) if isinstance(kind, MissingKind)]:
-            problems += [Problem(key, kind.reason) for kind in missing]
-            continue
-        try:
-            entry = registry.find(rule.kind.kind)
-            origin = rule.kind.__class__.__module__ if entry is None else str(entry.origin)
-            bindings.append(replace(bind(key, rule, candidates), origin=origin))
-        except DoesNotFit as error:
-            problems.append(Problem(key, _reason(str(error), model, candidates, registry)))
+    with few_hints():
+        for key, rule in spec.keyed_rules().items():
+            try:
+                bindings.append(_bound(key, rule, candidates, registry))
+            except DoesNotFit as error:
+                problems.append(Problem(key, str(error)))
+    if problems and not candidates.modules:
+        raise ResolveError("the spec", [Problem("", _nothing_recurrent(model, registry))])
     if problems:
         raise ResolveError("the spec", problems)
     return Plan(tuple(bindings), registry, spec)
 
 
-def _reason(reason: str, model: nn.Module, candidates: Candidates, registry: Registry) -> str:
-    if candidates.modules:
-        return reason
+def _bound(key: str, rule: Rule, candidates: Candidates, registry: Registry) -> Binding:
+    """A rule's binding. Raises DoesNotFit."""
+    for kind in (rule.kind, rule.schedule):
+        if isinstance(kind, MissingKind):
+            raise DoesNotFit(kind.reason)
+    entry = registry.find(rule.kind.kind)
+    origin = rule.kind.__class__.__module__ if entry is None else str(entry.origin)
+    return replace(bind(key, rule, candidates), origin=origin)
+
+
+def _nothing_recurrent(model: nn.Module, registry: Registry) -> str:
     classes = listing(sorted({type(module).__name__ for _, _, module in named_modules(model)}))
     known = listing(registry.module_classes)
     return f"the model has no recurrent module. It has: {classes}; known are: {known}{registry.idle('know one')}"

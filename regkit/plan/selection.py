@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from regkit.adapters import OUTPUT_ROLES, OutputSite, WeightSite
 from regkit.document.spec import Rule
 from regkit.document.target import Target
-from regkit.errors import AttachError, hint, listing
+from regkit.errors import AttachError, hint, hints_left, listing
 from regkit.kinds import ActivityPenalty, Constraint, Layout, Penalty, Schedule, Via
 from regkit.plan.binding import Binding
 from regkit.plan.candidates import Candidates, ModuleCandidate, OutputCandidate, WeightCandidate
@@ -54,7 +54,7 @@ class _Absent:
     def tell(self, items: Iterable[str], sentence: Callable[[], str]) -> None:
         """Take note of items. Raises DoesNotFit where the rule is not optional; only then is the sentence made."""
         if not self.optional:
-            raise DoesNotFit(sentence())
+            raise DoesNotFit(sentence() if hints_left() else f"there is no {listing(items)}")
         self.items += (item for item in items if item not in self.items)
 
 

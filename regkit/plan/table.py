@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Final
 
+from regkit.errors import printable
+
 _NARROWEST: Final = 12
 
 
@@ -18,7 +20,7 @@ def table(
     wrap: the columns of which long cells go on in the lines below. width: the width that these columns are narrowed to
     meet, as far as they can be.
     """
-    rows = list(rows)
+    rows = [list(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     while width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
         widest = max(wrap, key=widths.__getitem__)

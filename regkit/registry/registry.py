@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from torch import nn
 
 from regkit import _pickled
 from regkit.adapters import OUTPUT_ROLES, WEIGHT_ROLES, Adapter
-from regkit.errors import PluginError, PluginWarning, unknown
+from regkit.errors import PluginError, PluginWarning, quoted, unknown
 from regkit.kinds import Kind
 from regkit.registry.entries import Entry, Origin, canonical, full_name, installable
 from regkit.registry.names import FAMILIES, Family
@@ -92,10 +91,10 @@ class Registry:
             problems += self._clashes(offers)
             self._add(offers)
         if problems:
-            raise PluginError("\n".join(f"{problem}; {_CURE}" for problem in problems))
+            raise PluginError(*(f"{problem}; {_CURE}" for problem in problems))
         for plugin in self.broken:
             if policy.strict:
-                raise PluginError(f"{plugin.reason} (and REGKIT_STRICT_PLUGINS is 1)\n\n{plugin.report}")
+                raise PluginError(f"{plugin.reason} (and REGKIT_STRICT_PLUGINS is 1)", "", *plugin.report.splitlines())
             warnings.warn(f"{plugin.reason}; run `regkit plugins --broken`", PluginWarning, stacklevel=4)
 
     def register(self, plugin: T) -> T:
@@ -112,7 +111,7 @@ class Registry:
         offers = PluginOffers(Origin(place.partition(":")[0]))
         ask(plugin, offers)
         if problems := list(self._clashes(offers)):
-            raise PluginError("\n".join(problems))
+            raise PluginError(*problems)
         kept = tuple(one for one in self._plugins if one.origin.installed or one.place != place)
         self._plugins = (*kept, record(place, offers))
         self._add(offers)
@@ -190,7 +189,7 @@ class Registry:
         idle = [plugin for plugin in self._plugins if plugin.state != "loaded"]
         if distribution is not None:
             if not installable(distribution, version):
-                claim = reprlib.repr(" ".join(filter(None, (distribution, version))))
+                claim = quoted(" ".join(filter(None, (distribution, version))))
                 return f". The document claims that it was saved with it from {claim}, which is no distribution"
             saved = f". The document says that it was saved with it from {Origin(distribution, version)}"
             same = [p for p in self._plugins if canonical(p.origin.distribution) == canonical(distribution)]
