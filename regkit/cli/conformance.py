@@ -18,6 +18,7 @@ from regkit.registry.entries import canonical
 from regkit.registry.plugin import Plugin, installed, loaded
 from regkit.testing import Result, check_example, checks
 from regkit.testing.hints import hints
+from regkit.testing.laws import untried
 
 _EXAMPLES: Final = "examples"
 _WHY: Final = (
@@ -128,12 +129,11 @@ def _missing_packages(adapter: Adapter) -> list[str]:
 
 
 def _summary_of_subject(subject: str, results: Sequence[Result]) -> str:
-    failures = [result for result in results if not result.passed]
-    count = len(results)
-    laws = "law holds" if count == 1 else "laws hold"
-    lines = [f"{printable(subject)}: {count - len(failures)} of {count} {laws}"]
-    for failure in failures:
+    count, held = len(results), sum(result.passed for result in results)
+    lines = [f"{printable(subject)}: {held} of {count} {'law holds' if count == 1 else 'laws hold'}"]
+    for failure in (result for result in results if not result.passed and not result.untried):
         lines += [fill(f"FAILED {failure.law}: {failure.seen}", "  ", "  "), fill(failure.why, "    ")]
+    lines += [fill(sentence, "  ", "  ") for sentence in untried(results)]
     return "\n".join(lines)
 
 

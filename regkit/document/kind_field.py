@@ -57,7 +57,7 @@ class KindField:
         # A ValidationError of the kind's own class is put under this field's place by pydantic.
         made = reading.registry.kind(options["kind"], *self.families)
         try:
-            return made.model_validate(options, context=info.context)
+            return _made(made, options, info.context)
         except ValidationError:
             raise
         except Exception as error:  # a kind's author may compute anything with options
@@ -68,6 +68,23 @@ class KindField:
         if not any(isinstance(kind, CONTRACTS[family]) for family in self.families):
             raise mistake(f"{type(kind).__name__} is not a {' or '.join(self.families)}")
         return kind
+
+
+def _made(cls: type[Kind], options: dict[str, Any], context: Any) -> Kind:
+    """The kind with these options, read as JSON: a list fills a tuple or a set there, a string an enumeration.
+
+    pydantic's strictness tells a list from a tuple in Python, where both can be written, and not in JSON.
+    """
+    try:
+        text = json.dumps(options, allow_nan=True)
+    except (TypeError, ValueError, RecursionError):  # Python code made the rule, of values that no JSON has
+        return cls.model_validate(options, context=context)
+    try:
+        return cls.model_validate_json(text, context=context)
+    except ValidationError as error:
+        if any(one["type"] == "json_invalid" for one in error.errors(include_url=False)):  # half a character, say
+            return cls.model_validate(options, context=context)
+        raise
 
 
 def _plain(value: Any) -> Any:

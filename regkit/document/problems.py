@@ -15,7 +15,7 @@ from regkit.errors import Problem
 from regkit.registry.registry import Registry
 
 _IN_WORDS_OF_JSON: Final = {
-    "tuple_type": "must be a list",
+    **dict.fromkeys(("tuple_type", "list_type", "set_type", "frozen_set_type"), "must be a list"),
     "dict_type": "must be an object",
     "model_type": "must be an object",
     "string_type": "must be a string",

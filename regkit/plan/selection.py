@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from regkit.adapters import OUTPUT_ROLES, OutputSite, WeightSite
 from regkit.document.spec import Rule
 from regkit.document.target import Target
-from regkit.errors import AttachError, hint, hints_left, listing
+from regkit.errors import AttachError, PluginError, hint, hints_left, listing
 from regkit.kinds import ActivityPenalty, Constraint, Layout, Penalty, Schedule, Via
 from regkit.plan.binding import Binding
 from regkit.plan.candidates import Candidates, ModuleCandidate, OutputCandidate, WeightCandidate
@@ -156,7 +156,29 @@ def _weights(
         for gate in _gates(weight, target, kind.layout):
             site = weight.site(gate)
             sites.setdefault(weight.part(site), (site, weight))  # a tied weight counts once in a rule
-    return dict(sites.values())
+    return _fitting(kind, dict(sites.values()), absent)
+
+
+def _fitting(
+    kind: Penalty | Constraint, sites: dict[WeightSite, WeightCandidate], absent: _Absent
+) -> dict[WeightSite, WeightCandidate]:
+    """The sites of shapes that the kind is for. Tells of the others."""
+    reasons = {site: _unfit(kind, site) for site in sites}
+    for site, reason in reasons.items():
+        if reason is not None:
+            place = f"{site.name}.{site.parameter}, {' × '.join(map(str, site.shape))}: {reason}".lstrip(".")
+            absent.tell([place], partial(str, f"{kind.kind} is not for {place}"))
+    return {site: at for site, at in sites.items() if reasons[site] is None}
+
+
+def _unfit(kind: Penalty | Constraint, site: WeightSite) -> str | None:
+    """The reason that a kind gives for not taking the weight of a site; None where the kind takes the weight."""
+    rows, *others = site.shape
+    shape = (site.gates, rows // site.gates, *others) if kind.layout == "cell" else site.shape
+    try:
+        return kind.fits(shape)
+    except Exception as error:  # a stranger's code: anything can come out
+        raise PluginError(f"{kind.describe()} cannot tell whether it fits a weight {shape}: {error!r}") from error
 
 
 def _uncovered(

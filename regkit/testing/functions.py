@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regkit import ActivityPenalty, Penalty
-from regkit.testing.laws import hold
+from regkit.testing.laws import Interrupted, hold
 from regkit.testing.samples.tensors import difference, identical, strided
 
 Sample = TypeVar("Sample")
@@ -128,14 +128,15 @@ def shows_nan(
 
 
 def never_waits(functions: Functions, shapes: Sequence[Sequence[int]], noun: str = WEIGHT) -> None:
-    """Raise Broken where a function reads a number of a tensor back: fake tensors have none."""
-    with FakeTensorMode():
+    """Raise Broken where a function reads a number of its argument back: fake tensors have none; a constant may."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
         for name, function in functions:
             for shape in shapes:
                 try:
                     function(torch.empty(tuple(shape), dtype=torch.float64, device="cpu"))
                 except Exception as error:  # a stranger's code, without data: anything can come out
-                    hold(False, f"{name} of {_phrase(noun, shape, 'fake')} raised {type(error).__name__}: {error}")
+                    given = f"{name} of {_phrase(noun, shape, 'fake')}"
+                    raise Interrupted(f"{given} raised {type(error).__name__}: {error}") from error
 
 
 def stays_on_device(functions: Functions, shapes: Sequence[Sequence[int]], noun: str = WEIGHT) -> None:
@@ -146,7 +147,7 @@ def stays_on_device(functions: Functions, shapes: Sequence[Sequence[int]], noun:
             try:
                 result = function(torch.empty(tuple(shape), dtype=torch.float64, device="meta"))
             except Exception as error:  # as above
-                hold(False, f"{given} raised {type(error).__name__}: {error}")
+                raise Interrupted(f"{given} raised {type(error).__name__}: {error}") from error
             hold(result.is_meta, f"{given} is on {result.device}")
 
 

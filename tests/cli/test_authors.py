@@ -133,7 +133,7 @@ def test_results_as_json_hold_every_law(install, capsys):
     status, told = conformance(capsys, "Regkit_Falling", "--json")
     assert status == 1
     results = json.loads(told)
-    assert all(list(result) == ["subject", "law", "passed", "seen", "why"] for result in results)
+    assert all(list(result) == ["subject", "law", "passed", "seen", "why", "untried"] for result in results)
     assert len({result["law"] for result in results}) == len(results) > 10
     failed = {result["law"]: result["seen"] for result in results if not result["passed"]}
     assert failed["factor_is_finite_and_not_negative"] == "factor(11) is -0.10000000000000009"

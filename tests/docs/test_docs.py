@@ -146,7 +146,7 @@ def test_what_a_page_says_of_a_wrong_kind_is_what_is_said():
     with default().temporary():
         exec(compile(code, "plugins.md", "exec", dont_inherit=True), names)
     said = " ".join(str(check_penalty(names["NuclearNorm"](strength=1.0))).split())
-    seen, why = block_with(DOCS / "plugins.md", "text", "FAILED  halves").split("FAILED")[1].split(" …")
+    seen, why = block_with(DOCS / "plugins.md", "text", "FAILED  value_is").split("FAILED")[1].split(" …")
     assert " ".join(seen.split()) in said
     assert " ".join(why.split()) in said
 

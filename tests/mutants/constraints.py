@@ -88,6 +88,30 @@ class SquaredViolation(Right):
         return (norms_of(w).square() - self.largest).clamp(min=0).amax()
 
 
+class Symmetric(Right):
+    """w = wᵀ, which only a square matrix can be, as it says."""
+
+    kind: Literal["symmetric"] = "symmetric"
+    bounds: ClassVar[tuple[str, ...]] = ()
+
+    def fits(self, shape: tuple[int, ...]) -> str | None:
+        return None if shape[0] == shape[1] else "only a square matrix has a transpose of its own shape"
+
+    def project(self, w: Tensor) -> Tensor:
+        return ((w + w.mT) / 2).to(w.dtype)
+
+    def violation(self, w: Tensor) -> Tensor:
+        wide = torch.promote_types(w.dtype, torch.float32)
+        return torch.linalg.vector_norm(w.to(wide) - w.mT.to(wide)) / 2
+
+
+class SymmetricWithoutASay(Symmetric):
+    """It lets pass what its mathematics cannot take."""
+
+    def fits(self, shape: tuple[int, ...]) -> str | None:
+        return None
+
+
 class ViolationOfTheMean(Right):
     def violation(self, w: Tensor) -> Tensor:
         return (norms_of(w).mean() - self.largest).clamp(min=0)
@@ -220,4 +244,5 @@ MUTANTS = [
     Mutant(BoundIsMisspelt, "bounds_scale", ("'larges'", "the options are", "largest")),
     Mutant(AtAddsTheFactor, "bounds_scale", ("at(0.5)", "'largest': 1.0", "not", "0.75")),
     Mutant(BoundIsWrittenOut, "bounds_scale", ("without effect",)),
+    Mutant(SymmetricWithoutASay, "says_what_it_fits", ("fits((3, 5)) is None", "a weight (3, 5) raised RuntimeError")),
 ]

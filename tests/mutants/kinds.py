@@ -190,7 +190,7 @@ class CountsOnTheClass(Ridge):
         return super().value(w)
 
 
-@MUTANTS.caught_by("stateless", "self._seen", also="compiles_whole")
+@MUTANTS.caught_by("stateless", "self._seen", also="survives_json survives_copies compiles_whole")
 class CountsInPrivate(Ridge):
     """A private attribute of a frozen class can be changed nevertheless."""
 

@@ -40,6 +40,45 @@ class RanksForgotten(Penalty):
         return torch.linalg.svdvals(at_least_float32(w)).sum()
 
 
+class Skew(Ridge):
+    """‖w + wᵀ‖², which is for square matrices alone, as it says."""
+
+    ranks: ClassVar[tuple[int, ...]] = (2,)
+
+    def fits(self, shape: tuple[int, ...]) -> str | None:
+        return None if shape[0] == shape[1] else "only a square matrix has a transpose of its own shape"
+
+    def value(self, w: Tensor) -> Tensor:
+        w = at_least_float32(w)
+        return (w + w.mT).square().sum()
+
+
+@MUTANTS.caught_by(
+    "says_what_it_fits", "fits((3, 5)) is None", "a weight (3, 5) raised RuntimeError", also="takes_its_ranks"
+)
+class FitsTooMuch(Skew):
+    """It lets pass what its mathematics cannot take."""
+
+    def fits(self, shape: tuple[int, ...]) -> str | None:
+        return None if shape[0] > 1 else super().fits(shape)
+
+
+@MUTANTS.caught_by("says_what_it_fits", "fits((3, 5)) gives False", also="takes_its_ranks has_an_effect")
+class FitsWithABoolean(Skew):
+    """It answers as a predicate would."""
+
+    def fits(self, shape: tuple[int, ...]) -> str | None:
+        return shape[0] == shape[1]  # type: ignore[return-value]  # the mistake
+
+
+@MUTANTS.caught_by("says_what_it_fits", "refuses every weight of ranks (2,)", also="takes_its_ranks has_an_effect")
+class FitsNothing(Skew):
+    """It refuses all that there is."""
+
+    def fits(self, shape: tuple[int, ...]) -> str | None:
+        return "too small" if shape[0] < 1000 else super().fits(shape)
+
+
 @MUTANTS.caught_by("takes_its_ranks", "asks for a matrix")
 class RefusesWithAnotherError(Ridge):
     """It refuses a rank that it declares."""

@@ -20,7 +20,7 @@ MISTAKES = [
     ("import sys; sys.exit('no licence')", ["SystemExit", "no licence", "does not import"]),
     (f"{HOOK}def regkit_penalties():\n    1 / 0", ["ZeroDivisionError", "regkit_penalties failed"]),
     (f"{HOOK}def regkit_penaltys():\n    return []", ["'regkit_penaltys'; did you mean 'regkit_penalties'?"]),
-    (f"{HOOK}def regkit_schedules():\n    return regkit.Schedule", ["regkit.kinds.Schedule'>, not a list"]),
+    (f"{HOOK}def regkit_schedules():\n    return regkit.Schedule", ["regkit.kinds.schedule.Schedule'>, not a list"]),
     (f"{HOOK}def regkit_penalties():\n    return 'l2'", ["it returned 'l2', not a list"]),
     (f"{HOOK}def regkit_penalties(model):\n    return []", ["regkit_penalties", "model"]),
     (f"{HOOK}def regkit_penalties():\n    return [3]", ["3", "Penalty"]),

@@ -13,7 +13,7 @@ from regkit.testing.kinds.common import KIND_LAWS
 from regkit.testing.kinds.constraints import LAWS, check_constraint
 from regkit.testing.laws import Law
 from tests.mutants.constraints import MUTANTS as OF_SETS
-from tests.mutants.constraints import KerasEpsilon, Mutant, Right, Sphere
+from tests.mutants.constraints import KerasEpsilon, Mutant, Right, Sphere, Symmetric
 from tests.mutants.mutant import Mutant as MutantOfAll
 from tests.mutants.parts import CONSTRAINTS as OF_PARTS
 from tests.mutants.parts import RIGHT as RIGHT_POOLS
@@ -42,7 +42,7 @@ def test_every_constraint_of_the_table_keeps_every_law(case: Case) -> None:
     assert report.passed, str(report)
 
 
-@pytest.mark.parametrize("kind", [Right, Sphere, *RIGHT, *RIGHT_POOLS])
+@pytest.mark.parametrize("kind", [Right, Sphere, Symmetric, *RIGHT, *RIGHT_POOLS])
 def test_a_right_constraint_of_a_strangers_own_keeps_every_law(kind: type[Constraint]) -> None:
     report = check_constraint(kind)
     assert report.passed, str(report)

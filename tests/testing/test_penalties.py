@@ -112,7 +112,7 @@ class Cells(Penalty):
 
 
 STRANGERS = [NuclearNorm, NegativeEntropy, Skewness, Welsch, Hinge, Cells]
-RIGHT = [kinds.Ridge, penalties.GroupLasso, mutants_prox.Lasso, mutants_prox.ProximalGroups]
+RIGHT = [kinds.Ridge, penalties.GroupLasso, penalties.Skew, mutants_prox.Lasso, mutants_prox.ProximalGroups]
 
 
 @pytest.mark.parametrize("kind", [*STRANGERS, *RIGHT], ids=lambda kind: kind.__name__)
@@ -219,3 +219,64 @@ def test_all_the_laws_of_a_penalty_take_no_longer_than_a_look() -> None:
         check_penalty(kind)
         took = min(took, time.process_time() - start)
     assert took < 1.0
+
+
+# --- what is told first ----------------------------------------------------------------------------------------------
+
+
+class ReadBack(kinds.Ridge):
+    """A number in the place of a tensor, which is the root of all else."""
+
+    def value(self, w: Tensor) -> Tensor:
+        return super().value(w).item()  # type: ignore[return-value]  # the mistake
+
+
+class WithoutGradient(kinds.Ridge):
+    """A value that no gradient reaches."""
+
+    def value(self, w: Tensor) -> Tensor:
+        return super().value(w.detach())
+
+
+@pytest.mark.parametrize(
+    ("kind", "root", "also"),
+    [
+        (ReadBack, "value_is_a_scalar", set()),
+        (WithoutGradient, "value_keeps_the_graph", {"list_forms_agree"}),
+    ],
+)
+def test_the_root_of_many_failures_is_told_first_and_the_rest_was_not_tried(kind, root, also):
+    report = check_penalty(kind(strength=1.0))
+    assert report.failures[0].law == root
+    assert {failure.law for failure in report.failures[1:]} == also
+    left = {result.law for result in report if result.untried}
+    assert left >= {"gradient_is_that_of_autograd", "gradient_is_finite_at_zero"}
+    assert not left & {"named", "documented", "described", "survives_json", "frozen"}
+    assert not report.passed
+    (line,) = (line for line in str(report).splitlines() if line.startswith("  not tried"))
+    assert line.startswith(f"  not tried, as {root} does not hold: ")
+    assert all(law in line for law in left)
+
+
+def test_a_law_that_tells_something_of_its_own_is_tried_beside_a_root_that_does_not_hold():
+    class OfHalves(kinds.Ridge):
+        def value(self, w: Tensor) -> Tensor:
+            return w.square().sum()  # in half precision: a scalar, of another dtype
+
+    report = check_penalty(OfHalves(strength=1.0))
+    assert {failure.law for failure in report.failures} >= {"value_is_a_scalar", "halves_accumulate_in_float32"}
+    assert sum(result.passed for result in report) > 20
+
+
+def test_a_constant_that_is_kept_is_no_wait_for_the_device():
+    kept: dict[torch.device, Tensor] = {}
+
+    class Keeps(kinds.Ridge):
+        def value(self, w: Tensor) -> Tensor:
+            if w.device.type != "cpu":
+                return super().value(w)
+            two = kept.setdefault(w.device, torch.tensor(2.0))
+            return (at_least_float32(w) * two).square().sum()
+
+    results = {result.law: result for result in check_penalty(Keeps(strength=1.0))}
+    assert results["never_waits_for_the_device"].passed, results["never_waits_for_the_device"]

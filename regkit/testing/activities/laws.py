@@ -28,7 +28,7 @@ def check_activity_penalty(penalty: ActivityPenalty | type[ActivityPenalty]) -> 
     return replace(report(LAWS, ActivityPenalty, penalty), hints=hints(penalty))
 
 
-@LAWS.add()
+@LAWS.add(root=1)
 def value_is_a_scalar(penalty: ActivityPenalty) -> None:
     """The values of a rule's places are summed, and added to the loss: a vector would be broadcast. Reduce over all
     segments (`activity.reduce`), into a tensor without dimensions, of the outputs' precision but float32 at least."""

@@ -13,6 +13,7 @@ from regkit import Constraint
 from regkit.testing.functions import named
 from regkit.testing.hints import hints
 from regkit.testing.kinds.common import KIND_LAWS, report
+from regkit.testing.kinds.fitting import FITTING_LAWS
 from regkit.testing.kinds.projections import PROJECTION_LAWS
 from regkit.testing.laws import Laws, Report, hold
 from regkit.testing.samples.feasible import allowed, outside, starts, toward
@@ -20,7 +21,7 @@ from regkit.testing.samples.tensors import random, shapes, weights
 from regkit.testing.sharding.pooled import POOLED_LAWS
 from regkit.testing.sharding.separable import CONSTRAINT_PARTS
 
-LAWS: Final[Laws[Constraint]] = Laws(KIND_LAWS, PROJECTION_LAWS, CONSTRAINT_PARTS, POOLED_LAWS)
+LAWS: Final[Laws[Constraint]] = Laws(KIND_LAWS, FITTING_LAWS, PROJECTION_LAWS, CONSTRAINT_PARTS, POOLED_LAWS)
 """The laws of every constraint."""
 
 _SCALES: Final = (0.0, 1e-4, 1.0, 1e4)
@@ -161,7 +162,7 @@ def _not_nearer(w: Tensor, point: Tensor, other: Tensor) -> None:
     )
 
 
-@LAWS.add()
+@LAWS.add(root=2)
 def violation_is_a_number_from_0_up(constraint: Constraint) -> None:
     """`violations()` shows the largest violation over the weights. Return a floating-point scalar () that is 0
     where the weight is allowed, never less: take the largest over the groups, after `.clamp(min=0)`."""

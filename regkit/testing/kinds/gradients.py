@@ -24,7 +24,7 @@ def _derived(penalty: Penalty, w: Tensor) -> Tensor:
     return gradient
 
 
-@GRADIENT_LAWS.add()
+@GRADIENT_LAWS.add(root=3)
 def value_keeps_the_graph(penalty: Penalty) -> None:
     """With `"via": "loss"` the value is differentiated with the loss. Do not detach w, read its numbers, leave to
     numpy, or compute under no_grad."""
@@ -36,7 +36,7 @@ def value_keeps_the_graph(penalty: Penalty) -> None:
         hold(gradient is not None, f"no gradient reaches a weight {tuple(w.shape)} from value()")
 
 
-@GRADIENT_LAWS.add()
+@GRADIENT_LAWS.add(root=4)
 def gradient_fits_the_weight(penalty: Penalty) -> None:
     """The penalty's gradient is added to the weight's own, under no_grad: another shape would be broadcast. Return
     w's shape and precision, float32 at least (`regkit.activity.at_least_float32`), with no graph behind it."""

@@ -14,6 +14,7 @@ from regkit.testing import functions as laws
 from regkit.testing.functions import Function
 from regkit.testing.hints import hints
 from regkit.testing.kinds.common import KIND_LAWS, report
+from regkit.testing.kinds.fitting import FITTING_LAWS
 from regkit.testing.kinds.gradients import GRADIENT_LAWS
 from regkit.testing.kinds.prox import PROX_LAWS
 from regkit.testing.laws import Laws, Report, hold
@@ -33,7 +34,7 @@ from regkit.testing.samples.tensors import (
 )
 from regkit.testing.sharding.separable import PENALTY_PARTS
 
-LAWS: Final[Laws[Penalty]] = Laws(KIND_LAWS, GRADIENT_LAWS, PROX_LAWS, PENALTY_PARTS)
+LAWS: Final[Laws[Penalty]] = Laws(KIND_LAWS, FITTING_LAWS, GRADIENT_LAWS, PROX_LAWS, PENALTY_PARTS)
 """The laws of every penalty on weights."""
 
 
@@ -42,10 +43,10 @@ def check_penalty(penalty: Penalty | type[Penalty]) -> Report:
     return replace(report(LAWS, Penalty, penalty), hints=hints(penalty))
 
 
-@LAWS.add()
+@LAWS.add(root=1)
 def takes_its_ranks(penalty: Penalty) -> None:
     """A target may bind biases, which have one dimension, and matrices of any shape. Set `ranks` to the numbers of
-    dimensions that the formula is for. Where it cannot be for some shape, say so in a PluginError."""
+    dimensions that the formula is for. Where it cannot be for some shape, let `fits` say so."""
     asked = possible(penalty)
     refused = {shape: error for shape in asked if (error := refusal(penalty, shape)) is not None}
     for shape, error in refused.items():
@@ -56,7 +57,7 @@ def takes_its_ranks(penalty: Penalty) -> None:
         hold(taken, f"ranks is {penalty.ranks}, but every weight of rank {rank} is refused")
 
 
-@LAWS.add()
+@LAWS.add(root=2)
 def value_is_a_scalar(penalty: Penalty) -> None:
     """The values of a rule's weights are summed: a vector would be broadcast. Sum or average over all of w, into a
     tensor without dimensions, of w's precision but float32 at least (`regkit.activity.at_least_float32`)."""

@@ -26,7 +26,7 @@ def check_schedule(schedule: Schedule | type[Schedule]) -> Report:
     return report(LAWS, Schedule, schedule)
 
 
-@LAWS.add()
+@LAWS.add(root=2)
 def factor_is_a_plain_number(schedule: Schedule) -> None:
     """The factor multiplies a strength at every step, and is compared and saved. Return a Python float or int: not a
     tensor, which would have to be read back, not a numpy number, not None."""
@@ -35,7 +35,7 @@ def factor_is_a_plain_number(schedule: Schedule) -> None:
         hold(type(factor) in (int, float), f"factor({step}) is {factor!r}, a {type(factor).__name__}")
 
 
-@LAWS.add()
+@LAWS.add(root=1)
 def factor_is_finite_and_not_negative(schedule: Schedule) -> None:
     """A negative factor turns a penalty into a reward, and a NaN reaches every weight. Mind step 0 (a division by 0),
     the end (an index beyond it, a line that goes on below 0) and powers of large steps; use `min` and `max`."""

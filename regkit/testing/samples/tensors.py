@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice, product
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ VECTORS = ((7,), (1,))
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32, torch.float64)
+
+_SMALL: Final = {1: 513, 2: 65, 3: 9}
+"""By rank, above the largest size of an axis at which a shape that fits is looked for."""
 
 STEPS = (0, 1, 7, 100, 10**6)
 """Steps to ask a schedule at."""
@@ -39,12 +44,20 @@ def strided(w: Tensor) -> Tensor:
     return view.copy_(w)
 
 
-def possible(kind: Penalty | Constraint) -> list[tuple[int, ...]]:
+def ranked(kind: Penalty | Constraint) -> list[tuple[int, ...]]:
     """Shapes of the `ranks` of a kind: matrices and vectors, with gates in front for the layout `cell`."""
     if kind.layout == "cell":
         cells: list[tuple[int, ...]] = [(4, 3, 5), (1, 2, 2), (3, 4)]
         return [shape for shape in cells if len(shape) - 1 in kind.ranks]
     return [shape for shape in (*MATRICES, *VECTORS) if len(shape) in kind.ranks]
+
+
+def possible(kind: Penalty | Constraint) -> list[tuple[int, ...]]:
+    """Shapes of the `ranks` of a kind that fit; where none of the usual shapes does, the first that do of all small."""
+    usual = [shape for shape in ranked(kind) if kind.fits(shape) is None]
+    missing = {len(shape) for shape in ranked(kind)} - {len(shape) for shape in usual}
+    small = chain.from_iterable(product(range(1, _SMALL[rank]), repeat=rank) for rank in sorted(missing))
+    return [*usual, *islice((shape for shape in small if kind.fits(shape) is None), 2)]
 
 
 def shapes(kind: Penalty | Constraint) -> list[tuple[int, ...]]:
@@ -82,8 +95,8 @@ def large(kind: Penalty | Constraint, dtype: torch.dtype) -> list[Tensor]:
     """Weights of one sign, so large that their sums overflow float16 and stall in bfloat16."""
     matrix, vector = ((4, 192, 192), (4, 2**15)) if kind.layout == "cell" else ((384, 384), (2**17,))
     sizes: list[tuple[int, tuple[int, ...]]] = [(2, matrix), (1, vector)]
-    taken = [shape for rank, shape in sizes if rank in kind.ranks and refusal(kind, shape) is None]
-    return [random(shape, dtype=dtype).abs() for shape in taken]
+    fitting = [shape for rank, shape in sizes if rank in kind.ranks and kind.fits(shape) is None]
+    return [random(shape, dtype=dtype).abs() for shape in fitting if refusal(kind, shape) is None]
 
 
 def activity(seed: int = 0, dtype: torch.dtype = torch.float64) -> Activity:
