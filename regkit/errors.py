@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
+from regkit.vocabulary import in_these_words
+
 _MOST_PROBLEMS = 100
 _MOST_NAMES = 24  # an error that lists hundreds of names hides the one that matters
 _LONGEST_LINE: Final = 4000
@@ -228,19 +230,23 @@ def nearest(given: str, known: Iterable[str]) -> str | None:
     _spend_hint()
     names = sorted(name for name in known if len(name) > 1 or len(given) == 1)  # a letter is like everything
     by_fold = {name.casefold(): name for name in names}
-    close = difflib.get_close_matches(given.casefold(), list(by_fold), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(given.casefold(), list(by_fold), n=1, cutoff=0.75)
     return by_fold[close[0]] if close else None
 
 
-def hint(given: object, known: Iterable[str], otherwise: str = ".") -> str:
+def hint(given: object, known: Iterable[str], otherwise: str = ".", place: str = "", foreign: str | None = None) -> str:
     """The end of a sentence about a name that does not exist: the nearest known one, or `otherwise`.
+
+    place: what the name is of, as `role`: a word of another library is then told in the words of a document.
+    foreign: a sentence on the name, which goes before.
 
     >>> hint("kernal", ["kernel", "bias"])
     "; did you mean 'kernel'?"
     """
-    if not isinstance(given, str):
+    foreign = foreign or (in_these_words(place, given) if place and isinstance(given, str) else None)
+    if not isinstance(given, str) or foreign:
         _spend_hint()
-        return otherwise
+        return f": {foreign}." if foreign else otherwise
     near = nearest(given, known)
     return f"; did you mean {near!r}?" if near else otherwise
 
@@ -270,4 +276,4 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
     names = list(known) if hints_left() else []
     if not names:
         return f"unknown {what} {quoted(given)}"
-    return f"unknown {what} {quoted(given)}{hint(given, names)} Available: {listing(names)}"
+    return f"unknown {what} {quoted(given)}{hint(given, names, place=what)} Available: {listing(names)}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import ValidationInfo
 
+from regkit.adapters import GATE_ALIASES
 from regkit.kinds import Kind
 from regkit.registry.entries import canonical
 from regkit.registry.names import OWN
@@ -15,6 +16,10 @@ from regkit.registry.registry import Registry, default
 
 Unknown = Literal["error", "keep"]
 """The treatment of a kind that no plugin offers."""
+
+
+Words = tuple[Sequence[str], Sequence[str]]
+"""Roles and gates, such as those of one model."""
 
 
 class MissingKind(Kind):
@@ -45,11 +50,23 @@ class ReadingContext:
 
     registry: the kinds and adapters at hand. provenance: the document's own, by names of kinds, as far as given.
     unknown: the treatment of kinds that no plugin offers.
+    words: gives the roles and the gates of the model that the document is for; None where that is not known.
     """
 
     registry: Registry
     provenance: Mapping[str, Any]
     unknown: Unknown = "error"
+    words: Callable[[], Words] | None = None
+
+    @property
+    def roles(self) -> Sequence[str]:
+        """The roles to tell of where one is unknown: of the model at hand, else all."""
+        return self.registry.roles if self.words is None else self.words()[0]
+
+    @property
+    def gates(self) -> Sequence[str]:
+        """The gates to tell of where one is unknown: of the model at hand, else all, with their letters."""
+        return [*self.registry.gates, *GATE_ALIASES] if self.words is None else self.words()[1]
 
     @classmethod
     def from_validation(cls, info: ValidationInfo) -> ReadingContext:

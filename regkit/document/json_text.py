@@ -98,7 +98,8 @@ def _text_of(path: Path) -> str:
         raise _refusal(_shortened(str(path)), f"not UTF-8 text: {error.reason} at byte {error.start}") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null character in it
         reason = getattr(error, "strerror", None) or str(error)
-        hint = "; a JSON text begins with {" if not path.suffix else ""
+        looks_like_text = not path.suffix or any(one in str(path) for one in "\n:")
+        hint = "; a JSON text begins with {, and YAML is no JSON" if looks_like_text else ""
         raise _refusal(_shortened(str(path)), f"cannot read the file: {reason}{hint}") from error
 
 
@@ -108,7 +109,8 @@ def _parse(origin: str, text: str) -> Source:
     try:
         value = json.loads(text, parse_int=_whole_number)
     except json.JSONDecodeError as error:
-        raise SpecError(origin, [Problem("", f"not JSON: {error.msg}", error.lineno, error.colno)]) from None
+        reason = _why_not_json(text, error.pos) or error.msg
+        raise SpecError(origin, [Problem("", f"not JSON: {reason}", error.lineno, error.colno)]) from None
     except RecursionError:
         value = None  # the walk says where the text is nested too deeply
     offsets: dict[str, int] = {}
@@ -120,6 +122,30 @@ def _parse(origin: str, text: str) -> Source:
     if twice:
         raise SpecError(origin, twice)
     return source
+
+
+def _why_not_json(text: str, at: int) -> str | None:
+    """The reason why a text is not JSON from an index on, where that is a habit from another language."""
+    rest, before = text[at : at + 40].lstrip(), text[:at].rstrip()
+    if rest.startswith("'"):
+        return "strings stand in double quotes"
+    if rest.startswith(("//", "/*", "#")):
+        return "there are no comments in JSON"
+    if before.endswith(",") and rest[:1] in ("]", "}"):
+        return f"no comma before the closing {rest[0]}"
+    if rest.startswith(",") and rest[1:].lstrip()[:1] in ("]", "}"):
+        return f"no comma before the closing {rest[1:].lstrip()[0]}"
+    word = re.match(r"[A-Za-z_]\w*", rest)
+    if word is not None and word[0] in _PYTHON:
+        return f"{word[0]} of Python is {_PYTHON[word[0]]} in JSON"
+    if word is not None and before.endswith(("{", ",")):
+        return f'keys stand in double quotes: "{word[0][:20]}"'
+    if text.lstrip("\ufeff \t\r\n")[:1] not in ("{", "["):
+        return "a document is one object, which begins with {. Of YAML, json.dumps(yaml.safe_load(text)) makes JSON"
+    return None
+
+
+_PYTHON: Final = {"True": "true", "False": "false", "None": "null", "inf": "no number", "nan": "no number"}
 
 
 def _whole_number(digits: str) -> int:

@@ -102,6 +102,9 @@ def _dump_kind(kind: Kind) -> Any:
     if isinstance(kind, MissingKind):
         return kind.given
     options = kind.model_dump(mode="json")
+    for name, value in options.items():
+        if isinstance(getattr(kind, name, None), (set, frozenset)):  # of which each process has an order of its own
+            options[name] = sorted(value, key=json.dumps)
     fields = type(kind).model_fields
     return {name: value for name, value in options.items() if value is not None or fields[name].default is not None}
 

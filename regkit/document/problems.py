@@ -66,7 +66,10 @@ def _place(path: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
 def _sentence(error: dict[str, Any], source: json_text.Source, registry: Registry) -> str:
     kind, path, given = error["type"], error["loc"], error["input"]
     if kind == "extra_forbidden":
-        return errors.unknown("key", str(path[-1]), _known_keys(path[:-1], source.value, registry))
+        key, at = str(path[-1]), path[:-1]
+        if errors.hints_left() and (right := _right_place(key, at, source.value, registry)):
+            return f"unknown key {errors.quoted(key)} here: it belongs {right}"
+        return errors.unknown("key", key, _known_keys(at, source.value, registry))
     if kind == "missing":
         return f"`{path[-1]}` is missing"
     if kind == "regkit":
@@ -84,6 +87,33 @@ def _shown(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else errors.quoted(value)
 
 
+def _right_place(key: str, path: tuple[str | int, ...], value: Any, registry: Registry) -> str | None:
+    """The place where a key that is unknown at a path would be right; None where that is nowhere around."""
+    names = [part for part in path if isinstance(part, str)]
+    in_rule = names[:1] == ["rules"]
+    if in_rule and len(names) == 1 and key in Target.model_fields:
+        return "into `target`"
+    if in_rule and len(names) == 1:
+        for field in ("penalty", "constraint", "schedule"):
+            if field in _at(path, value) and key in _known_keys((*path, field), value, registry):
+                return f"into `{field}`"
+    if in_rule and len(names) > 1 and key in Rule.model_fields:
+        return f"into the rule, beside `{names[1]}`"
+    if in_rule and len(names) > 1 and key in Target.model_fields:
+        return "into the rule's `target`"
+    if not in_rule and key in Rule.model_fields and key not in Spec.model_fields:
+        return "into a rule, in the list `rules`"
+    if names[:1] != ["layers"] and key in Layer.model_fields:
+        return "into a layer, in the list `layers`"
+    return "at the top of the document" if path and key in ("rules", "layers", "version", "provenance") else None
+
+
+def _at(path: tuple[str | int, ...], value: Any) -> Any:
+    for part in path:
+        value = value[part]
+    return value
+
+
 def _known_keys(path: tuple[str | int, ...], value: Any, registry: Registry) -> list[str]:
     """The keys that the object at this path may have."""
     shapes: dict[tuple[str, ...], type[BaseModel]] = {
@@ -98,8 +128,7 @@ def _known_keys(path: tuple[str | int, ...], value: Any, registry: Registry) -> 
 
 def _kind_at(path: tuple[str | int, ...], value: Any, registry: Registry) -> type[BaseModel] | None:
     """The class of the kind that stands at this path, in its canonical form or in shorthand."""
-    for part in path:
-        value = value[part]
+    value = _at(path, value)
     name = value.get("kind") if isinstance(value, dict) else value
     if name is None and isinstance(value, dict):
         name = next(iter(value), None)

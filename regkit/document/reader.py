@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from regkit.document import json_text
-from regkit.document.context import MissingKind, ReadingContext, Unknown
+from regkit.document.context import MissingKind, ReadingContext, Unknown, Words
 from regkit.document.problems import problems
 from regkit.document.spec import Spec
 from regkit.errors import SpecError, few_hints
@@ -34,6 +34,18 @@ def load(
 
     Raises SpecError with every problem found, each with its JSON Pointer and, where there is a text, line and column.
     """
+    return read(document, registry or default(), strict=strict, unknown=unknown)
+
+
+def read(
+    document: str | Path | dict[str, Any] | Spec,
+    registry: Registry,
+    *,
+    strict: bool = False,
+    unknown: Unknown = "error",
+    words: Callable[[], Words] | None = None,
+) -> Spec:
+    """`load`, for a model: words gives the roles and gates that the model has, of which a mistake is told."""
     if unknown not in ("error", "keep"):
         raise ValueError(f"unknown is 'error' or 'keep', not {unknown!r}")
     if isinstance(document, Spec):
@@ -42,20 +54,27 @@ def load(
         return document
     if not isinstance(document, (str, Path, dict)):
         raise TypeError(f"a spec is a path, a JSON text, a dict or a Spec, not {type(document).__name__}")
-    return _validated(json_text.read(document), registry or default(), strict, unknown)
+    source = json_text.read(document)
+    given = source.value.get("provenance") if isinstance(source.value, dict) else None
+    provenance = given if isinstance(given, dict) else {}
+    return _validated(source, ReadingContext(registry, provenance, unknown, words), strict)
 
 
-def _validated(source: json_text.Source, registry: Registry, strict: bool, unknown: Unknown) -> Spec:
+def _validated(source: json_text.Source, reading: ReadingContext, strict: bool) -> Spec:
     if not isinstance(source.value, dict):
         raise SpecError(source.origin, [source.problem("", "a document is an object with `rules` or `layers`")])
-    given = source.value.get("provenance")
-    reading = ReadingContext(registry, given if isinstance(given, dict) else {}, unknown)
     try:
         with few_hints():
             spec = Spec.model_validate(source.value, context={"reading": reading})
     except ValidationError as error:
         with few_hints():
-            raise SpecError(source.origin, problems(error, source, registry)) from None
+            raise SpecError(source.origin, problems(error, source, reading.registry)) from None
+    if source.text is not None:
+        for number, (key, rule) in enumerate(spec.keyed_rules().items()):
+            where = f"rules/{number}" if number < len(source.value.get("rules", ())) else rule.name
+            at = source.problem(f"/{where}", "")
+            if at.line is not None and at.column is not None:
+                spec._places[key] = at.line, at.column
     if moved := [source.problem(*one) for one in _moved_kinds(spec, reading, strict)]:
         raise SpecError(source.origin, moved)
     return spec

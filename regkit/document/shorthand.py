@@ -13,6 +13,7 @@ from regkit.errors import listing, nearest, quoted, unknown
 from regkit.registry.entries import Entry
 from regkit.registry.names import Family
 from regkit.registry.registry import Registry
+from regkit.vocabulary import from_keras
 
 _CALL: Final = re.compile(r"([A-Za-z_][\w.]*)(?:\s*\((.*)\))?", re.DOTALL)  # linear, whatever it is given
 _WORD: Final = re.compile(r"[A-Za-z_]\w*")
@@ -44,11 +45,24 @@ def canonical(value: Any, families: tuple[Family, ...], registry: Registry) -> d
             f"expected an object with a kind, or a string such as {_example('', families, registry)!r}, "
             f"got {type(value).__name__}"
         )
+    if "class_name" in value:
+        raise ShorthandError(_keras(value, families))
     if "kind" not in value:
         return _of_object(value, families, registry)
     if not isinstance(value["kind"], str):
         raise KindError(f"must be the name of a kind, got {quoted(value['kind'])}")
     return {**value, "kind": _entry(value["kind"], families, registry).name}
+
+
+def _keras(value: dict[str, Any], families: tuple[Family, ...]) -> str:
+    """The sentence on a kind in Keras' form."""
+    name, config = value["class_name"], value.get("config")
+    made = from_keras(name, config if isinstance(config, dict) else {}) if isinstance(name, str) else None
+    if made is None:
+        return f"{quoted(name)} is a class of Keras that no kind stands for"
+    if families == ("activity penalty",):  # of which Keras divides the sum by the batch
+        made = {**made, "kind": f"activity_{made['kind']}", "reduction": "batch"}
+    return f"this is how Keras saves {name}; write {json.dumps(made)[:300]}"
 
 
 def _example(given: str, families: tuple[Family, ...], registry: Registry) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from regkit.document.context import MissingKind
 from regkit.document.kind_field import AnyConstraint, AnyPenalty, AnySchedule, OutputPenalty, WeightPenalty
@@ -178,6 +178,15 @@ class Provenance(Frozen):
     version: str | None = None
 
 
+class _Places(dict[str, tuple[int, int]]):
+    """The line and column of each rule in the text of its document, by the rule's key; equal to all others."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Places)
+
+    __hash__ = None
+
+
 class Spec(Frozen):
     """A whole document.
 
@@ -200,6 +209,8 @@ class Spec(Frozen):
 
     provenance: Annotated[dict[str, Provenance], Field(exclude=True)] = Field(default_factory=dict)
     """The distributions that the kinds came from, written when the document is saved."""
+
+    _places: _Places = PrivateAttr(default_factory=_Places)
 
     @field_validator("version", mode="before")
     @classmethod
@@ -226,6 +237,10 @@ class Spec(Frozen):
     def keyed_rules(self) -> dict[str, Rule]:
         """The rules by their names; a rule without a name by its place, as rules/3."""
         return {rule.name or f"rules/{index}": rule for index, rule in enumerate(self.rules)}
+
+    def place(self, key: str) -> tuple[int, int] | tuple[None, None]:
+        """The line and column of a rule in the text that the document was read from, if any."""
+        return self._places.get(key, (None, None))
 
     def kinds(self) -> Iterator[Kind]:
         """Every penalty, constraint and schedule of the document."""

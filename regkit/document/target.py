@@ -63,7 +63,7 @@ def _known_role(role: str, info: ValidationInfo) -> str:
     reading = ReadingContext.from_validation(info)
     roles = reading.registry.roles
     if role not in roles and reading.unknown == "error":
-        raise mistake(unknown("role", role, roles))
+        raise mistake(unknown("role", role, reading.roles))
     return role
 
 
@@ -72,7 +72,7 @@ def _known_gate(gate: str, info: ValidationInfo) -> str:
     gates = reading.registry.gates
     name = gate if gate in gates else GATE_ALIASES.get(gate, gate)
     if name not in gates and reading.unknown == "error":
-        raise mistake(unknown("gate", gate, [*gates, *GATE_ALIASES]))
+        raise mistake(unknown("gate", gate, reading.gates))
     return name
 
 

@@ -11,9 +11,11 @@ from typing import Any, Final
 from torch import nn
 
 from regkit.adapters import Output, OutputSite, Weight, WeightSite
+from regkit.errors import hint, listing
 from regkit.plan.declarations import Outline, outline, outputs_of, weights_of
-from regkit.plan.modules import RecurrentModule
+from regkit.plan.modules import RecurrentModule, named_modules
 from regkit.plan.patterns import glob, literal
+from regkit.vocabulary import in_these_words
 
 
 @dataclass(eq=False, slots=True)
@@ -152,7 +154,8 @@ def _own_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 class Candidates:
     """The recurrent modules of a model, in the model's order, under all their names."""
 
-    def __init__(self, recurrents: Sequence[RecurrentModule]) -> None:
+    def __init__(self, recurrents: Sequence[RecurrentModule], model: nn.Module) -> None:
+        self._model = model
         self._all = [ModuleCandidate(one) for one in recurrents]
         self._numbers_by_name: dict[str, list[int]] = {}
         for number, one in enumerate(recurrents):
@@ -167,6 +170,34 @@ class Candidates:
     def modules(self) -> list[RecurrentModule]:
         """Every module once, under the first of its names."""
         return [candidate.recurrent for candidate in self._first(range(len(self._all)))]
+
+    def words(self) -> tuple[list[str], list[str]]:
+        """The roles and the gates of the model's modules."""
+        weights = [one.weight for candidate in self._all for one in candidate._weights]
+        put_out = [one.output.role for candidate in self._all for one in candidate.outputs]
+        roles = dict.fromkeys([*(one.role for one in weights), *put_out])
+        return list(roles), list(dict.fromkeys(gate for one in weights for gate in one.gates))
+
+    def unmatched(self, pattern: str) -> str:
+        """The sentence on a pattern that covers no recurrent module: what has that name, or the nearest name."""
+        available = f"Available: {listing(map(str, self.modules))}"
+        if sentence := self._described(pattern):
+            return f"{sentence}. {available}"
+        names, last = [one.name for one in self.modules if one.name], f".{pattern.rpartition('.')[2]}"
+        alike = next((name for name in names if name.endswith(last)), None)
+        near = f"; did you mean {alike!r}?" if alike else hint(pattern, names)
+        return f"no recurrent module is named {pattern!r}{near} {available}"
+
+    def _described(self, pattern: str) -> str | None:
+        """The sentence on a class, a parameter or another module that a pattern names; None where there is none."""
+        modules = [(name, type(module).__name__) for _, name, module in named_modules(self._model)]
+        if of_class := [name or "the model itself" for name, cls in modules if cls == pattern]:
+            return f"{pattern!r} is a class, and modules are chosen by name: {listing(of_class)}"
+        if cls := dict(modules).get(pattern):
+            return f"{pattern!r} is a {cls}, and no recurrent module that an adapter knows"
+        if sentence := in_these_words("module", pattern):
+            return f"{pattern!r} is a parameter: {sentence}"
+        return None
 
     def covers(self, pattern: str) -> bool:
         """Whether a pattern covers any module."""
@@ -188,6 +219,11 @@ class Candidates:
         return list(found.values())
 
     def _numbers(self, pattern: str) -> list[int]:
+        """The numbers of the candidates that a pattern covers, as written or else without wrappers' prefixes."""
+        bare = ".".join(part for part in pattern.removeprefix("module.").split(".") if part != "_orig_mod")
+        return self._covered(pattern) or (self._covered(bare.removeprefix("module.")) if bare != pattern else [])
+
+    def _covered(self, pattern: str) -> list[int]:
         """The numbers of the candidates that a pattern covers. A pattern is matched with a name once at most."""
         if literal(pattern):
             return self._numbers_by_name.get(pattern, [])

@@ -106,8 +106,8 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model is an nn.Module, not {type(model).__name__}")
     registry = registry or default()
-    spec = reader.load(spec, registry=registry)
-    candidates = Candidates(recurrent_modules(model, registry))
+    candidates = Candidates(recurrent_modules(model, registry), model)
+    spec = reader.read(spec, registry, words=candidates.words)
     bindings: list[Binding] = []
     problems: list[Problem] = []
     with few_hints():
@@ -115,7 +115,7 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
             try:
                 bindings.append(_bound(key, rule, candidates, registry))
             except DoesNotFit as error:
-                problems.append(Problem(key, str(error)))
+                problems.append(Problem(key, str(error), *spec.place(key)))
     if problems and not candidates.modules:
         raise ResolveError("the spec", [Problem("", _nothing_recurrent(model, registry))])
     if problems:

@@ -15,6 +15,7 @@ from regkit.errors import AttachError, PluginError, hint, hints_left, listing
 from regkit.kinds import ActivityPenalty, Constraint, Layout, Penalty, Schedule, Via
 from regkit.plan.binding import Binding
 from regkit.plan.candidates import Candidates, ModuleCandidate, OutputCandidate, WeightCandidate
+from regkit.vocabulary import missing_gate
 
 
 class DoesNotFit(Exception):  # noqa: N818  # a signal within `plan`; users see ResolveError
@@ -63,14 +64,8 @@ def _modules(target: Target, model: Candidates, absent: _Absent) -> list[ModuleC
     patterns = target.module or ("**",)
     for pattern in patterns:
         if not model.covers(pattern):
-            absent.tell([f"module {pattern!r}"], partial(_unmatched, pattern, model))
+            absent.tell([f"module {pattern!r}"], partial(model.unmatched, pattern))
     return model.chosen(patterns)
-
-
-def _unmatched(pattern: str, model: Candidates) -> str:
-    recurrents = model.modules
-    near = hint(pattern, [one.name for one in recurrents if one.name])
-    return f"no recurrent module is named {pattern!r}{near} Available: {listing(map(str, recurrents))}"
 
 
 P = TypeVar("P", WeightCandidate, OutputCandidate)
@@ -99,7 +94,9 @@ class _Choice(Generic[P]):
         return [candidate for candidate in candidates if not wanted.isdisjoint(self.values_of(candidate))]
 
     def _absent(self, value: Any, available: list[Any], candidates: list[P]) -> str:
-        where = listing(str(candidate.recurrent) for candidate in candidates) + hint(value, available)
+        reasons = (missing_gate(one.recurrent.module_class, value) for one in candidates if self.field == "gate")
+        near = hint(value, available, place=self.field, foreign=next(filter(None, reasons), None))
+        where = listing(str(candidate.recurrent) for candidate in candidates) + near
         return f"there is no {self.field} {value!r} in {where} Available: {listing(map(str, available))}"
 
     def ruled_out(self, candidates: list[P]) -> list[str]:

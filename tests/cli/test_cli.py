@@ -55,7 +55,7 @@ def test_check_tells_valid_and_invalid_documents_apart(folder, capsys):
     captured = capsys.readouterr()
     assert captured.out == "good.json: valid, 2 rules\n"
     assert "bad.json is not a valid spec: 3 problems" in captured.err
-    assert "line 2, column 24: /rules/0/penalty/kind: unknown penalty 'l3'; did you mean '" in captured.err
+    assert "line 2, column 24: /rules/0/penalty/kind: unknown penalty 'l3'. Available: " in captured.err
     assert (
         "line 3, column 42: /rules/1/penalty/strenght: unknown key 'strenght'; did you mean 'strength'" in captured.err
     )

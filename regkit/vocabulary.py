@@ -1,0 +1,194 @@
+"""Words of other libraries and of papers, with the words that a document has for the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+_DECAY: Final = "an optimizer's weight_decay of c is l2(c/2): torch adds c·w to the gradient, and l2(s) adds 2s·w"
+_NOISE: Final = "noise is no penalty and no constraint; give dropout to the module, as in nn.LSTM(dropout=0.5)"
+_KERAS_ORTHOGONAL: Final = "Keras' OrthogonalRegularizer is cosine_orthogonal (orthogonal is another formula)"
+
+_KINDS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("weightdecay", "wd", "decay", "adamw"), _DECAY),
+    **dict.fromkeys(("ridge", "tikhonov", "frobenius", "squared"), "the sum of squares is l2"),
+    **dict.fromkeys(("lasso", "sparsity", "sparse"), "the sum of absolute values is l1"),
+    **dict.fromkeys(("elasticnet",), "l1_l2 has both, as l1_l2(1, 1e-5, 1e-4)"),
+    **dict.fromkeys(
+        ("ar", "activationregularization"), "activation regularization (AR, Merity et al. 2017) is activity_l2"
+    ),
+    **dict.fromkeys(
+        ("tar", "temporalactivationregularization", "slowness"),
+        "temporal activation regularization (TAR, Merity et al. 2017) is temporal",
+    ),
+    **dict.fromkeys(("orthogonalregularizer", "orthogonalregularization"), _KERAS_ORTHOGONAL),
+    **dict.fromkeys(("softorthogonal", "softorthogonality", "orthogonality"), "soft orthogonality is orthogonal"),
+    **dict.fromkeys(("normclipping", "normconstraint", "weightclipping"), "a bound on norms is max_norm"),
+    **dict.fromkeys(("normalize", "normalized", "weightnorm"), "norms of 1 are unit_norm"),
+    **dict.fromkeys(("nonneg", "positive"), "weights from 0 up are non_negative"),
+    **dict.fromkeys(
+        ("dropout", "recurrentdropout", "variationaldropout", "lockeddropout", "weightdrop", "dropconnect", "zoneout"),
+        _NOISE,
+    ),
+    **dict.fromkeys(
+        ("clip", "clipnorm", "clipvalue", "gradientclipping", "clipgradnorm"),
+        "gradients are clipped by torch.nn.utils.clip_grad_norm_; a bound on the norms of weights is max_norm",
+    ),
+}
+
+_AXIS: Final = 'over which weights a norm is taken is `per`: Keras\' axis=0 is per="unit" here, and axis=1 per="input"'
+_STRENGTH: Final = "the factor of a penalty is its `strength`"
+_IN_LAYERS: Final = "Keras' names stand in `layers`: "
+
+_KEYS: Final[Mapping[str, str]] = {
+    "axis": _AXIS,
+    **dict.fromkeys(
+        ("lambda", "lambd", "alpha", "beta", "coef", "coefficient", "factor", "weight", "penaltyweight", "lam"),
+        _STRENGTH,
+    ),
+    **dict.fromkeys(("max", "maxnorm", "c", "bound", "clip"), "the bound of max_norm is its `max_value`"),
+    **dict.fromkeys(("wregularizer", "weightregularizer", "inputregularizer"), f"{_IN_LAYERS}kernel_regularizer"),
+    **dict.fromkeys(("uregularizer", "hiddenregularizer"), f"{_IN_LAYERS}recurrent_regularizer"),
+    "bregularizer": f"{_IN_LAYERS}bias_regularizer",
+    "wconstraint": f"{_IN_LAYERS}kernel_constraint",
+    "uconstraint": f"{_IN_LAYERS}recurrent_constraint",
+    "bconstraint": f"{_IN_LAYERS}bias_constraint",
+    **dict.fromkeys(("weightdecay", "wd"), _DECAY),
+    **dict.fromkeys(("dropout", "recurrentdropout"), _NOISE),
+    "regularizer": "a rule has a `penalty` or a `constraint`",
+    "regularizers": "regularizers stand in `rules`, or under Keras' names in `layers`",
+    "penalties": "each rule of `rules` has one `penalty`",
+    "constraints": "each rule of `rules` has one `constraint`",
+    **dict.fromkeys(("scheduler", "warmup", "annealing"), "a factor over steps is a `schedule`"),
+    **dict.fromkeys(
+        ("modules", "modulename", "path", "parameter", "parameters", "param"), "modules are named by `module`"
+    ),
+    **dict.fromkeys(("roles", "weights", "type"), "weights are named by `role`"),
+}
+
+_ROLES: Final[Mapping[str, str]] = {
+    "recurrentkernel": "Keras' recurrent_kernel is the role recurrent",
+    **dict.fromkeys(
+        ("weightih", "ih", "w", "input", "inputweights", "wih", "inputtohidden"), "input weights are the role kernel"
+    ),
+    **dict.fromkeys(
+        ("weighthh", "hh", "u", "hidden", "whh", "hiddentohidden", "transition"),
+        "hidden-to-hidden weights are the role recurrent",
+    ),
+    **dict.fromkeys(("biasih", "biashh", "b", "biases"), "both of torch's biases are the role bias"),
+    **dict.fromkeys(("weighthr", "proj", "hr"), "the weight of a projection is the role projection"),
+    **dict.fromkeys(
+        ("all", "weights", "weight", "every", "any", "*"), "without `role` a penalty is about every weight"
+    ),
+    **dict.fromkeys(
+        ("h", "hn", "hiddenstate", "hiddenstates"), "the hidden state that a module hands on is the role state"
+    ),
+    **dict.fromkeys(("cn", "cellstate", "memory"), "the cell state of an LSTM is the role cell"),
+    **dict.fromkeys(("activity", "activation", "activations", "y"), "the sequence of outputs is the role output"),
+}
+
+_GATES: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("candidate", "htilde"), "the candidate is the gate cell of an LSTM, and new of a GRU"),
+    **dict.fromkeys(("modulation", "memory", "ctilde"), "the candidate of an LSTM is its gate cell"),
+}
+
+_DIRECTIONS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("both", "bidirectional", "any", "all"), "without `direction` both are meant"),
+    **dict.fromkeys(("fw", "ltr", "left"), "left to right is forward"),
+    **dict.fromkeys(("bw", "rtl", "right"), "right to left is backward"),
+}
+
+_TABLES: Final[Mapping[str, Mapping[str, str]]] = {
+    **dict.fromkeys(("penalty", "activity penalty", "constraint", "kind"), _KINDS),
+    "key": _KEYS,
+    "role": _ROLES,
+    "gate": _GATES,
+    "direction": _DIRECTIONS,
+}
+
+_GATES_OF_OTHERS: Final[Mapping[tuple[str, str], str]] = {
+    ("GRU", "forget"): "a GRU has no forget gate: its update gate z keeps the state, h = (1 − z)·n + z·h",
+    ("GRU", "input"): "a GRU has no input gate: what is new comes with 1 − z, of its update gate",
+    ("GRU", "output"): "a GRU has no output gate: its state is its output",
+    ("GRU", "cell"): "a GRU has no cell: its candidate is the gate new",
+    ("LSTM", "update"): "an LSTM has no update gate: its input and forget gates do that work",
+    ("LSTM", "reset"): "an LSTM has no reset gate: its forget gate clears the cell",
+    ("LSTM", "new"): "the candidate of an LSTM is its gate cell",
+}
+
+_PARAMETER: Final = re.compile(
+    r"(?:(?P<module>[\w.]+)\.)?(?P<of>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)(?:_l(?P<layer>\d+))?(?P<back>_reverse)?"
+)
+_ROLE_OF: Final = {"weight_ih": "kernel", "weight_hh": "recurrent", "weight_hr": "projection"}
+
+
+def in_these_words(place: str, word: str) -> str | None:
+    """The sentence that says a foreign word in the words of a document; None for a word that is not known.
+
+    place: `penalty`, `constraint`, `schedule`, `key`, `role`, `gate`, `direction` or `module`.
+
+    >>> in_these_words("role", "weight_hh_l0")
+    "torch's weight_hh_l0 is role recurrent, layer 0"
+    """
+    if place in ("role", "module", "key") and (match := _PARAMETER.fullmatch(word)):
+        return _of_parameter(word.rpartition(".")[2], match)
+    return _TABLES.get(place, {}).get(re.sub(r"[_\s\-]", "", word.casefold()))
+
+
+def _of_parameter(name: str, match: re.Match[str]) -> str:
+    parts = [f"role {_ROLE_OF.get(match['of'], 'bias')}"]
+    if match["module"]:
+        parts.insert(0, f"module {match['module']}")
+    if match["layer"]:
+        parts.append(f"layer {match['layer']}")
+    if match["back"]:
+        parts.append("direction backward")
+    return f"torch's {name} is {', '.join(parts)}"
+
+
+def missing_gate(module_class: str, gate: str) -> str | None:
+    """The sentence on a gate that another class of modules has; None where nothing is known."""
+    family = next((one for one in ("GRU", "LSTM") if one in module_class), "")
+    return _GATES_OF_OTHERS.get((family, gate))
+
+
+_KERAS: Final[Mapping[str, tuple[str, Mapping[str, str]]]] = {
+    "L1": ("l1", {"l1": "strength"}),
+    "L2": ("l2", {"l2": "strength"}),
+    "L1L2": ("l1_l2", {"l1": "l1", "l2": "l2"}),
+    "OrthogonalRegularizer": ("cosine_orthogonal", {"factor": "strength"}),
+    "MaxNorm": ("max_norm", {"max_value": "max_value", "axis": "per"}),
+    "MinMaxNorm": (
+        "min_max_norm",
+        {"min_value": "min_value", "max_value": "max_value", "rate": "rate", "axis": "per"},
+    ),
+    "UnitNorm": ("unit_norm", {"axis": "per"}),
+    "NonNeg": ("non_negative", {}),
+}
+"""The kind of each class of Keras, and the option of each of its config's keys."""
+
+_PER: Final[Mapping[Any, str]] = {0: "unit", -2: "unit", 1: "input", -1: "input"}
+_MODE: Final = {"rows": "columns", "columns": "rows"}
+
+
+def from_keras(class_name: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The kind, as an object, of a class name and a config of Keras, for a matrix; None for a class without a kind.
+
+    Keras' kernel is the transpose of a torch weight: its axis 0 runs over inputs, and its rows are columns here.
+
+    >>> from_keras("MaxNorm", {"max_value": 3, "axis": 0})
+    {'kind': 'max_norm', 'max_value': 3, 'per': 'unit'}
+    """
+    if class_name not in _KERAS:
+        return None
+    kind, names = _KERAS[class_name]
+    made: dict[str, Any] = {"kind": kind}
+    for key, value in config.items():
+        if key == "axis":
+            made["per"] = _PER.get(value, "matrix") if isinstance(value, int) else "matrix"
+        elif key == "mode":
+            made["mode"] = _MODE.get(value, value) if isinstance(value, str) else value
+        else:
+            made[names.get(key, key)] = value
+    return made
