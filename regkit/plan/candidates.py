@@ -179,7 +179,7 @@ class Candidates:
         return list(roles), list(dict.fromkeys(gate for one in weights for gate in one.gates))
 
     def unmatched(self, pattern: str) -> str:
-        """The sentence on a pattern that covers no recurrent module: what has that name, or the nearest name."""
+        """The sentence on a pattern that covers no recurrent module: which thing has that name, or the nearest name."""
         available = f"Available: {listing(map(str, self.modules))}"
         if sentence := self._described(pattern):
             return f"{sentence}. {available}"
