@@ -14,7 +14,7 @@ from regkit import Constraint, hookimpl
 from regkit.activity import at_least_float32
 from regkit.fields import Fraction, NonNegative, Positive
 from regkit.kinds import Layout, Separable
-from regkit_standard.foreach import Per, group_norms, ratio, scale_groups_
+from regkit_standard.foreach import Per, group_norms, ratio, scale_groups_, scaled
 
 _POOLED: Final[dict[Per, tuple[int, ...]]] = {"unit": (1,), "input": (0,), "matrix": (0, 1)}
 """The axes over which squares are summed. A cell's rows lie apart, gate by gate: they are no axis of a matrix."""
@@ -26,6 +26,9 @@ class _NormConstraint(Constraint):
     per: Per = "unit"
     """Whose norm: `unit`, the incoming weights of each gate unit (a torch row; Keras axis=0); `input`, a column (Keras
     axis=1); `cell`, all gate rows of one hidden unit; `matrix`, the whole. A bias' unit is one scalar."""
+
+    _inwards: ClassVar[bool] = True
+    """Whether the allowed norms have an inside, to which half-precision results are rounded; a sphere has none."""
 
     @property
     def separable(self) -> Separable:
@@ -57,7 +60,7 @@ class _NormConstraint(Constraint):
         return self._scaled(w, sums.sqrt())
 
     def project_(self, weights: list[Tensor]) -> None:
-        scale_groups_(weights, self.per, self._wanted)
+        scale_groups_(weights, self.per, self._wanted, self._inwards)
 
     def violation(self, w: Tensor) -> Tensor:
         return self._distance(group_norms(w, self.per))
@@ -66,7 +69,7 @@ class _NormConstraint(Constraint):
         return self._distance(sums.sqrt())
 
     def _scaled(self, w: Tensor, norms: Tensor) -> Tensor:
-        return (w * ratio(self._wanted(norms), norms)).to(w.dtype)
+        return scaled(w, ratio(self._wanted(norms), norms), self._inwards)
 
     def _distance(self, norms: Tensor) -> Tensor:
         return (norms - self._nearest(norms)).abs().amax()
@@ -114,6 +117,8 @@ class UnitNorm(_NormConstraint):
     """
 
     kind: Literal["unit_norm"] = "unit_norm"
+
+    _inwards: ClassVar[bool] = False
 
     @classmethod
     def examples(cls) -> Sequence[UnitNorm]:

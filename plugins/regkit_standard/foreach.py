@@ -150,10 +150,27 @@ def ratio(wanted: Tensor, norms: Tensor) -> Tensor:
     return torch.where((factors > 0) & (factors < math.inf), factors, 1.0)
 
 
-def scale_groups_(weights: list[Tensor], per: Per, wanted: Callable[[Tensor], Tensor]) -> None:
+def scaled(w: Tensor, factors: Tensor, inwards: bool) -> Tensor:
+    """w · factors in w's dtype.
+
+    inwards: in half precision, round what shrinks towards zero and what grows away from zero: rounded to the nearest
+    number, half of all groups would end up on the wrong side of the bound that they were brought to.
+    """
+    exact = at_least_float32(w) * factors
+    near = exact.to(w.dtype)
+    if not inwards or w.dtype in WIDE:
+        return near
+    beyond = at_least_float32(near).abs() - exact.abs()
+    # The bits of a number, without the sign, are in the order of the numbers: one less is the next towards zero.
+    step = ((factors > 1) & (beyond < 0)).to(torch.int16) - ((factors < 1) & (beyond > 0)).to(torch.int16)
+    return (near.view(torch.int16) + step).view(w.dtype)
+
+
+def scale_groups_(weights: list[Tensor], per: Per, wanted: Callable[[Tensor], Tensor], inwards: bool = False) -> None:
     """Multiply each group of each weight in place by the `ratio` of its wanted norm to its norm.
 
     wanted: from the norms of groups, the norms that they are given.
+    inwards: as of `scaled`.
     """
     axis, ranks = (1, 3) if per == "cell" else (0, 2)
     by_rows = per == "unit" and weights[0].dtype in WIDE
@@ -179,11 +196,27 @@ def scale_groups_(weights: list[Tensor], per: Per, wanted: Callable[[Tensor], Te
             continue
         factors = ratio(given, norms)
         parts = [factors] if len(each) == 1 else torch.split_with_sizes(factors, list(map(len, each)))
-        for w, part in zip(ws, parts, strict=True):
-            w *= part
+        if inwards and ws[0].dtype not in WIDE:
+            for w, part in zip(ws, parts, strict=True):
+                _scale_inwards_(w, part)
+        else:
+            for w, part in zip(ws, parts, strict=True):
+                w *= part
         if joined:
             sizes = list(map(Tensor.size, some, repeat(axis)))
             torch._foreach_copy_(some, torch.split_with_sizes(ws[0], sizes, axis))
+
+
+def _scale_inwards_(w: Tensor, factors: Tensor) -> None:
+    """Multiply a weight of half precision in place, as `scaled` does, in pieces of rows."""
+    rows = pieces(w, room(w), -2)
+    each = (
+        repeat(factors)
+        if factors.size(-2) == 1
+        else torch.split_with_sizes(factors, [one.size(-2) for one in rows], -2)
+    )
+    for piece, part in zip(rows, each, strict=False):
+        piece.copy_(scaled(piece, part, inwards=True))
 
 
 def _side_by_side(weights: list[Tensor], axis: int, by_rows: bool) -> list[tuple[list[Tensor], bool]]:

@@ -98,7 +98,13 @@ def _put_in_force(
     drop_inert_hooks(model)
     reshard(model)
     attachment = Attachment(model, plan, only, loss_scale)
-    attachment._tracker.growth = Growth(model, plan, attachment._rules.modules).verify
+    growth = Growth(model, plan, attachment._rules.modules)
+
+    def verify(model: nn.Module, optimizer: Optimizer) -> None:
+        growth.verify(model, optimizer)
+        _refuse_twice(attachment)
+
+    attachment._tracker.changed = verify
     _refuse_twice(attachment)
     if not copied:  # as an average of weights, a copy may well be frozen
         _refuse_frozen(attachment._rules)
@@ -120,7 +126,7 @@ def _hook_numbers(model: nn.Module) -> Iterator[int]:
 def _refuse_twice(attachment: Attachment) -> None:
     """Raise AttachError where a kind acts on a place already, through this model or another that shares the module."""
     # A copy, for a model may be collected meanwhile. One whose modules have moved is an error at its own next step.
-    others = [other for other in list(_attached) if other._engine.moved_module() is None]
+    others = [one for one in list(_attached) if one is not attachment and one._engine.moved_module() is None]
     live = {place: rule for other in others for place, _, rule in other._rules.acts()}
     for place, name, rule in attachment._rules.acts() if live else ():
         if place in live:

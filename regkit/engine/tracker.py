@@ -50,8 +50,8 @@ class StepTracker(Listener):
         self.count = StepCount()
         self.engine = engine
         self.gradients_final = engine.failed_steps.gradients_final
-        self.growth: Callable[[nn.Module, Optimizer], None] | None = None
-        """Raises StepError where the optimizer trains modules that have joined the model since."""
+        self.changed: Callable[[nn.Module, Optimizer], None] | None = None
+        """Raises an error where the model, which may have changed, is not optimized as the rules say any more."""
         self._only = None if optimizers is None else weakref.WeakSet(optimizers)
         self._thread = _Thread()
         self.open_steps: set[weakref.ref[ActiveStep]] = set()
@@ -133,8 +133,8 @@ class StepTracker(Listener):
             self.count.keep(snapshot.parameters)
             program = snapshot.programs.get(id(optimizer))
             if program is None or not program.holds(optimizer):
-                if self.growth is not None:
-                    self.growth(model, optimizer)
+                if self.changed is not None:
+                    self.changed(model, optimizer)
                 program = snapshot.programs[id(optimizer)] = Program(optimizer, snapshot)
             return program
         owned_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}

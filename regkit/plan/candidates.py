@@ -194,7 +194,11 @@ class Candidates:
         if of_class := [name or "the model itself" for name, cls in modules if cls == pattern]:
             return f"{pattern!r} is a class, and modules are chosen by name: {listing(of_class)}"
         if cls := dict(modules).get(pattern):
-            return f"{pattern!r} is a {cls}, and no recurrent module that an adapter knows"
+            around = next((one for one in self.modules if pattern.startswith(f"{one.name}.")), None)
+            rest = (
+                "no recurrent module that an adapter knows" if around is None else f"a part of {around}, which has all"
+            )
+            return f"{pattern!r} is a {cls}, and {rest}"
         if sentence := in_these_words("module", pattern):
             return f"{pattern!r} is a parameter: {sentence}"
         return None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import torch
 from torch import Tensor
 
-from regkit.activity import Activity, Sequenced, Stepped
-from regkit.errors import PluginError, StepError, listing
+from regkit.activity import Activity, Sequenced, Stepped, at_least_float32
+from regkit.errors import AttachError, PluginError, StepError, listing
 from regkit.kinds import Constraint, Penalty
 from regkit.rules.activity_rule import ActivityRule
 from regkit.rules.closed_form import Recorded, Term, evaluate
@@ -18,6 +19,7 @@ from regkit.rules.penalty_rule import PenaltyRule
 from regkit.rules.rule_set import RuleSet, named
 from regkit.rules.weight_rule import WeightRule
 from regkit.weights.batch import LOOPS, Batch, own_forms
+from regkit.weights.block import Block
 
 
 def try_kinds(rules: RuleSet) -> None:
@@ -34,6 +36,7 @@ def try_kinds(rules: RuleSet) -> None:
             named(rule, _try_once, rule, tried)
         except StepError as error:
             raise PluginError(str(error)) from error.__cause__
+    _refuse_contradictions(rules)
 
 
 def _try_once(rule: WeightRule | ActivityRule, tried: set[Hashable]) -> None:
@@ -69,8 +72,13 @@ def _try_penalty(rule: PenaltyRule) -> None:
     """Try a penalty on a block of each shape. Raises PluginError; AttachError where a weight cannot be written."""
     penalty, via = rule.kind, rule.binding.via
     for w in _samples(rule):
+        _check_numbers(rule, w)
         _check_result(rule, "value", penalty.value(w), ())
-        _check_result(rule, "gradient", penalty.gradient(w), tuple(w.shape))
+        gradient = penalty.gradient(w)
+        _check_result(rule, "gradient", gradient, tuple(w.shape))
+        if via in ("gradient", "loss") and not bool((gradient * penalty.strength).to(w.dtype).isfinite().all()):
+            size = f"a weight of {w.flatten()[0].item():g}"
+            raise AttachError(f"what is added to the gradient of {size} is infinite in its {w.dtype}")
         if via == "proximal":
             _check_result(rule, "prox", penalty.prox(w, 0.1), tuple(w.shape))
         if rule.addends:
@@ -86,6 +94,7 @@ def _try_constraint(rule: ConstraintRule) -> None:
     """Try a constraint on a block of each shape. Raises PluginError; AttachError where a weight cannot be written."""
     constraint = rule.at_step(0)
     for w in _samples(rule):
+        _check_numbers(rule, w)
         _check_result(rule, "project", constraint.project(w), tuple(w.shape))
         _check_result(rule, "violation", constraint.violation(w), ())
     for batch in rule.at_work(rule.placed(rule.snapshots.now()).batches):
@@ -167,6 +176,54 @@ def _check_writable(rule: WeightRule, points: Callable[[Tensor], Sequence[Tensor
                 w = block.weight(storages) if len(storages) == 1 else block.view(storage.read())
                 if not w.is_meta:
                     block.check_writable(storage, points(w) if len(storages) == 1 else [w * 0.5])
+
+
+def _check_numbers(rule: PenaltyRule | ConstraintRule, w: Tensor) -> None:
+    """Raise AttachError where a number of the kind is zero or infinite in the precision of the weight."""
+    wide = at_least_float32(w).dtype
+    for name, value in rule.kind:
+        held = torch.tensor(value, dtype=wide).item() if isinstance(value, float) and value else 1.0
+        if held in (0.0, math.inf, -math.inf):
+            raise AttachError(f"{name} {value:g} is {held:g} in {wide}, in which weights of {w.dtype} are read")
+
+
+# --- constraints that cannot hold together ---------------------------------------------------------------------------
+
+_ROUNDS: Final = 30
+_NEAR: Final = 1e-3
+
+
+def _refuse_contradictions(rules: RuleSet) -> None:
+    """Raise AttachError where constraints on one weight cannot hold together."""
+    found: dict[Hashable, list[tuple[ConstraintRule, Block, Tensor]]] = {}
+    for rule in rules.constraints:
+        for block, storages in rule.each():
+            place = (tuple(map(id, block.parameters())), block.site.part)
+            found.setdefault(place, []).append((rule, block, block.weight(storages)))
+    tried: set[Hashable] = set()
+    for together in found.values():
+        acting, (_, block, weight) = [rule for rule, _, _ in together], together[0]
+        if len(acting) > 1 and (key := (*map(id, acting), weight.shape)) not in tried:
+            tried.add(key)
+            named(acting[0], _refuse_contradiction, acting, block, weight.shape)
+
+
+def _refuse_contradiction(rules: Sequence[ConstraintRule], block: Block, shape: Sequence[int]) -> None:
+    """Raise AttachError where a weight that is projected in turn comes to rest with one constraint violated."""
+    kinds = [rule.at_step(0) for rule in rules]
+    w = torch.linspace(0.5, 1.5, math.prod(shape), dtype=torch.float64).view(tuple(shape))
+    left: list[list[float]] = []
+    for _ in range(_ROUNDS):
+        for kind in kinds:
+            w = kind.project(w)
+        left.append([float(kind.violation(w)) for kind in kinds])
+    for rule, before, now in zip(rules, left[_ROUNDS // 2], left[-1], strict=True):
+        if now > _NEAR and now >= before * (1 - 1e-6):
+            others = listing(one.binding.label for one in rules if one is not rules[0])
+            raise AttachError(
+                f"cannot hold of {block.name} together with {others}: projected onto each in turn, a weight stays "
+                f"{now:.3g} off {rule.kind.kind}"
+            )
 
 
 # --- list forms against loops ----------------------------------------------------------------------------------------
