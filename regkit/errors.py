@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -234,7 +234,9 @@ def nearest(given: str, known: Iterable[str]) -> str | None:
     return by_fold[close[0]] if close else None
 
 
-def hint(given: object, known: Iterable[str], otherwise: str = ".", place: str = "", foreign: str | None = None) -> str:
+def hint(
+    given: object, known: Collection[str], otherwise: str = ".", place: str = "", foreign: str | None = None
+) -> str:
     """The end of a sentence about a name that does not exist: the nearest known one, or `otherwise`.
 
     place: what the name is of, as `role`: a word of another library is then told in the words of a document.
@@ -243,7 +245,7 @@ def hint(given: object, known: Iterable[str], otherwise: str = ".", place: str =
     >>> hint("kernal", ["kernel", "bias"])
     "; did you mean 'kernel'?"
     """
-    foreign = foreign or (in_these_words(place, given) if place and isinstance(given, str) else None)
+    foreign = foreign or (in_these_words(place, given, known) if place and isinstance(given, str) else None)
     if not isinstance(given, str) or foreign:
         _spend_hint()
         return f": {foreign}." if foreign else otherwise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 _DECAY: Final = "an optimizer's weight_decay of c is l2(c/2): torch adds c·w to the gradient, and l2(s) adds 2s·w"
@@ -37,17 +37,9 @@ _KINDS: Final[Mapping[str, str]] = {
     ),
 }
 
-_AXIS: Final = 'over which weights a norm is taken is `per`: Keras\' axis=0 is per="unit" here, and axis=1 per="input"'
-_STRENGTH: Final = "the factor of a penalty is its `strength`"
 _IN_LAYERS: Final = "Keras' names stand in `layers`: "
 
 _KEYS: Final[Mapping[str, str]] = {
-    "axis": _AXIS,
-    **dict.fromkeys(
-        ("lambda", "lambd", "alpha", "beta", "coef", "coefficient", "factor", "weight", "penaltyweight", "lam"),
-        _STRENGTH,
-    ),
-    **dict.fromkeys(("max", "maxnorm", "c", "bound", "clip"), "the bound of max_norm is its `max_value`"),
     **dict.fromkeys(("wregularizer", "weightregularizer", "inputregularizer"), f"{_IN_LAYERS}kernel_regularizer"),
     **dict.fromkeys(("uregularizer", "hiddenregularizer"), f"{_IN_LAYERS}recurrent_regularizer"),
     "bregularizer": f"{_IN_LAYERS}bias_regularizer",
@@ -60,12 +52,27 @@ _KEYS: Final[Mapping[str, str]] = {
     "regularizers": "regularizers stand in `rules`, or under Keras' names in `layers`",
     "penalties": "each rule of `rules` has one `penalty`",
     "constraints": "each rule of `rules` has one `constraint`",
-    **dict.fromkeys(("scheduler", "warmup", "annealing"), "a factor over steps is a `schedule`"),
-    **dict.fromkeys(
-        ("modules", "modulename", "path", "parameter", "parameters", "param"), "modules are named by `module`"
-    ),
-    **dict.fromkeys(("roles", "weights", "type"), "weights are named by `role`"),
 }
+"""The words for keys that are foreign wherever they stand."""
+
+_KEYS_BESIDE: Final[Mapping[tuple[str, ...], tuple[str, Collection[str]]]] = {
+    ("per",): (
+        'over which weights a norm is taken is `per`: Keras\' axis=0 is per="unit" here, and axis=1 per="input"',
+        ("axis",),
+    ),
+    ("strength", "penalty"): (
+        "the factor of a penalty is its `strength`",
+        ("lambda", "lambd", "alpha", "beta", "coef", "coefficient", "factor", "weight", "penaltyweight", "lam"),
+    ),
+    ("max_value",): ("the upper bound of norms is `max_value`", ("max", "maxnorm", "c", "bound", "clip")),
+    ("schedule",): ("a factor over steps is a `schedule`", ("scheduler", "warmup", "annealing")),
+    ("module", "target"): (
+        "modules are named by `module` of `target`",
+        ("modules", "modulename", "path", "parameter", "parameters", "param"),
+    ),
+    ("role", "target"): ("weights are named by `role` of `target`", ("roles", "weights", "weight", "type")),
+}
+"""The words for keys of one place: each sentence is told where one of its keys may stand."""
 
 _ROLES: Final[Mapping[str, str]] = {
     "recurrentkernel": "Keras' recurrent_kernel is the role recurrent",
@@ -123,17 +130,26 @@ _PARAMETER: Final = re.compile(
 _ROLE_OF: Final = {"weight_ih": "kernel", "weight_hh": "recurrent", "weight_hr": "projection"}
 
 
-def in_these_words(place: str, word: str) -> str | None:
+def in_these_words(place: str, word: str, known: Collection[str] | None = None) -> str | None:
     """The sentence that says a foreign word in the words of a document; None for a word that is not known.
 
     place: `penalty`, `constraint`, `schedule`, `key`, `role`, `gate`, `direction` or `module`.
+    known: the names that may stand there, if that is known: no sentence on a key leads to one that may not.
 
     >>> in_these_words("role", "weight_hh_l0")
     "torch's weight_hh_l0 is role recurrent, layer 0"
     """
     if place in ("role", "module", "key") and (match := _PARAMETER.fullmatch(word)):
         return _of_parameter(word.rpartition(".")[2], match)
-    return _TABLES.get(place, {}).get(re.sub(r"[_\s\-]", "", word.casefold()))
+    plain = _plain(word)
+    for keys, (sentence, words) in _KEYS_BESIDE.items() if place == "key" else ():
+        if plain in words and (known is None or any(key in known for key in keys)):
+            return sentence
+    return _TABLES.get(place, {}).get(plain)
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"[_\s\-]", "", word.casefold())
 
 
 def _of_parameter(name: str, match: re.Match[str]) -> str:
@@ -153,42 +169,53 @@ def missing_gate(module_class: str, gate: str) -> str | None:
     return _GATES_OF_OTHERS.get((family, gate))
 
 
-_KERAS: Final[Mapping[str, tuple[str, Mapping[str, str]]]] = {
-    "L1": ("l1", {"l1": "strength"}),
-    "L2": ("l2", {"l2": "strength"}),
-    "L1L2": ("l1_l2", {"l1": "l1", "l2": "l2"}),
-    "OrthogonalRegularizer": ("cosine_orthogonal", {"factor": "strength"}),
-    "MaxNorm": ("max_norm", {"max_value": "max_value", "axis": "per"}),
-    "MinMaxNorm": (
+_AXIS: Final[Mapping[str, tuple[str, Any]]] = {"axis": ("per", 0)}
+_KERAS: Final[Mapping[str, tuple[str, Mapping[str, tuple[str, Any]]]]] = {
+    "l1": ("l1", {"l1": ("strength", 0.01)}),
+    "l2": ("l2", {"l2": ("strength", 0.01)}),
+    "l1l2": ("l1_l2", {"l1": ("l1", 0.0), "l2": ("l2", 0.0)}),
+    "orthogonalregularizer": ("cosine_orthogonal", {"factor": ("strength", 0.01), "mode": ("mode", "rows")}),
+    "maxnorm": ("max_norm", {"max_value": ("max_value", 2), **_AXIS}),
+    "minmaxnorm": (
         "min_max_norm",
-        {"min_value": "min_value", "max_value": "max_value", "rate": "rate", "axis": "per"},
+        {"min_value": ("min_value", 0.0), "max_value": ("max_value", 1.0), "rate": ("rate", 1.0), **_AXIS},
     ),
-    "UnitNorm": ("unit_norm", {"axis": "per"}),
-    "NonNeg": ("non_negative", {}),
+    "unitnorm": ("unit_norm", _AXIS),
+    "nonneg": ("non_negative", {}),
 }
-"""The kind of each class of Keras, and the option of each of its config's keys."""
+"""The kind of each class of Keras, and for each key of its config the option here and Keras' own default."""
 
-_PER: Final[Mapping[Any, str]] = {0: "unit", -2: "unit", 1: "input", -1: "input"}
 _MODE: Final = {"rows": "columns", "columns": "rows"}
 
 
 def from_keras(class_name: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The kind, as an object, of a class name and a config of Keras, for a matrix; None for a class without a kind.
+    """The kind, as an object, of a class name and a config of Keras, for a matrix; None where no kind is the like.
 
     Keras' kernel is the transpose of a torch weight: its axis 0 runs over inputs, and its rows are columns here.
+    What the config leaves out is as Keras has it, for defaults here may be others.
 
-    >>> from_keras("MaxNorm", {"max_value": 3, "axis": 0})
+    >>> from_keras("MaxNorm", {"max_value": 3})
     {'kind': 'max_norm', 'max_value': 3, 'per': 'unit'}
     """
-    if class_name not in _KERAS:
-        return None
-    kind, names = _KERAS[class_name]
+    kind, keys = _KERAS.get(_plain(class_name), ("", {}))
     made: dict[str, Any] = {"kind": kind}
-    for key, value in config.items():
+    for key, (option, default) in keys.items():
+        value = config.get(key, default)
         if key == "axis":
-            made["per"] = _PER.get(value, "matrix") if isinstance(value, int) else "matrix"
+            value = _per(value)
         elif key == "mode":
-            made["mode"] = _MODE.get(value, value) if isinstance(value, str) else value
-        else:
-            made[names.get(key, key)] = value
-    return made
+            value = _MODE.get(value) if isinstance(value, str) else None
+        if value is None:
+            return None
+        made[option] = value
+    return made if kind and config.keys() <= keys.keys() else None
+
+
+def _per(axis: Any) -> str | None:
+    """The groups of weights that a norm along an axis, or axes, of Keras' kernel is taken over; None for no axis."""
+    axes = axis if isinstance(axis, list) else [axis]
+    if axis is None:
+        return "matrix"
+    if not axes or any(type(one) is not int or not -2 <= one < 2 for one in axes):
+        return None
+    return {(0,): "unit", (1,): "input"}.get(tuple({one % 2 for one in axes}), "matrix")

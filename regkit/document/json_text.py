@@ -99,7 +99,7 @@ def _text_of(path: Path) -> str:
     except (OSError, ValueError) as error:  # ValueError: a path with a null character in it
         reason = getattr(error, "strerror", None) or str(error)
         looks_like_text = not path.suffix or any(one in str(path) for one in "\n:")
-        hint = "; a JSON text begins with {, and YAML is no JSON" if looks_like_text else ""
+        hint = "; a JSON text begins with {: YAML is no JSON, and no comment goes before" if looks_like_text else ""
         raise _refusal(_shortened(str(path)), f"cannot read the file: {reason}{hint}") from error
 
 

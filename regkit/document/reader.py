@@ -74,7 +74,7 @@ def _validated(source: json_text.Source, reading: ReadingContext, strict: bool) 
             where = f"rules/{number}" if number < len(source.value.get("rules", ())) else rule.name
             at = source.problem(f"/{where}", "")
             if at.line is not None and at.column is not None:
-                spec._places[key] = at.line, at.column
+                spec._places[key] = rule, at.line, at.column
     if moved := [source.problem(*one) for one in _moved_kinds(spec, reading, strict)]:
         raise SpecError(source.origin, moved)
     return spec

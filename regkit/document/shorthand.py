@@ -46,7 +46,7 @@ def canonical(value: Any, families: tuple[Family, ...], registry: Registry) -> d
             f"got {type(value).__name__}"
         )
     if "class_name" in value:
-        raise ShorthandError(_keras(value, families))
+        raise ShorthandError(_keras(value, families, registry))
     if "kind" not in value:
         return _of_object(value, families, registry)
     if not isinstance(value["kind"], str):
@@ -54,15 +54,18 @@ def canonical(value: Any, families: tuple[Family, ...], registry: Registry) -> d
     return {**value, "kind": _entry(value["kind"], families, registry).name}
 
 
-def _keras(value: dict[str, Any], families: tuple[Family, ...]) -> str:
-    """The sentence on a kind in Keras' form."""
+def _keras(value: dict[str, Any], families: tuple[Family, ...], registry: Registry) -> str:
+    """The sentence on a kind in Keras' form. Raises KindError for one that is of other families."""
     name, config = value["class_name"], value.get("config")
     made = from_keras(name, config if isinstance(config, dict) else {}) if isinstance(name, str) else None
-    if made is None:
-        return f"{quoted(name)} is a class of Keras that no kind stands for"
-    if families == ("activity penalty",):  # of which Keras divides the sum by the batch
+    if made is not None and families == ("activity penalty",):  # of which Keras divides the sum by the batch
         made = {**made, "kind": f"activity_{made['kind']}", "reduction": "batch"}
-    return f"this is how Keras saves {name}; write {json.dumps(made)[:300]}"
+        made = made if made["kind"] in {entry.name for entry in registry.entries(*families)} else None
+    if made is None:
+        return f"this is how Keras saves objects, and no kind stands for {quoted(name)} with such a config"
+    _entry(made["kind"], families, registry)
+    of_bias = '; of a bias, which is a vector, axis=0 is "per": "matrix"' if made.get("per") == "unit" else ""
+    return f"this is how Keras saves {name}; write {json.dumps(made)[:300]}{of_bias}"
 
 
 def _example(given: str, families: tuple[Family, ...], registry: Registry) -> str:

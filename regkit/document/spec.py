@@ -178,8 +178,8 @@ class Provenance(Frozen):
     version: str | None = None
 
 
-class _Places(dict[str, tuple[int, int]]):
-    """The line and column of each rule in the text of its document, by the rule's key; equal to all others."""
+class _Places(dict[str, tuple[Rule, int, int]]):
+    """Each rule, with its line and column in the text of its document, by its key; equal to all others."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Places)
@@ -240,7 +240,9 @@ class Spec(Frozen):
 
     def place(self, key: str) -> tuple[int, int] | tuple[None, None]:
         """The line and column of a rule in the text that the document was read from, if any."""
-        return self._places.get(key, (None, None))
+        rule, line, column = self._places.get(key, (None, 0, 0))
+        # A copy with other rules has these places too.
+        return (line, column) if rule is not None and rule == self.keyed_rules().get(key) else (None, None)
 
     def kinds(self) -> Iterator[Kind]:
         """Every penalty, constraint and schedule of the document."""

@@ -83,6 +83,14 @@ class OutputCandidate:
         return self._sites[layers, directions]
 
 
+def _bare(pattern: str) -> str:
+    """A pattern without the prefixes that wrappers of a whole model give to names."""
+    parts = [part for part in pattern.split(".") if part != "_orig_mod"]
+    while parts[:1] == ["module"]:
+        del parts[0]
+    return ".".join(parts)
+
+
 _OF_THE_MODULE: Final = ("path", "name", "module_class")
 _OF_THE_WEIGHT: Final = ("parameters", "role", "layer", "direction", "transposed", "columns", "through", "mask")
 
@@ -158,8 +166,10 @@ class Candidates:
         self._model = model
         self._all = [ModuleCandidate(one) for one in recurrents]
         self._numbers_by_name: dict[str, list[int]] = {}
+        self._numbers_by_path: dict[str, list[int]] = {}
         for number, one in enumerate(recurrents):
             self._numbers_by_name.setdefault(one.name, []).append(number)
+            self._numbers_by_path.setdefault(one.path, []).append(number)
         self._names_by_part: dict[str, list[str]] = {}
         for name in self._numbers_by_name:
             for part in dict.fromkeys(name.split(".")):
@@ -185,15 +195,18 @@ class Candidates:
             return f"{sentence}. {available}"
         names, last = [one.name for one in self.modules if one.name], f".{pattern.rpartition('.')[2]}"
         alike = next((name for name in names if name.endswith(last)), None)
-        near = f"; did you mean {alike!r}?" if alike else hint(pattern, names)
+        near = f"; did you mean {alike!r}?" if alike else hint(_bare(pattern), names)
         return f"no recurrent module is named {pattern!r}{near} {available}"
 
     def _described(self, pattern: str) -> str | None:
         """The sentence on a class, a parameter or another module that a pattern names; None where there is none."""
-        modules = [(name, type(module).__name__) for _, name, module in named_modules(self._model)]
-        if of_class := [name or "the model itself" for name, cls in modules if cls == pattern]:
-            return f"{pattern!r} is a class, and modules are chosen by name: {listing(of_class)}"
-        if cls := dict(modules).get(pattern):
+        modules = {name: type(module).__name__ for _, name, module in named_modules(self._model)}
+        of_class = pattern.removeprefix("torch.").removeprefix("nn.")
+        if pattern not in modules and of_class in modules.values():
+            named = [one.name or "the model itself" for one in self.modules if one.module_class == of_class]
+            of = f"modules are chosen by name: {listing(named)}" if named else "of no module that an adapter knows"
+            return f"{pattern!r} is a class, and {of}"
+        if cls := modules.get(pattern):
             around = next((one for one in self.modules if pattern.startswith(f"{one.name}.")), None)
             rest = (
                 "no recurrent module that an adapter knows" if around is None else f"a part of {around}, which has all"
@@ -224,8 +237,10 @@ class Candidates:
 
     def _numbers(self, pattern: str) -> list[int]:
         """The numbers of the candidates that a pattern covers, as written or else without wrappers' prefixes."""
-        bare = ".".join(part for part in pattern.removeprefix("module.").split(".") if part != "_orig_mod")
-        return self._covered(pattern) or (self._covered(bare.removeprefix("module.")) if bare != pattern else [])
+        if numbers := self._covered(pattern) or self._numbers_by_path.get(pattern):
+            return numbers
+        bare = _bare(pattern)
+        return self._covered(bare) if bare != pattern else []
 
     def _covered(self, pattern: str) -> list[int]:
         """The numbers of the candidates that a pattern covers. A pattern is matched with a name once at most."""

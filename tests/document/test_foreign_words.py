@@ -69,7 +69,7 @@ def test_every_kind_that_the_vocabulary_leads_to_exists():
         assert named & kinds or sentence is vocabulary._NOISE, sentence
     for name, (kind, options) in vocabulary._KERAS.items():
         assert kind in kinds
-        assert set(options.values()) <= set(default().kind(kind).model_fields), name
+        assert {option for option, _ in options.values()} <= set(default().kind(kind).model_fields), name
 
 
 def test_no_word_of_the_vocabulary_hides_a_name_that_exists():
@@ -119,10 +119,19 @@ def test_a_key_that_is_right_elsewhere_is_told_where(document, words):
         (rule(penalty={"kind": "l2", "strength": 1, "lambda": 1}), "`strength`"),
         (rule(penalty="l2(1)", weight_decay=0.1), "l2(c/2)"),
         (rule(penalty="l2(1)", weight_hh_l0=1), "role recurrent, layer 0"),
+        (on(weight="kernel"), "named by `role`"),
+        (rule(penalty={"kind": "l2", "strength": 1, "weight": 1}), "`strength`"),
+        (rule(constraint={"kind": "max_norm", "max_value": 1, "c": 1}), "`max_value`"),
     ],
 )
 def test_a_key_of_another_library_is_told_by_its_word_here(document, words):
     assert words in told(document)
+
+
+@pytest.mark.parametrize("key", ["axis", "c", "max", "roles", "parameter"])
+def test_a_key_of_another_library_leads_to_none_that_may_not_stand_there(key):
+    sentence = told(rule(penalty={"kind": "l2", "strength": 1, key: 1}))
+    assert sentence == f"unknown key {key!r}. Available: kind, strength"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +149,15 @@ def test_a_key_of_another_library_is_told_by_its_word_here(document, words):
         ),
         ({"class_name": "UnitNorm", "config": {"axis": -1}}, {"kind": "unit_norm", "per": "input"}),
         ({"class_name": "UnitNorm", "config": {"axis": [0, 1]}}, {"kind": "unit_norm", "per": "matrix"}),
+        ({"class_name": "UnitNorm", "config": {"axis": [0]}}, {"kind": "unit_norm", "per": "unit"}),
+        ({"class_name": "UnitNorm", "config": {"axis": None}}, {"kind": "unit_norm", "per": "matrix"}),
         ({"class_name": "NonNeg", "config": {}}, {"kind": "non_negative"}),
+        ({"class_name": "l2"}, {"kind": "l2", "strength": 0.01}),
+        (
+            {"class_name": "orthogonal_regularizer", "config": {}},
+            {"kind": "cosine_orthogonal", "strength": 0.01, "mode": "columns"},
+        ),
+        ({"class_name": "MaxNorm"}, {"kind": "max_norm", "max_value": 2, "per": "unit"}),
         (
             {"class_name": "MinMaxNorm", "config": {"min_value": 0.1, "max_value": 1, "rate": 0.5, "axis": 0}},
             {"kind": "min_max_norm", "min_value": 0.1, "max_value": 1, "rate": 0.5, "per": "unit"},
@@ -150,13 +167,41 @@ def test_a_key_of_another_library_is_told_by_its_word_here(document, words):
 def test_a_kind_as_keras_saves_it_is_told_as_a_document_says_it(given, wanted):
     field = "constraint" if "Norm" in given["class_name"] or given["class_name"] == "NonNeg" else "penalty"
     sentence = told(rule(**{field: given}))
-    assert sentence == f"this is how Keras saves {given['class_name']}; write {json.dumps(wanted)}"
+    of_bias = '; of a bias, which is a vector, axis=0 is "per": "matrix"' if wanted.get("per") == "unit" else ""
+    assert sentence == f"this is how Keras saves {given['class_name']}; write {json.dumps(wanted)}{of_bias}"
     regkit.load(rule(**{field: wanted}))  # and that is right
 
 
 def test_an_activity_regularizer_of_keras_is_told_with_its_reduction():
     sentence = told({"layers": [{"activity_regularizer": {"class_name": "L2", "config": {"l2": 0.01}}}]})
     assert '{"kind": "activity_l2", "strength": 0.01, "reduction": "batch"}' in sentence
+
+
+@pytest.mark.parametrize(
+    ("axis", "per", "norms_along"), [(0, "unit", 0), (-1, "input", 1), ([0, 1], "matrix", (0, 1)), ([-2], "unit", 0)]
+)
+def test_a_translated_constraint_is_as_keras_computes_it_on_the_transposed_kernel(axis, per, norms_along):
+    kernel = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(3, 4)  # of 3 inputs and 4 units, as Keras keeps it
+    norms = kernel.square().sum(norms_along, keepdim=True).sqrt()
+    made = vocabulary.from_keras("MaxNorm", {"max_value": 2, "axis": axis})
+    assert made == {"kind": "max_norm", "max_value": 2, "per": per}
+    projected = default().kind("max_norm")(max_value=2, per=per).project(kernel.T.contiguous())
+    torch.testing.assert_close(projected.T, kernel * norms.clamp(max=2) / norms)
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        (rule(penalty={"class_name": "MaxNorm"}), "'max_norm' is a kind of constraint"),
+        (rule(constraint={"class_name": "L2"}), "'l2' is a kind of penalty"),
+        ({"layers": [{"activity_regularizer": {"class_name": "OrthogonalRegularizer"}}]}, "no kind stands for"),
+        (rule(constraint={"class_name": "MaxNorm", "config": {"axis": 2}}), "no kind stands for 'MaxNorm' with such"),
+        (rule(constraint={"class_name": "MaxNorm", "config": {"axis": []}}), "no kind stands for 'MaxNorm' with such"),
+        (rule(penalty={"class_name": "L2", "config": {"l3": 1}}), "no kind stands for 'L2' with such"),
+    ],
+)
+def test_no_translation_is_told_that_would_be_refused(document, words):
+    assert words in told(document)
 
 
 @pytest.mark.parametrize("name", ["Dense", 3, None])
@@ -189,6 +234,10 @@ def test_a_word_in_a_target_is_told_by_its_word_here(target, words):
         ({"module": "head"}, "'head' is a Linear, and no recurrent module"),
         ({"module": "encoder"}, "'encoder' is a Sequential"),
         ({"module": "LSTM"}, "'LSTM' is a class, and modules are chosen by name: encoder.0."),
+        ({"module": "nn.LSTM"}, "'nn.LSTM' is a class, and modules are chosen by name: encoder.0."),
+        ({"module": "torch.nn.GRU"}, "is a class, and modules are chosen by name: rnn."),
+        ({"module": "Linear"}, "'Linear' is a class, and of no module that an adapter knows."),
+        ({"module": "_orig_mod.encodr.0"}, "did you mean 'encoder.0'?"),
         ({"module": "rnn.weight_hh_l0"}, "module rnn, role recurrent, layer 0"),
         ({"module": "weight_ih_l0"}, "role kernel, layer 0"),
         ({"module": "0"}, "did you mean 'encoder.0'?"),
@@ -213,6 +262,26 @@ def test_names_are_taken_with_the_prefixes_that_named_modules_gives(prefix, wrap
     for pattern, name in [("rnn", "rnn"), ("encoder.*", "encoder.0"), ("encoder._orig_mod.0", "encoder.0")]:
         plan = regkit.resolve(model, on(module=prefix + pattern))
         assert {site.name for site in plan.bindings[0].weights} == {name}
+
+
+def test_every_name_that_named_modules_gives_within_a_model_is_taken():
+    class Within(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parallel = nn.DataParallel(nn.LSTM(3, 4))
+            self.compiled = torch.compile(nn.Sequential(nn.GRU(3, 4)), backend="eager")
+
+    model = Within()
+    recurrent = {name: module for name, module in model.named_modules() if isinstance(module, (nn.LSTM, nn.GRU))}
+    assert set(recurrent) == {"parallel.module", "compiled._orig_mod.0"}
+    for name in recurrent:
+        assert {site.path for site in regkit.resolve(model, on(module=name)).bindings[0].weights} == {name}
+
+
+def test_a_module_named_as_a_class_is_told_for_what_the_module_is():
+    model = nn.Sequential()
+    model.add_module("LSTM", nn.Sequential(nn.LSTM(3, 4)))
+    assert "'LSTM' is a Sequential" in told(on(module="LSTM"), model)
 
 
 def test_a_child_of_that_name_goes_before_a_prefix():
@@ -260,6 +329,12 @@ def test_yaml_is_told_to_be_no_json(tmp_path: Path):
             regkit.load(given)
 
 
+@pytest.mark.parametrize("comment", ["// ours", "# ours", "/* ours */"])
+def test_a_text_that_begins_with_a_comment_is_told_so(comment):
+    with pytest.raises(regkit.SpecError, match="no comment goes before"):
+        regkit.load(comment + '\n{"rules": [{"penalty": "l2(1)"}]}')
+
+
 # --- the place of what does not fit ----------------------------------------------------------------------------------
 
 TEXT = """{
@@ -297,3 +372,13 @@ def test_the_places_are_no_part_of_a_documents_value():
     with pytest.raises(regkit.ResolveError) as caught:
         regkit.resolve(Net(), of_values)
     assert all(problem.line is None for problem in caught.value.problems)
+
+
+def test_a_rule_put_into_a_copy_has_no_place_in_the_text():
+    spec = regkit.load(TEXT)
+    other = spec.model_copy(update={"rules": (spec.rules[1].model_copy(update={"name": None}), *spec.rules[2:])})
+    with pytest.raises(regkit.ResolveError) as caught:
+        regkit.resolve(Net(), other)
+    first, second = caught.value.problems
+    assert (first.where, first.line) == ("rules/0", None)
+    assert (second.where, second.line) == ("layers/1/recurrent_regularizer", 10)
