@@ -8,10 +8,13 @@ from typing import Any, Final
 from pydantic import BaseModel, ValidationError
 
 from regkit import errors
+from regkit.adapters import OUTPUT_ROLES
 from regkit.document import json_text
+from regkit.document.context import ReadingContext
 from regkit.document.spec import Layer, Provenance, Rule, Spec
 from regkit.document.target import Target
 from regkit.errors import Problem
+from regkit.kinds import Penalty
 from regkit.registry.registry import Registry
 
 _IN_WORDS_OF_JSON: Final = {
@@ -27,12 +30,12 @@ _IN_WORDS_OF_JSON: Final = {
 }
 
 
-def problems(error: ValidationError, source: json_text.Source, registry: Registry) -> list[Problem]:
+def problems(error: ValidationError, source: json_text.Source, reading: ReadingContext) -> list[Problem]:
     """The problems that pydantic's errors tell, each once, in the order of the text."""
     found: list[tuple[str, str]] = []
     for one in error.errors(include_url=False):
         place = _place(one["loc"], source.value)
-        sentence = _sentence(dict(one), source, registry)
+        sentence = _sentence(dict(one), source, reading)
         if place != one["loc"] and isinstance(one["loc"][-1], str) and one["type"] != "missing":
             sentence = f"`{one['loc'][-1]}` {sentence}"  # the document does not show the option's name
         found.append((json_text.pointer(place), sentence))
@@ -63,8 +66,8 @@ def _place(path: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
     return tuple(place)
 
 
-def _sentence(error: dict[str, Any], source: json_text.Source, registry: Registry) -> str:
-    kind, path, given = error["type"], error["loc"], error["input"]
+def _sentence(error: dict[str, Any], source: json_text.Source, reading: ReadingContext) -> str:
+    kind, path, given, registry = error["type"], error["loc"], error["input"], reading.registry
     if kind == "extra_forbidden":
         key, at = str(path[-1]), path[:-1]
         if errors.hints_left() and (right := _right_place(key, at, source.value, registry)):
@@ -72,6 +75,8 @@ def _sentence(error: dict[str, Any], source: json_text.Source, registry: Registr
         return errors.unknown("key", key, _known_keys(at, source.value, registry))
     if kind == "missing":
         return f"`{path[-1]}` is missing"
+    if kind == "regkit_role":
+        return errors.unknown("role", given, _roles_at(path, source.value, reading))
     if kind == "regkit":
         return str(error["msg"])
     if kind in _IN_WORDS_OF_JSON:
@@ -85,6 +90,14 @@ def _sentence(error: dict[str, Any], source: json_text.Source, registry: Registr
 def _shown(value: Any) -> str:
     """A value, shortened: the words null, true and false as in JSON, others as in Python."""
     return json.dumps(value) if value is None or isinstance(value, bool) else errors.quoted(value)
+
+
+def _roles_at(path: tuple[str | int, ...], value: Any, reading: ReadingContext) -> list[str]:
+    """The roles that a target at a path may name: of weights alone, where its rule is about weights."""
+    rule = _at(path[:2], value)
+    cls = _kind_at((*path[:2], "penalty"), value, reading.registry) if "penalty" in rule else None
+    of_weights = "constraint" in rule or (cls is not None and issubclass(cls, Penalty))
+    return [role for role in reading.roles if not of_weights or role not in OUTPUT_ROLES]
 
 
 def _right_place(key: str, path: tuple[str | int, ...], value: Any, registry: Registry) -> str | None:

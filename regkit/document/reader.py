@@ -68,7 +68,7 @@ def _validated(source: json_text.Source, reading: ReadingContext, strict: bool) 
             spec = Spec.model_validate(source.value, context={"reading": reading})
     except ValidationError as error:
         with few_hints():
-            raise SpecError(source.origin, problems(error, source, reading.registry)) from None
+            raise SpecError(source.origin, problems(error, source, reading)) from None
     if source.text is not None:
         for number, (key, rule) in enumerate(spec.keyed_rules().items()):
             where = f"rules/{number}" if number < len(source.value.get("rules", ())) else rule.name

@@ -15,7 +15,7 @@ from pydantic import (
     StringConstraints,
     ValidationInfo,
 )
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from regkit import _pickled
 from regkit.adapters import GATE_ALIASES
@@ -63,7 +63,8 @@ def _known_role(role: str, info: ValidationInfo) -> str:
     reading = ReadingContext.from_validation(info)
     roles = reading.registry.roles
     if role not in roles and reading.unknown == "error":
-        raise mistake(unknown("role", role, reading.roles))
+        message = str(mistake(unknown("role", role, reading.roles)))  # only the whole rule tells which it could have
+        raise PydanticCustomError("regkit_role", "{message}", {"message": message})
     return role
 
 

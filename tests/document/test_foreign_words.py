@@ -245,7 +245,7 @@ def test_a_word_in_a_target_is_told_by_its_word_here(target, words):
         ({"module": "rnn", "gate": "forget"}, "a GRU has no forget gate: its update gate z"),
         ({"module": "encoder.0", "gate": "update"}, "its input and forget gates"),
         ({"module": "encoder.0", "gate": "new"}, "its gate cell"),
-        ({"role": "kernal"}, "Available: kernel, recurrent, bias, output, state, cell"),
+        ({"role": "kernal"}, "Available: kernel, recurrent, bias"),
         ({"gate": "forgett"}, "Available: reset, update, new, input, forget, cell, output"),
     ],
 )
@@ -253,6 +253,26 @@ def test_what_is_not_there_is_told_with_what_this_model_has(target, words):
     sentence = told(on(**target), Net())
     assert words in sentence
     assert "Available" in sentence
+
+
+@pytest.mark.parametrize(
+    ("kind", "available"),
+    [
+        ({"constraint": "max_norm(1)"}, "kernel, recurrent, bias"),
+        ({"penalty": "l2(1)"}, "kernel, recurrent, bias"),
+        ({"penalty": {"l1_l2": {"l1": 1, "l2": 1}}}, "kernel, recurrent, bias"),
+        ({"penalty": "activity_l2(1)"}, "kernel, recurrent, bias, output, state, cell"),
+        ({"penalty": "unheard_of(1)"}, "kernel, recurrent, bias, output, state, cell"),
+    ],
+)
+def test_the_roles_that_are_told_are_those_that_the_rule_could_have(kind, available):
+    with pytest.raises(regkit.SpecError) as caught:
+        regkit.resolve(Net(), rule(**kind, target={"role": ["bias", "outpux"]}))
+    (message,) = (one.message for one in caught.value.problems if one.where == "/rules/0/target/role/1")
+    assert message.endswith(f"Available: {available}")
+    assert ("did you mean 'output'" in message) == ("output" in available)
+    with pytest.raises(ValueError, match="unknown role 'outpux'.*Available: kernel"):
+        regkit.Target(role="outpux")  # as of Python code
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
