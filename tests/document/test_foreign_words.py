@@ -271,7 +271,7 @@ def test_the_roles_that_are_told_are_those_that_the_rule_could_have(kind, availa
     (message,) = (one.message for one in caught.value.problems if one.where == "/rules/0/target/role/1")
     assert message.endswith(f"Available: {available}")
     assert ("did you mean 'output'" in message) == ("output" in available)
-    with pytest.raises(ValueError, match="unknown role 'outpux'.*Available: kernel"):
+    with pytest.raises(ValueError, match=r"unknown role 'outpux'.*Available: kernel"):
         regkit.Target(role="outpux")  # as of Python code
 
 
