@@ -214,7 +214,7 @@ class Attachment:
             if calls.records or calls.last is not None:
                 if calls.validity is not None:
                     calls.placed()  # time goes on
-                calls.records, calls.last, calls.before, recorder.left = [], None, None, 0
+                calls.records, calls.before, recorder.left = [], None, 0  # not those that another thread has added
                 recorder.ledger.tickets.append(ticket)
         for rule in rules.by_loss:
             if torch.is_grad_enabled() and any(p.requires_grad for p in rule.parameters()):

@@ -98,10 +98,12 @@ def gather(entries: Sequence[tuple[Entry, Form]]) -> tuple[list[Group], list[Ent
     others: list[Entry] = []
     opened: dict[Any, Group] = {}
     for entry, form in entries:  # of which there may be hundreds: a loop without a call for each
-        calls, last = entry.recorder.calls, entry.recorder.calls.last
+        calls = entry.recorder.calls
         tensors: tuple[Tensor, ...] = ()
-        alone = last is not None and last[1] is None and not calls.records and calls.validity is None
-        records: Sequence[Call] = (last[0],) if alone else calls.placed()  # type: ignore[index]  # `alone` says that there is a call
+        with calls.lock:  # as `placed` does, without a call
+            if calls.last is not None and calls.last[1] is None and not calls.records and calls.validity is None:
+                calls.records, calls.last = [calls.last[0]], None
+        records: Sequence[Call] = calls.records if calls.last is None else calls.placed()
         if form.before is not None:
             tensors = _chain(entry.recorder, form, records)
         elif len(records) == 1 and records[0].validity is None and records[0].observed:
