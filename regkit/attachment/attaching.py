@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,8 @@ def _put_in_force(
     attachment = Attachment(model, plan, only, loss_scale)
     growth = Growth(model, plan, attachment._rules.modules)
 
-    def verify(model: nn.Module, optimizer: Optimizer) -> None:
-        growth.verify(model, optimizer)
+    def verify(model: nn.Module, trained: AbstractSet[int]) -> None:
+        growth.verify(model, trained)
         _refuse_twice(attachment)
 
     attachment._tracker.changed = verify

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from regkit.engine.finite import EVERY
 from regkit.engine.program import ActiveStep, Program
-from regkit.engine.tracker import StepTracker, replaced
+from regkit.engine.tracker import StepTracker
 from regkit.errors import StepError
 from regkit.runtime.modes import uncompiled
 from regkit.runtime.sharding import reshard
 from regkit.runtime.step import OwnedParameters
+from regkit.weights.links import replaced
 
 
 @dataclass(eq=False)
@@ -55,6 +57,8 @@ class ManualStep:
                 "attachment.step() found no gradient: put the backward pass's gradients into .grad before it, for "
                 "that is where penalties are added, and what says which weights are trained"
             )
+        if step.index % EVERY == 0 and model is not None and tracker.changed is not None:
+            tracker.changed(model, {id(p) for p in model.parameters() if p.grad is not None})
         engine.at_gradients(step)
         engine.ownership.trained_by_hand(step.trained)
         engine.failed_steps.gradients_final()

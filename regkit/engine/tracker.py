@@ -23,12 +23,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regkit.engine.engine import Engine
+from regkit.engine.finite import EVERY
 from regkit.engine.program import ActiveStep, Program
-from regkit.errors import AttachError, StepError
+from regkit.errors import StepError
 from regkit.runtime.modes import uncompiled
 from regkit.runtime.optimizer_hooks import Listener
 from regkit.runtime.sharding import distributed, reshard, sharded
 from regkit.runtime.step import StepCount
+from regkit.weights.links import replaced
 
 
 class _Thread(threading.local):
@@ -50,12 +52,14 @@ class StepTracker(Listener):
         self.count = StepCount()
         self.engine = engine
         self.gradients_final = engine.failed_steps.gradients_final
-        self.changed: Callable[[nn.Module, Optimizer], None] | None = None
-        """Raises an error where the model, which may have changed, is not optimized as the rules say any more."""
+        self.changed: Callable[[nn.Module, AbstractSet[int]], None] | None = None
+        """Raises an error where the model, which may have changed, is not optimized as the rules say any more, given
+        the ids of the parameters that are trained. Called as an optimizer begins, and at every 64th step."""
         self._only = None if optimizers is None else weakref.WeakSet(optimizers)
         self._thread = _Thread()
         self.open_steps: set[weakref.ref[ActiveStep]] = set()
         engine.watchdog.open_steps, engine.watchdog.step_runs = self.open_steps, self.step_runs
+        engine.watchdog.moved_module = engine.moved_module
 
     def running_steps(self, new: tuple[int, CodeType] | None = None) -> list[ActiveStep]:
         """The steps that this thread is in, outermost first. Steps that have raised are ended before.
@@ -111,6 +115,8 @@ class StepTracker(Listener):
         # Reading found_inf waits for the GPU; so does GradScaler itself at the step of every other optimizer.
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         index = count.count if count.stepped is owned.ids else count.index(owned.ids)
+        if index % EVERY == 0 and self.changed is not None:  # a module may join that an optimizer had before
+            self.changed(model, {key for one in program.snapshot.programs.values() for key in one.owned.all_groups})
         skipped = found_inf is not None and bool(found_inf)
         step = ActiveStep(optimizer, owned, scale, skipped, index, key, program=program)
         given = None if skipped or not (kwargs or len(args) > 1) else _wrapped(engine, step, args, kwargs)
@@ -134,7 +140,7 @@ class StepTracker(Listener):
             program = snapshot.programs.get(id(optimizer))
             if program is None or not program.holds(optimizer):
                 if self.changed is not None:
-                    self.changed(model, optimizer)
+                    self.changed(model, {id(p) for group in optimizer.param_groups for p in group["params"]})
                 program = snapshot.programs[id(optimizer)] = Program(optimizer, snapshot)
             return program
         owned_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -191,11 +197,6 @@ class StepTracker(Listener):
         if self.open_steps:
             self.running_steps()  # ends those that have raised
         return bool(self.open_steps)
-
-
-def replaced(name: str) -> AttachError:
-    """The error that a module is no more in its place in the model."""
-    return AttachError(f"the module {name!r} was replaced or removed after attach(); detach(), attach anew")
 
 
 def _within(running: Iterable[ActiveStep], program: Program, optimizer: Optimizer) -> Program:

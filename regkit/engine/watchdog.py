@@ -23,6 +23,7 @@ from regkit.errors import RegkitWarning, StepError
 from regkit.runtime.inert_hook import ModelHook
 from regkit.runtime.modes import compiler, is_capturing, is_dynamo_compiling, uncompiled
 from regkit.runtime.sharding import sharded
+from regkit.weights.links import replaced
 
 _TIMES: Final = 8
 """How many times the weights may move with no step seen between: sharpness-aware minimization, weight noise and
@@ -83,6 +84,7 @@ class Watchdog:
     find: looks for the parameter to watch: its name, its module, itself; None where there is none.
     failed_steps: is told of backward passes.
     open_steps: the steps that may be running. step_runs: whether one does.
+    moved_module: gives the name of a bound module that has left its place in the model.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Watchdog:
         self._failed_steps = failed_steps
         self.open_steps: Collection[object] = ()
         self.step_runs: Callable[[], bool] = bool  # never, until there are steps
+        self.moved_module: Callable[[], str | None] = lambda: None
         # torch converts no sharded parameter that has a weak reference
         self.parameter: Tensor | None = None
         self._name = ""
@@ -180,7 +183,14 @@ class Watchdog:
             self._count(parameter, moved)
 
     def _count(self, parameter: Tensor, moved: bool) -> None:
-        """Count a move. Raises StepError once there are too many, unless all of these are noise."""
+        """Count a move. Raises StepError once there are too many, unless all of these are noise.
+
+        Raises AttachError at once where a module has left the model, and is trained on by hand.
+        """
+        gone = self.moved_module() if moved else None
+        if gone is not None:
+            self.accepted = True
+            raise replaced(gone)
         noise = self._noise = self._noise or Noise()
         noise.look(parameter, moved)
         self._moves += moved

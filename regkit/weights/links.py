@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from regkit.errors import AttachError
+
 
 class Link:
     """A link from a parent to its module of a name, held weakly, to see whether the module is replaced."""
@@ -35,10 +37,15 @@ def links(model: nn.Module, paths: Iterable[str]) -> list[Link]:
     return list(found.values())
 
 
+def replaced(name: str) -> AttachError:
+    """The error that a module is no more in its place in the model."""
+    return AttachError(f"the module {name!r} was replaced or removed after attach(); detach(), attach anew")
+
+
 class Parameters:
     """The parameters of a module and its submodules, read anew at each iteration, without a walk by name.
 
-    The modules are listed once, and held weakly.
+    The modules are listed once, and held weakly; what parametrizes one may join later.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -49,3 +56,5 @@ class Parameters:
             module = reference()
             if module is not None:
                 yield from (p for p in module._parameters.values() if p is not None)
+                if parametrizations := module._modules.get("parametrizations"):
+                    yield from parametrizations.parameters()

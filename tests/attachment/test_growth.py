@@ -63,6 +63,42 @@ def test_a_module_that_joins_behind_a_rule_about_it_is_an_error_at_its_first_ste
         train(model, optimizer)
 
 
+@pytest.mark.parametrize("owner", ["the model's optimizer", "an optimizer of its own"])
+def test_a_module_that_an_optimizer_had_before_is_an_error_at_the_next_64th_step(owner):
+    model, later = Net(), nn.GRU(3, 3)
+    parameters = list(model.parameters())
+    with regkit.attach(model, EVERYWHERE) as attachment:
+        more = later.parameters() if owner == "the model's optimizer" else ()
+        optimizer, other = torch.optim.SGD([*parameters, *more]), torch.optim.SGD(later.parameters())
+        train(model, optimizer)
+        other.step()
+        model.more = later
+        with pytest.raises(regkit.StepError, match=r"module 'more' was added after attach.*rule 'small' is about it"):
+            train(model, optimizer, 64)
+        assert attachment.step_count == 64
+
+
+def test_a_module_that_joins_is_an_error_in_updates_by_hand():
+    model = Net()
+    with regkit.attach(model, EVERYWHERE) as attachment:
+        model.more = nn.GRU(3, 3)
+        model(X).square().mean().backward()
+        with (
+            pytest.raises(regkit.StepError, match=r"module 'more' was added after attach"),
+            attachment.step(lr=0.1),
+        ):
+            raise AssertionError("the update is not begun")
+
+
+def test_a_parameter_that_joins_a_bound_module_and_that_no_adapter_describes_is_an_error():
+    model = Net()
+    with regkit.attach(model, EVERYWHERE):
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        model.rnn.peep = nn.Parameter(torch.ones(3))
+        with pytest.raises(regkit.StepError, match=r"(?s)the model has changed since attach\(\).*leave out rnn\.peep"):
+            train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 @pytest.mark.parametrize("change", ["other target", "not recurrent", "frozen", "not owned", "parametrized", "renamed"])
 def test_a_change_that_no_rule_is_about_is_none_of_its_business(change):
     model = Net()
@@ -106,3 +142,16 @@ def test_a_module_that_is_taken_out_and_trained_elsewhere_is_an_error_at_once(ru
         taken(X)[0].square().mean().backward()
         with pytest.raises(regkit.AttachError, match="module 'rnn' was replaced or removed after attach"):
             optimizer.step()
+
+
+@pytest.mark.parametrize("rule", ["l2(0.1)", "activity_l2(0.1)"])
+def test_a_module_that_is_taken_out_and_updated_by_hand_is_told_at_its_second_pass(rule):
+    model = Net()
+    with regkit.attach(model, {"rules": [{"penalty": rule}]}):
+        taken, model.rnn = model.rnn, nn.Identity()
+        taken(X)[0].square().mean().backward()
+        with torch.no_grad():
+            for p in taken.parameters():
+                p.sub_(0.1 * p.grad)
+        with pytest.raises(regkit.AttachError, match="module 'rnn' was replaced or removed after attach"):
+            taken(X)[0].square().mean().backward()
