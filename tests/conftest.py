@@ -1,4 +1,4 @@
-"""The fixtures that all tests share, pytest's rewriting of the assertions in helpers, and warnings of an older torch."""
+"""The fixtures that all tests share, pytest's rewriting of the assertions in helpers, and what torch warns of itself."""
 
 from __future__ import annotations
 
