@@ -15,7 +15,6 @@ from regkit import Registry
 from regkit.cli.scaffold import TEMPLATES, scaffold
 from tests.support.plugins.distributions import environment, install, run, wheel
 from tests.support.plugins.installing import PLUGIN
-from tests.support.versions import NEEDS
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = {"", ".cfg", ".ini", ".json", ".md", ".py", ".sh", ".tmpl", ".toml", ".txt", ".yaml", ".yml"}
@@ -153,10 +152,3 @@ def test_a_regkit_that_was_installed_under_the_former_name_is_to_be_uninstalled(
     install("regkit", "0.0.9", "unused", "", {"norms": "regkit_standard.norms"})
     with pytest.raises(regkit.PluginError, match=r"'norms': regkit 0\.0\.9 .* and torch-regkit .*; uninstall one"):
         Registry()
-
-
-def test_every_test_that_waits_for_a_newer_torch_exists(request):
-    names = {item.name for item in request.session.items}
-    if len(names) < 5000:
-        pytest.skip("only where the whole suite is run")
-    assert [part for part in NEEDS if not any(part in name for name in names)] == []

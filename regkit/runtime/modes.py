@@ -31,7 +31,6 @@ from regkit.errors import StepError
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_is_exporting: Final = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
 compiler: Final = getattr(eval_frame, "get_eval_frame_callback", bool)
 """Returns the compiler of the functions that are called now, None if there is none; False from a torch that cannot say.
 
@@ -51,7 +50,7 @@ def is_rehearsal(name: str, compiling: bool) -> bool:
     Raises StepError where the pass recomputes one of which nothing could be recorded.
     """
     if compiling:
-        return bool(_is_exporting())
+        return torch.compiler._is_exporting_flag  # is_exporting() is true in all that torch 2.8 compiles
     if _current_graph_task_id() == -1:
         return _is_tracing() or _symbolic_trace._is_fx_tracing_flag
     # This forward pass runs within a backward pass.

@@ -13,6 +13,8 @@ from torch import Tensor
 from regkit import Activity, ActivityPenalty
 from regkit.activity import Sequenced
 
+LOGGER = logging.getLogger(__name__)
+
 
 class Right(ActivityPenalty):
     """h², reduced over the valid outputs."""
@@ -197,7 +199,7 @@ class MadeOnTheCpu(Right):
 
 class Logs(Right):
     def value(self, activity: Activity) -> Tensor:
-        logging.getLogger(__name__).debug("%d segments", len(activity.segments))
+        LOGGER.debug("%d segments", len(activity.segments))
         return super().value(activity)
 
 

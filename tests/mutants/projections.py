@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tests.mutants.constraints import Mutant, Right, Sphere, norms_of, scaled
 
+LOGGER = logging.getLogger(__name__)
+
 
 class Unguarded(Right):
     def project(self, w: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class MadeOnTheCpu(Right):
 
 class Logs(Right):
     def project(self, w: Tensor) -> Tensor:
-        logging.getLogger(__name__).debug("a weight of %d rows", w.size(0))
+        LOGGER.debug("a weight of %d rows", w.size(0))
         return super().project(w)
 
 

@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 import regkit
 from tests.support.decay import BOUND, assert_equals_weight_decay
 from tests.support.loops import DECAY, RULE, Batches, assert_equal_weights, loss_of
+from tests.support.versions import needs_torch
 
 split = pytest.mark.works_with("Parameters split over several optimizers")
 
@@ -74,6 +75,7 @@ def test_each_part_shrinks_by_the_learning_rate_of_its_own_optimizer(via, make_m
 
 
 @split
+@needs_torch("2.9", "there is no Muon")
 def test_muon_for_matrices_and_adamw_for_the_rest_equal_their_own_decay(make_model, batches):
     def train_with(model: nn.Module, decay: float) -> None:
         matrices = [p for p in model.rnn.parameters() if p.dim() == 2]

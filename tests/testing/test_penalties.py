@@ -21,6 +21,7 @@ from tests.mutants import gradients, kinds, parts, penalties
 from tests.mutants import prox as mutants_prox
 from tests.mutants.mutant import Mutant
 from tests.support.laws import PENS, Case, each, make
+from tests.support.versions import torch_before
 
 MUTANTS = [
     *kinds.MUTANTS,
@@ -241,7 +242,8 @@ class WithoutGradient(kinds.Ridge):
 @pytest.mark.parametrize(
     ("kind", "root", "also"),
     [
-        (ReadBack, "value_is_a_scalar", set()),
+        # An older compiler stops at item().
+        (ReadBack, "value_is_a_scalar", {"compiles_whole"} if torch_before("2.13") else set()),
         (WithoutGradient, "value_keeps_the_graph", {"list_forms_agree"}),
     ],
 )
