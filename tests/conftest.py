@@ -1,4 +1,4 @@
-"""The fixtures that all tests share, pytest's rewriting of the assertions in helpers, and what torch warns of itself."""
+"""The fixtures that all tests share, pytest's rewriting of assertions in helpers, and what torch warns of itself."""
 
 from __future__ import annotations
 
