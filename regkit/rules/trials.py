@@ -20,6 +20,7 @@ from regkit.rules.rule_set import RuleSet, named
 from regkit.rules.weight_rule import WeightRule
 from regkit.weights.batch import LOOPS, Batch, own_forms
 from regkit.weights.block import Block
+from regkit.weights.storage import Storage
 
 
 def try_kinds(rules: RuleSet) -> None:
@@ -195,34 +196,39 @@ _NEAR: Final = 1e-3
 
 def _refuse_contradictions(rules: RuleSet) -> None:
     """Raise AttachError where constraints on one weight cannot hold together."""
-    found: dict[Hashable, list[tuple[ConstraintRule, Block, Tensor]]] = {}
+    found: dict[Hashable, list[tuple[ConstraintRule, Block, Storage]]] = {}
     for rule in rules.constraints:
         for block, storages in rule.each():
-            place = (tuple(map(id, block.parameters())), block.site.part)
-            found.setdefault(place, []).append((rule, block, block.weight(storages)))
+            found.setdefault(block.place(storages), []).append((rule, block, storages[0]))
     tried: set[Hashable] = set()
     for together in found.values():
-        acting, (_, block, weight) = [rule for rule, _, _ in together], together[0]
-        if len(acting) > 1 and (key := (*map(id, acting), weight.shape)) not in tried:
+        like = together[0][2].outline()
+        key = (*(id(rule) for rule, _, _ in together), like.shape, like.dtype)
+        if len(together) > 1 and key not in tried:
             tried.add(key)
-            named(acting[0], _refuse_contradiction, acting, block, weight.shape)
+            whole = torch.linspace(0.5, 1.5, like.numel(), dtype=at_least_float32(like).dtype).view(like.shape)
+            named(together[0][0], _refuse_contradiction, [(rule, block) for rule, block, _ in together], whole)
 
 
-def _refuse_contradiction(rules: Sequence[ConstraintRule], block: Block, shape: Sequence[int]) -> None:
-    """Raise AttachError where a weight that is projected in turn comes to rest with one constraint violated."""
-    kinds = [rule.at_step(0) for rule in rules]
-    w = torch.linspace(0.5, 1.5, math.prod(shape), dtype=torch.float64).view(tuple(shape))
-    left: list[list[float]] = []
+def _refuse_contradiction(together: Sequence[tuple[ConstraintRule, Block]], whole: Tensor) -> None:
+    """Raise AttachError where a weight that is projected in turn comes to rest with one constraint violated.
+
+    whole: such a weight, of which each constraint has a view of its own.
+    """
+    acting = [(rule, rule.at_step(0), block.view(whole)) for rule, block in together]
+    first, left = together[0][0], list[list[float]]()
     for _ in range(_ROUNDS):
-        for kind in kinds:
-            w = kind.project(w)
-        left.append([float(kind.violation(w)) for kind in kinds])
-    for rule, before, now in zip(rules, left[_ROUNDS // 2], left[-1], strict=True):
+        for _, kind, view in acting:
+            view.copy_(kind.project(view))
+        left.append([float(kind.violation(view)) for _, kind, view in acting])
+        if max(left[-1]) <= _NEAR:
+            return
+    for (rule, _), before, now in zip(together, left[_ROUNDS // 2], left[-1], strict=True):
         if now > _NEAR and now >= before * (1 - 1e-6):
-            others = listing(one.binding.label for one in rules if one is not rules[0])
+            others = listing(one.binding.label for one, _ in together if one is not first)
             raise AttachError(
-                f"cannot hold of {block.name} together with {others}: projected onto each in turn, a weight stays "
-                f"{now:.3g} off {rule.kind.kind}"
+                f"cannot hold of {together[0][1].name} together with {others}: projected onto each in turn, a weight "
+                f"stays {now:.3g} off {rule.kind.kind}"
             )
 
 
