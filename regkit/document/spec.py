@@ -238,11 +238,10 @@ class Spec(Frozen):
         """The rules by their names; a rule without a name by its place, as rules/3."""
         return {rule.name or f"rules/{index}": rule for index, rule in enumerate(self.rules)}
 
-    def place(self, key: str) -> tuple[int, int] | tuple[None, None]:
-        """The line and column of a rule in the text that the document was read from, if any."""
-        rule, line, column = self._places.get(key, (None, 0, 0))
-        # A copy with other rules has these places too.
-        return (line, column) if rule is not None and rule == self.keyed_rules().get(key) else (None, None)
+    def place(self, key: str, rule: Rule) -> tuple[int, int] | tuple[None, None]:
+        """The line and column of a rule of a key in the text that the document was read from, if any."""
+        read, line, column = self._places.get(key, (None, 0, 0))
+        return (line, column) if read == rule else (None, None)  # a copy with other rules has these places too
 
     def kinds(self) -> Iterator[Kind]:
         """Every penalty, constraint and schedule of the document."""

@@ -115,7 +115,7 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
             try:
                 bindings.append(_bound(key, rule, candidates, registry))
             except DoesNotFit as error:
-                problems.append(Problem(key, str(error), *spec.place(key)))
+                problems.append(Problem(key, str(error), *spec.place(key, rule)))
     if problems and not candidates.modules:
         raise ResolveError("the spec", [Problem("", _nothing_recurrent(model, registry))])
     if problems:

@@ -56,3 +56,15 @@ def test_a_rule_put_into_a_copy_has_no_place_in_the_text():
     first, second = caught.value.problems
     assert (first.where, first.line) == ("rules/0", None)
     assert (second.where, second.line) == ("layers/1/recurrent_regularizer", 10)
+
+
+def test_the_places_of_thousands_of_rules_cost_no_look_at_all_rules_for_each(monkeypatch):
+    looks: list[int] = []
+    keyed_rules = regkit.Spec.keyed_rules
+    text = json.dumps({"rules": [{"penalty": "l2(1)", "target": {"module": "nowhere"}}] * 500}, indent=1)
+    spec = regkit.load(text)
+    monkeypatch.setattr(regkit.Spec, "keyed_rules", lambda self: looks.append(1) or keyed_rules(self))
+    with pytest.raises(regkit.ResolveError) as caught:
+        regkit.resolve(Net(), spec)
+    assert len({problem.line for problem in caught.value.problems}) == 500
+    assert len(looks) == 1

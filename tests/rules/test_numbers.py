@@ -103,10 +103,12 @@ def test_an_epoch_of_training_in_half_precision_never_leaves_the_ball(dtype):
         ("max_norm(0.5)", "unit_norm", "off max_norm"),
         ("max_norm(0.5)", "min_max_norm(0.6, 1)", "0.1 off max_norm"),
         ("unit_norm", "unit_norm(per=input)", "off unit_norm"),
+        ("unit_norm(per=cell)", "unit_norm", "1 off unit_norm"),
+        ("max_norm(1.9, per=cell)", "unit_norm", "0.1 off max_norm"),
     ],
 )
 def test_constraints_that_cannot_hold_together_are_an_error_that_names_both(first, second, words):
-    model = nn.RNN(3, 4)
+    model = nn.LSTM(3, 4)
     with pytest.raises(regkit.AttachError) as caught:
         attach(model, {"name": "a", "constraint": first}, {"name": "b", "constraint": second})
     assert "rule 'a'" in str(caught.value)
@@ -122,11 +124,14 @@ def test_constraints_that_cannot_hold_together_are_an_error_that_names_both(firs
         ["non_negative", "unit_norm"],
         ["unit_norm", "non_negative", "max_norm(1)"],
         ["max_norm(1)", "max_norm(1, per=input)", "max_norm(2, per=matrix)"],
+        ["unit_norm", "max_norm(2.5, per=cell)"],  # four gates of norm 1 have one of 2 together
+        ["max_norm(2.5, per=cell)", "unit_norm"],
+        ["max_norm(9, per=input)", "max_norm(3, per=cell)"],
         [{"kind": "min_max_norm", "min_value": 0.9, "max_value": 1, "rate": 0.001}, "max_norm(1)"],
     ],
 )
 def test_constraints_that_can_hold_together_attach(constraints):
-    attach(nn.RNN(3, 4), *({"constraint": one} for one in constraints)).detach()
+    attach(nn.LSTM(3, 64), *({"constraint": one} for one in constraints)).detach()
 
 
 def test_constraints_of_different_weights_do_not_contradict_one_another():
