@@ -62,9 +62,12 @@ def share(whole: Tensor, like: Tensor) -> Tensor:
     for dimension, placement in enumerate(like.placements):
         if isinstance(placement, Partial) and placement.reduce_op == "sum":
             whole = whole / mesh.size(dimension)
-        held.append(placement if isinstance(placement, Partial) else Replicate())
-    replicated = DTensor.from_local(whole, mesh, held, run_check=False)
-    return replicated.redistribute(placements=like.placements)
+        held.append(Replicate() if isinstance(placement, Partial) else placement)
+    part = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(placements=held)
+    if not any(isinstance(one, Partial) for one in like.placements):
+        return part
+    shape, stride = whole.shape, whole.stride()  # torch 2.8 redistributes nothing to a sum that is yet to be taken
+    return DTensor.from_local(part.to_local(), mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
 def held_here(tensor: Tensor) -> tuple[tuple[int, int], ...] | None:

@@ -12,6 +12,7 @@ from tests.support.distributed.cases import ALL, BOUND, CASES, DOCUMENTS, STRENG
 from tests.support.distributed.spreads import Spread, make_net, one_process
 from tests.support.distributed.tasks import CONVERTED, converted
 from tests.support.distributed.workers import LR, Case, Outcome, assert_same, batches, loss_of, run_alone, together
+from tests.support.versions import needs_torch
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +26,8 @@ def every_case() -> Iterator[object]:
             for size in case.sizes:
                 identity = f"{row}: {name}, {size} processes"
                 marks = [pytest.mark.works_with(row), *([pytest.mark.slow] if size > 2 else [])]
+                if identity.startswith("FSDP2: clipped"):
+                    marks.append(needs_torch("2.13", "the norm of sharded gradients is wrong in the eighth digit"))
                 yield pytest.param(f"{row}: {name}", case, size, id=identity, marks=marks)
 
 
@@ -126,9 +129,18 @@ def test_max_norm_under_weight_norm_bounds_the_magnitudes():
     assert float(magnitudes.min()) < BOUND - 0.01
 
 
-@pytest.mark.parametrize(
-    "spread", [pytest.param(name, marks=pytest.mark.works_with(name[0].upper() + name[1:])) for name in CONVERTED]
-)
+def every_conversion() -> Iterator[object]:
+    """Each spread over which a model is converted, under the row that it proves."""
+    for name in CONVERTED:
+        marks = [pytest.mark.works_with(name[0].upper() + name[1:])]
+        if name == "FSDP2":
+            marks.append(
+                needs_torch("2.13", "what is converted after fully_shard is trained wrongly, without rules too")
+            )
+        yield pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("spread", list(every_conversion()))
 def test_a_model_may_be_converted_after_attach(spread):
     found = together(world(2).found(f"converted {spread}"))
     assert_same(found, converted(Path(), spread, alone=True), 1e-6)
