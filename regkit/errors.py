@@ -214,7 +214,8 @@ def hints_left() -> bool:
     return left is None or left[0] > 0
 
 
-def _spend_hint() -> None:
+def spend_hint() -> None:
+    """Note that a sentence was made at length."""
     if (left := _hints_left.get()) is not None:
         left[0] -= 1
 
@@ -227,7 +228,7 @@ def nearest(given: str, known: Iterable[str]) -> str | None:
     """
     if not hints_left() or len(given) > _LONGEST_NAME:
         return None
-    _spend_hint()
+    spend_hint()
     names = sorted(name for name in known if len(name) > 1 or len(given) == 1)  # a letter is like everything
     by_fold = {name.casefold(): name for name in names}
     close = difflib.get_close_matches(given.casefold(), list(by_fold), n=1, cutoff=0.75)
@@ -247,7 +248,7 @@ def hint(
     """
     foreign = foreign or (in_these_words(place, given, known) if place and isinstance(given, str) else None)
     if not isinstance(given, str) or foreign:
-        _spend_hint()
+        spend_hint()
         return f": {foreign}." if foreign else otherwise
     near = nearest(given, known)
     return f"; did you mean {near!r}?" if near else otherwise

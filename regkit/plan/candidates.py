@@ -11,7 +11,7 @@ from typing import Any, Final
 from torch import nn
 
 from regkit.adapters import Output, OutputSite, Weight, WeightSite
-from regkit.errors import hint, listing
+from regkit.errors import hint, listing, spend_hint
 from regkit.plan.declarations import Outline, outline, outputs_of, weights_of
 from regkit.plan.modules import RecurrentModule, named_modules
 from regkit.plan.patterns import glob, literal
@@ -181,6 +181,7 @@ class Candidates:
         """Every module once, under the first of its names."""
         return [candidate.recurrent for candidate in self._first(range(len(self._all)))]
 
+    @cached_property
     def words(self) -> tuple[list[str], list[str]]:
         """The roles and the gates of the model's modules."""
         weights = [one.weight for candidate in self._all for one in candidate._weights]
@@ -192,11 +193,13 @@ class Candidates:
         """The sentence on a pattern that covers no recurrent module: which thing has that name, or the nearest name."""
         available = f"Available: {listing(map(str, self.modules))}"
         if sentence := self._described(pattern):
+            spend_hint()
             return f"{sentence}. {available}"
         names, last = [one.name for one in self.modules if one.name], f".{pattern.rpartition('.')[2]}"
-        alike = next((name for name in names if name.endswith(last)), None)
-        near = f"; did you mean {alike!r}?" if alike else hint(_bare(pattern), names)
-        return f"no recurrent module is named {pattern!r}{near} {available}"
+        if alike := next((name for name in names if name.endswith(last)), None):
+            spend_hint()
+            return f"no recurrent module is named {pattern!r}; did you mean {alike!r}? {available}"
+        return f"no recurrent module is named {pattern!r}{hint(_bare(pattern), names)} {available}"
 
     def _described(self, pattern: str) -> str | None:
         """The sentence on a class, a parameter or another module that a pattern names; None where there is none."""

@@ -107,7 +107,7 @@ def resolve(model: nn.Module, spec: str | Path | dict[str, Any] | Spec, *, regis
         raise TypeError(f"a model is an nn.Module, not {type(model).__name__}")
     registry = registry or default()
     candidates = Candidates(recurrent_modules(model, registry), model)
-    spec = reader.read(spec, registry, words=candidates.words)
+    spec = reader.read(spec, registry, words=lambda: candidates.words)
     bindings: list[Binding] = []
     problems: list[Problem] = []
     with few_hints():

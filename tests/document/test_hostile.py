@@ -15,6 +15,7 @@ import regkit
 from regkit import errors
 from regkit.cli import main
 from regkit.errors import few_hints, nearest, printable
+from regkit.plan.candidates import ModuleCandidate
 from regkit.plan.table import table
 
 HUGE = "x" * (2**22 - 2000)
@@ -169,9 +170,20 @@ def test_of_thousands_of_mistakes_a_hundred_have_the_nearest_name(document, look
     assert 50 <= len(looked_for) <= 200
 
 
-@pytest.mark.parametrize("target", [{"module": "cell.{}"}, {"module": "cell*.{}"}, {"gate": "forget"}, {"layer": 3}])
+@pytest.mark.parametrize(
+    "target",
+    [
+        *({"module": name} for name in ("cell.{}", "cell*.{}", "GRUCell", "0.weight_hh_l{}", "x.7", "head")),
+        {"gate": "forget"},
+        {"gate": "input"},
+        {"layer": 3},
+        {"role": "projection"},
+    ],
+)
 def test_of_thousands_of_rules_that_do_not_fit_a_hundred_are_told_at_length(target, looked_for):
     model = nn.ModuleList([nn.GRUCell(1, 1) for _ in range(50)])
+    model.add_module("head", nn.Linear(1, 1))
+    model.add_module("block", nn.ModuleDict({"7": nn.GRUCell(1, 1)}))
     rules = [
         {"penalty": "l2(1)", "target": {key: one.format(number) if isinstance(one, str) else one}}
         for number in range(1000)
@@ -183,6 +195,16 @@ def test_of_thousands_of_rules_that_do_not_fit_a_hundred_are_told_at_length(targ
     assert sum("Available" in problem.message for problem in problems) == 100
     assert len(looked_for) <= 100
     assert "there is no" in problems[-1].message
+
+
+def test_the_words_of_a_model_are_found_out_once_however_many_are_wrong(monkeypatch):
+    asked: list[object] = []
+    outputs = ModuleCandidate.outputs
+    monkeypatch.setattr(ModuleCandidate, "outputs", property(lambda self: asked.append(self) or outputs.func(self)))
+    roles = [f"kern{number}" for number in range(900)]
+    error = refusal(lambda: regkit.resolve(nn.GRU(1, 1), with_target(role=roles, gate=roles, direction=roles)))
+    assert len(error.problems) == 2700  # type: ignore[attr-defined]
+    assert len(asked) == 1
 
 
 def test_the_bound_on_hints_is_of_one_document():
