@@ -96,9 +96,11 @@ class Entry:
     def line(self) -> int | None:
         """The line on which the class begins, where there is a source."""
         try:
-            return inspect.getsourcelines(self.kind)[1]
+            lines, first = inspect.getsourcelines(self.kind)
         except (OSError, TypeError):
             return None
+        # Since Python 3.13 a class that was typed in is looked up by its line in the file of `__main__`, if any.
+        return first if any(f"class {self.kind.__name__}" in line for line in lines) else None
 
     def redefines(self, other: Entry) -> bool:
         """Whether this is the other's class again, as when a notebook's cell is run again or a module is reloaded."""
